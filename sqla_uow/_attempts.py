@@ -1,0 +1,271 @@
+"""The attempts of one call: run, classify, wait, run again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sqla_uow._classify import Failure, Kind, chain
+from sqla_uow._context import UnitPlace, surrounding_scope, surrounding_transactions
+from sqla_uow._ending import Ended, commit, prepare, roll_back
+from sqla_uow._tasks import pop, push
+from sqla_uow._unit import UnitOfWork
+from sqla_uow.errors import (
+    AfterCommitError,
+    AmbiguousCommitError,
+    ConflictError,
+    PropagationError,
+    StaleVersionError,
+    TransactionTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.orm import InstanceState
+
+    from sqla_uow._context import Scope
+    from sqla_uow._manager import UnitOfWorkManager
+    from sqla_uow._options import Options
+
+__all__ = ["Attempt", "Attempts"]
+
+logger = logging.getLogger("sqla_uow")
+S = TypeVar("S", bound=AsyncSession)
+
+
+class Attempts(Generic[S]):
+    """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
+
+    __slots__ = (
+        "_more", "attempt", "deadline", "manager", "options", "policy", "retries", "scope", "started", "tainted", "timeout",
+    )  # fmt: skip
+
+    def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
+        self.manager = manager
+        self.options = options
+        self.policy = options.retry or manager.retry
+        self.retries = manager.retries if options.retries is None else options.retries
+        self.timeout = manager.timeout if options.timeout is None else options.timeout
+        # The clock is read once per call, and again only on trouble.
+        self.started = self.policy.clock()
+        self.deadline = None if self.timeout is None else self.started + self.timeout
+        self.attempt = 0
+        self.scope: Scope | None = surrounding_scope(manager)
+        self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
+        self._more = True
+
+    def __aiter__(self) -> Attempts[S]:
+        return self
+
+    async def __anext__(self) -> Attempt[S]:
+        if not self._more:
+            raise StopAsyncIteration
+        return self.next()
+
+    def next(self) -> Attempt[S]:
+        """Return the next attempt; the caller knows that there is one."""
+        self._more = False
+        self.attempt += 1
+        return Attempt(self)
+
+    @property
+    def elapsed(self) -> float:
+        return self.policy.clock() - self.started
+
+    async def go_on(self, failure: Failure, error: BaseException) -> bool:
+        """Wait before the next attempt, or say that there is none.
+
+        Raises:
+            TransactionTimeoutError: the wait would cross the deadline.
+        """
+        if self.attempt > self.retries:
+            return False
+        wait = self.policy.delay(self.attempt - 1)
+        if self.deadline is not None and self.policy.clock() + wait >= self.deadline:
+            raise self.timed_out(f"{_of(failure)}, and the next wait would cross the deadline") from error
+        logger.info(
+            "%s: attempt %d of %d failed (%s); again in %.1f ms",
+            self.options.who, self.attempt, self.retries + 1, _of(failure), wait * 1000,
+        )  # fmt: skip
+        await self.policy.sleep(wait)
+        self._more = True
+        return True
+
+    def gave_up(self, failure: Failure) -> ConflictError:
+        """Return the error for a failure that has outlived its retries."""
+        who, runs = self.options.who, self.attempt
+        logger.warning("%s: gave up after %d attempts and %.3f s (%s)", who, runs, self.elapsed, _of(failure))
+        attempts = "its only attempt" if runs == 1 else f"each of {runs} attempts"
+        remedy = "give it retries" if self.retries == 0 else "call it again later, or shorten the transaction"
+        error_class = StaleVersionError if failure.kind is Kind.STALE else ConflictError
+        return error_class(
+            f"{who} failed in {attempts} within {self.elapsed:.3f} s, last by {_of(failure)}; {remedy}",
+            attempts=runs, elapsed=self.elapsed, reason=failure.kind.value, code=failure.code,
+        )  # fmt: skip
+
+    def timed_out(self, why: str) -> TransactionTimeoutError:
+        """Return the error for a deadline that has passed, or that the next wait would cross."""
+        assert self.timeout is not None
+        return TransactionTimeoutError(
+            f"{self.options.who} did not finish within {self.timeout:g} s: {why} in attempt {self.attempt}; "
+            "raise the timeout, or shorten the transaction",
+            attempts=self.attempt, elapsed=self.elapsed, timeout=self.timeout,
+        )  # fmt: skip
+
+
+def _of(failure: Failure) -> str:
+    return failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
+
+
+class Attempt(Generic[S]):
+    """One run of the body in a unit of its own."""
+
+    __slots__ = ("_attempts", "_place", "_timeout", "unit")
+
+    def __init__(self, attempts: Attempts[S]) -> None:
+        self._attempts = attempts
+        self._place: UnitPlace | None = None
+        self._timeout: asyncio.Timeout | None = None
+        self.unit: UnitOfWork[S] | None = None
+
+    async def __aenter__(self) -> UnitOfWork[S]:
+        attempts, options = self._attempts, self._attempts.options
+        if self.unit is not None:
+            raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
+        if attempts.scope is not None:
+            await attempts.scope.give_way()
+        manager = attempts.manager
+        transaction = manager._transaction(
+            options.who,
+            isolation=options.isolation or manager.isolation,
+            read_only=options.read_only,
+            deadline=attempts.deadline,
+            clock=attempts.policy.clock,
+            tainted=attempts.tainted,
+            enclosing=surrounding_transactions(),
+        )
+        if attempts.retries:
+            transaction.attached = WeakSet()
+        unit = self.unit = UnitOfWork(
+            transaction, attempt=attempts.attempt, is_last_attempt=attempts.attempt > attempts.retries
+        )
+        self._place = UnitPlace(manager, unit)
+        push(self._place)
+        if attempts.deadline is not None:
+            # Its own timer, so that the deadline also ends what is no SQL.
+            self._timeout = asyncio.timeout(attempts.deadline - attempts.policy.clock())
+            await self._timeout.__aenter__()
+        return unit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        unit, place, attempts = self.unit, self._place, self._attempts
+        if unit is None or place is None:
+            raise PropagationError(f"a unit of {attempts.options.who} was left before it was entered")
+        if place.closed:
+            raise PropagationError(f"a unit of {attempts.options.who} was left twice; use each unit in one 'async with'")
+        final = True
+        try:
+            ended = await self._end(unit, place, error)
+            if ended.error is None:
+                return error is None
+            final = not await self._retry(unit, ended)
+            if not final:
+                return True
+            if ended.error is error:
+                return False
+            raise ended.error
+        finally:
+            if final and attempts.scope is not None:
+                await attempts.scope.end_reading()
+
+    async def _end(self, unit: UnitOfWork[S], place: UnitPlace, error: BaseException | None) -> Ended:
+        """Commit or roll back, whatever happens; never raises."""
+        transaction, scope = unit._transaction, self._attempts.scope
+        mark = transaction.damage.mark
+        quiet = error is None and mark is not None and mark.quiet
+        if error is None and not quiet:
+            try:
+                await prepare(unit, scope.refuse_unsaved if scope is not None else None)
+            except BaseException as raised:
+                error = raised
+        if self._timeout is not None:
+            error = await self._disarm(self._timeout, error)
+        pop(place)
+        place.empty()
+        if error is None and not quiet:
+            witness = await self._attempts.manager._witness(transaction)
+            ended = await commit(unit, witness)
+        else:
+            self._taint(unit)
+            ended = await roll_back(unit, error)
+        return ended
+
+    async def _disarm(self, timeout: asyncio.Timeout, error: BaseException | None) -> BaseException | None:
+        """Stop the timer: COMMIT is not cut off by it.  Turn its cancellation into our error."""
+        try:
+            await timeout.__aexit__(type(error) if error is not None else None, error, None)
+            if timeout.expired() and error is None:
+                await asyncio.sleep(0)  # its cancellation is on the way; take it here, not in the middle of COMMIT
+        except (TimeoutError, asyncio.CancelledError) as raised:
+            if isinstance(raised, asyncio.CancelledError) and not timeout.expired():
+                return raised
+        if timeout.expired() and not isinstance(error, asyncio.CancelledError | None):
+            return self._timed_out(error)
+        if timeout.expired():
+            return self._timed_out(error)
+        return error
+
+    def _timed_out(self, error: BaseException | None) -> TransactionTimeoutError:
+        timed_out = self._attempts.timed_out("the deadline passed")
+        timed_out.__cause__ = error
+        return timed_out
+
+    def _taint(self, unit: UnitOfWork[S]) -> None:
+        """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
+        attempts = self._attempts
+        if unit.is_last_attempt or unit._session is None:
+            return
+        if attempts.tainted is None or attempts.tainted is (attempts.scope and attempts.scope.tainted):
+            attempts.tainted = WeakKeyDictionary(attempts.tainted or {})
+        unit._transaction.taint(unit._session.sync_session, attempts.tainted, "attempt")
+
+    async def _retry(self, unit: UnitOfWork[S], ended: Ended) -> bool:
+        """Wait for the next attempt if there is one; raise what a failure becomes if there is none."""
+        error = ended.error
+        assert error is not None
+        if not isinstance(error, Exception) or isinstance(error, (AmbiguousCommitError, AfterCommitError)):
+            return False
+        attempts = self._attempts
+        failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
+        if failure is None:
+            if ended.failure is not None and ended.failure.kind is Kind.SERVER_TIMEOUT:
+                pass
+            return False
+        if isinstance(error, TransactionTimeoutError):
+            return False
+        if await attempts.go_on(failure, error):
+            return True
+        raise attempts.gave_up(failure) from error
+
+    def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
+        """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
+        transaction, options = unit._transaction, self._attempts.options
+        links = {id(link) for link in chain(error)}
+        mark = transaction.damage.mark
+        if mark is not None and mark.failure is not None and mark.failure.retryable:
+            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)
+            if forced or id(mark.cause) in links or id(mark.failure.error) in links:
+                return mark.failure
+        refused = transaction.connect_failure
+        if refused is not None and refused.retryable and id(refused.error) in links:
+            return refused
+        if options.retry_on is not None and options.retry_on(error):
+            return Failure(Kind.CHOSEN, None, error)
+        return None

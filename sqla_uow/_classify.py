@@ -1,0 +1,239 @@
+"""What an error means: retry, never retry, or not ours.  Decided by the driver's code, never by text or wrapper class.
+
+Where each driver keeps its code (measured, see the driver table in the docs): asyncpg and psycopg in ``sqlstate``;
+asyncmy, aiomysql and PyMySQL as an int in ``args[0]``; sqlite3 in ``sqlite_errorcode``; oracledb in ``args[0].code``;
+pyodbc as the SQLSTATE in ``args[0]``.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
+
+from sqla_uow.errors import AmbiguousCommitError, ConflictError, UnitOfWorkError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Failure", "Kind", "chain", "classify", "code_of", "hidden_conflict", "is_retryable"]
+
+
+class Kind(enum.Enum):
+    """The classes of failure; the value is what `ConflictError.reason` says."""
+
+    CONFLICT = "conflict"
+    LOCK_TIMEOUT = "lock timeout"
+    STALE = "stale version"
+    NOT_STARTED = "not started"
+    LOST = "lost connection"
+    AMBIGUOUS = "ambiguous"
+    READ_ONLY = "read only"
+    SERVER_TIMEOUT = "server timeout"
+    PERMANENT = "permanent"
+    CHOSEN = "retry_on"
+
+
+RETRYABLE = frozenset(
+    {Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE, Kind.NOT_STARTED, Kind.LOST, Kind.CHOSEN},
+)
+HARD = frozenset({Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.LOST})
+"""No savepoint brings the transaction back from these."""
+
+
+class Failure(NamedTuple):
+    """One error of the database, understood."""
+
+    kind: Kind
+    code: str | None
+    error: BaseException
+
+    @property
+    def retryable(self) -> bool:
+        return self.kind in RETRYABLE
+
+
+# SQLSTATE: https://www.postgresql.org/docs/current/errcodes-appendix.html.  Not a test for "40": 40002 is a constraint
+# and 40003 is an unknown outcome, and both must never be retried (zope.sqlalchemy 4.1 does).
+_SQLSTATES = {
+    "40001": Kind.CONFLICT,
+    "40P01": Kind.CONFLICT,
+    "55P03": Kind.LOCK_TIMEOUT,
+    "57P01": Kind.LOST,
+    "57P02": Kind.LOST,
+    "57P04": Kind.LOST,
+    "25P03": Kind.LOST,  # idle_in_transaction_session_timeout: the connection is gone
+    "25P04": Kind.LOST,  # transaction_timeout: likewise
+    "08007": Kind.AMBIGUOUS,
+    "40003": Kind.AMBIGUOUS,
+    "57P03": Kind.NOT_STARTED,
+    "53300": Kind.NOT_STARTED,
+    "25006": Kind.READ_ONLY,
+    "57014": Kind.SERVER_TIMEOUT,
+}
+# MariaDB: https://mariadb.com/kb/en/mariadb-error-code-reference/.  1020's SQLSTATE is HY000, so errno decides.
+_ERRNOS = {
+    1213: Kind.CONFLICT,
+    1020: Kind.CONFLICT,
+    1205: Kind.LOCK_TIMEOUT,
+    1040: Kind.NOT_STARTED,
+    1047: Kind.NOT_STARTED,  # Galera: the node is not in the primary component
+    2002: Kind.NOT_STARTED,
+    2003: Kind.NOT_STARTED,
+    2006: Kind.LOST,
+    2013: Kind.LOST,
+    2055: Kind.LOST,
+    1927: Kind.LOST,
+    1792: Kind.READ_ONLY,
+    1969: Kind.SERVER_TIMEOUT,
+    3024: Kind.SERVER_TIMEOUT,
+}
+_SAVEPOINT_GONE = 1305  # MariaDB: the deadlock that rolled everything back is only in __context__
+# https://www.sqlite.org/rescode.html; the low byte is the primary code, so 261, 517 and 262 are covered too.
+_SQLITE = {5: Kind.CONFLICT, 6: Kind.CONFLICT, 8: Kind.READ_ONLY}
+_ORACLE = {8177: Kind.CONFLICT, 60: Kind.CONFLICT}
+_MSSQL = {1205: Kind.CONFLICT, 3960: Kind.CONFLICT}
+_CONNECT_PERMANENT_STATES = frozenset({"28P01", "28000", "3D000", "08P01"})
+_CONNECT_PERMANENT_ERRNOS = frozenset({1044, 1045, 1049, 1698})
+
+
+def code_of(error: BaseException) -> str | int | None:
+    """Return the driver's own code: a SQLSTATE, an errno, an extended SQLite code, or None where it gives none."""
+    sqlite = getattr(error, "sqlite_errorcode", None)
+    if isinstance(sqlite, int):
+        return sqlite
+    first = error.args[0] if error.args else None
+    if isinstance(first, int) and not isinstance(error, OSError):
+        return first
+    if isinstance(getattr(first, "code", None), int) and hasattr(first, "full_code"):
+        return str(first.full_code)
+    for name in ("sqlstate", "pgcode"):
+        state = getattr(error, name, None)
+        if isinstance(state, str):
+            return state
+    if isinstance(first, str) and len(first) == 5 and first.isalnum() and type(error).__module__ == "pyodbc":
+        return first
+    return None
+
+
+def classify(error: BaseException, *, connecting: bool = False) -> Failure | None:
+    """Say what one exception means, without looking at what it was raised from.
+
+    Args:
+        error: a SQLAlchemy wrapper or the driver's exception itself.
+        connecting: it was raised while a connection was being made, where drivers often give no code at all.
+
+    Returns:
+        None where the exception does not come from a database.
+    """
+    if isinstance(error, StaleDataError):
+        return Failure(Kind.STALE, None, error)
+    invalidated = False
+    if isinstance(error, DBAPIError):
+        invalidated = error.connection_invalidated
+        error = error.orig or error
+    code = code_of(error)
+    if connecting:
+        return _classify_connect(error, code)
+    kind = _kind(error, code)
+    # The code outranks the wrapper: hot-standby conflicts may close the connection, and are conflicts all the same.
+    if invalidated and kind in (None, Kind.PERMANENT, Kind.NOT_STARTED, Kind.SERVER_TIMEOUT):
+        kind = Kind.LOST
+    return None if kind is None else Failure(kind, _spelled(error, code), error)
+
+
+def _kind(error: BaseException, code: str | int | None) -> Kind | None:
+    if code is None:
+        return None
+    if hasattr(error, "sqlite_errorcode") and isinstance(code, int):
+        return _SQLITE.get(code & 0xFF, Kind.PERMANENT)
+    if isinstance(code, int):
+        module = type(error).__module__
+        return (_MSSQL if module.startswith("pymssql") else _ERRNOS).get(code, Kind.PERMANENT)
+    if code.startswith("ORA-"):
+        return _ORACLE.get(int(code[4:]), Kind.PERMANENT)
+    if code in _SQLSTATES:
+        return _SQLSTATES[code]
+    return Kind.LOST if code.startswith("08") else Kind.PERMANENT
+
+
+def _classify_connect(error: BaseException, code: str | int | None) -> Failure | None:
+    spelled = _spelled(error, code)
+    if isinstance(error, Exception) and code is None:
+        # psycopg gives no SQLSTATE at connect and asyncpg raises plain OSError; programming errors stay what they are.
+        refused = isinstance(error, OSError) or hasattr(error, "sqlstate") or _is_operational(error)
+        return Failure(Kind.NOT_STARTED, None, error) if refused else None
+    permanent = code in _CONNECT_PERMANENT_STATES or code in _CONNECT_PERMANENT_ERRNOS
+    kind = _kind(error, code)
+    if permanent or kind in (None, Kind.PERMANENT, Kind.READ_ONLY):
+        return Failure(Kind.PERMANENT, spelled, error)
+    return Failure(Kind.CONFLICT if kind is Kind.CONFLICT else Kind.NOT_STARTED, spelled, error)
+
+
+def _is_operational(error: BaseException) -> bool:
+    return any(base.__name__ in ("OperationalError", "InterfaceError") for base in type(error).__mro__)
+
+
+def _spelled(error: BaseException, code: str | int | None) -> str | None:
+    name = getattr(error, "sqlite_errorname", None)
+    if isinstance(name, str):
+        return name
+    return None if code is None else str(code)
+
+
+def hidden_conflict(error: BaseException) -> Failure | None:
+    """Find the deadlock behind MariaDB's 1305 "SAVEPOINT does not exist": the server rolled back everything before."""
+    if code_of(error) != _SAVEPOINT_GONE:
+        return None
+    for behind in chain(error):
+        failure = classify(behind)
+        if failure is not None and failure.kind in HARD:
+            return failure
+    return None
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and all it came from: `orig`, `__cause__`, `__context__`, the members of a group.
+
+    ``raise ... from None`` ends that branch: who wrote it said that the origin does not matter.
+    """
+    seen: set[int] = set()
+    todo = [] if error is None else [error]
+    while todo:
+        current = todo.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if current.__context__ is not None and not current.__suppress_context__:
+            todo.append(current.__context__)
+        if current.__cause__ is not None:
+            todo.append(current.__cause__)
+        orig = getattr(current, "orig", None)
+        if isinstance(orig, BaseException):
+            todo.append(orig)
+        if isinstance(current, BaseExceptionGroup):
+            todo.extend(current.exceptions)
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Say whether `sqla_uow` would retry for this error if the caller's own unit had reported it.
+
+    For code outside a unit of work: a worker that decides whether to put its job back, say.  An outcome that is unknown
+    (`AmbiguousCommitError`, 40003, 08007) is never retryable.  A lost connection is: outside a unit, only if you know
+    that COMMIT was not sent yet.
+
+    Args:
+        error: any exception; what it was raised from is looked at too, but not past ``raise ... from None``.
+    """
+    links = list(chain(error))
+    if any(isinstance(link, AmbiguousCommitError) for link in links):
+        return False
+    if any(isinstance(link, ConflictError) for link in links):
+        return True
+    failures = [failure for link in links if not isinstance(link, UnitOfWorkError) and (failure := classify(link))]
+    if any(failure.kind is Kind.AMBIGUOUS for failure in failures):
+        return False
+    return any(failure.retryable for failure in failures)

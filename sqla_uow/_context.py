@@ -1,0 +1,325 @@
+"""Where the current unit is looked up: places, scopes and the read session."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, ParamSpec
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from sqla_uow._ending import roll_back
+from sqla_uow._session import changed_object
+from sqla_uow._tasks import Place, current_place, pop, push
+from sqla_uow._transaction import Phase, Transaction, describe
+from sqla_uow._unit import UnitOfWork
+from sqla_uow.errors import NoManagerError, NoUnitError, ReadOnlyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import InstanceState
+
+    from sqla_uow._manager import UnitOfWorkManager
+
+__all__ = [
+    "Scope",
+    "ScopeContext",
+    "UnitPlace",
+    "after_commit",
+    "after_rollback",
+    "before_commit",
+    "current_session",
+    "current_unit",
+    "find_manager",
+    "open_unit",
+    "surrounding_scope",
+    "surrounding_transactions",
+]
+
+logger = logging.getLogger("sqla_uow")
+P = ParamSpec("P")
+
+
+class ManagerPlace(Place):
+    """A manager is known here; nothing is open."""
+
+    __slots__ = ("manager",)
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        super().__init__(manager.name)
+        self.manager = manager
+
+    def unit(self) -> UnitOfWork[Any]:
+        raise NoUnitError(
+            f"no unit of work is open for manager {self.name!r}; call this inside a @transactional function, "
+            "'async with manager.begin()', or a scope"
+        )
+
+
+class UnitPlace(ManagerPlace):
+    """A unit is open here, until its end empties the place."""
+
+    __slots__ = ("_unit",)
+
+    def __init__(self, manager: UnitOfWorkManager[Any], unit: UnitOfWork[Any]) -> None:
+        super().__init__(manager)
+        self._unit: UnitOfWork[Any] | None = unit
+
+    def empty(self) -> None:
+        """Keep neither unit nor connection alive by the contexts that copied this place."""
+        self._unit = None
+
+    def open_unit(self) -> UnitOfWork[Any] | None:
+        return None if self.closed else self._unit
+
+    def unit(self) -> UnitOfWork[Any]:
+        unit = self.open_unit()
+        if unit is None:
+            raise NoUnitError(
+                "the unit of work that was open here has ended; in a task that outlives it, or a background task, "
+                "call a @transactional function, which opens its own"
+            )
+        unit._transaction.owner.check()
+        return unit
+
+
+class Scope:
+    """A request, a job or a test: outside any unit, `current_session()` is its read session.
+
+    The read session is a read-only unit that begins with its first SQL.  Before an outermost transactional function
+    begins, it gives way: its transaction is ended, so that the task never holds two connections, and its objects stay
+    readable.  After that function the next use begins a fresh one.
+    """
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        self.manager = manager
+        self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
+        self._reader: UnitOfWork[Any] | None = None
+
+    def read_unit(self) -> UnitOfWork[Any]:
+        """Return the open read unit; make one where there is none."""
+        reader = self._reader
+        if reader is not None and reader._transaction.phase is Phase.ENDED:
+            reader = None
+        if reader is None:
+            transaction = self.manager._transaction("the read session of this scope", read_only=True, scope_read=True)
+            reader = self._reader = UnitOfWork(transaction)
+        else:
+            reader._transaction.owner.check()
+        return reader
+
+    def refuse_unsaved(self) -> None:
+        """Raise if an object of the read session was changed: nothing would ever write it.
+
+        Raises:
+            ReadOnlyError: naming the object and the cures.
+        """
+        reader = self._reader
+        if reader is None or reader._session is None:
+            return
+        changed = changed_object(reader._session.sync_session)
+        if changed is not None:
+            raise ReadOnlyError(reader._transaction.read_only_message(f"{describe(changed)} was changed"))
+
+    async def give_way(self) -> None:
+        """End the read transaction, so that its connection is free; keep its objects attached and readable."""
+        reader = self._reader
+        if reader is None or reader._transaction.phase in (Phase.YIELDED, Phase.ENDED):
+            return
+        transaction, session = reader._transaction, reader._session
+        transaction.owner.check()
+        self.refuse_unsaved()
+        if session is None:
+            self._reader = None
+            return
+        if transaction.connection is not None and transaction.damage.mark is None:
+            transaction.phase = Phase.COMMITTING
+            try:
+                # COMMIT, not ROLLBACK: a rollback expires the objects, and reading them would need the connection.
+                await session.run_sync(lambda sync_session: sync_session.commit())
+            except SQLAlchemyError as error:
+                logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
+                await self.end_reading()
+                return
+        elif transaction.connection is not None:
+            await self.end_reading()
+            return
+        transaction.phase = Phase.YIELDED
+        transaction.connection = None
+        transaction.engine = None
+        turns = transaction.database.turns()
+        if turns is not None:
+            turns.give_back(transaction)
+
+    async def end_reading(self) -> None:
+        """Close the read session; its objects are detached, and refused by later units of this scope."""
+        reader, self._reader = self._reader, None
+        if reader is None or reader._transaction.phase is Phase.ENDED:
+            return
+        if reader._session is not None:
+            reader._transaction.taint(reader._session.sync_session, self.tainted, "read")
+        await roll_back(reader, None)
+
+
+class ScopePlace(ManagerPlace):
+    """A scope is open here."""
+
+    __slots__ = ("scope",)
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope.manager)
+        self.scope = scope
+
+    def unit(self) -> UnitOfWork[Any]:
+        if self.closed:
+            raise NoUnitError(
+                "the scope that was open here has ended; in a task that outlives it, or a background task, "
+                "call a @transactional function, which opens its own unit"
+            )
+        return self.scope.read_unit()
+
+
+class ScopeContext:
+    """``async with manager.scope()``."""
+
+    __slots__ = ("_place", "_scope")
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        self._scope = Scope(manager)
+        self._place = ScopePlace(self._scope)
+
+    async def __aenter__(self) -> Scope:
+        push(self._place)
+        return self._scope
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pop(self._place)
+        try:
+            if error is None:
+                self._scope.refuse_unsaved()
+        finally:
+            await self._scope.end_reading()
+
+
+def _places(using: str | UnitOfWorkManager[Any]) -> Iterator[ManagerPlace]:
+    """Yield the places of one manager, innermost first."""
+    for place in current_place() or ():
+        assert isinstance(place, ManagerPlace)
+        if place.name == using or place.manager is using:
+            yield place
+
+
+def _place(using: str | UnitOfWorkManager[Any]) -> ManagerPlace | None:
+    return next(_places(using), None)
+
+
+def find_manager(using: str | UnitOfWorkManager[Any], who: str) -> UnitOfWorkManager[Any]:
+    """Return the manager that `using` names in this context.
+
+    Raises:
+        NoManagerError: none is activated under that name.
+    """
+    if not isinstance(using, str):
+        return using
+    place = _place(using)
+    if place is None:
+        raise NoManagerError(
+            f"{who} found no manager {using!r}; activate one with 'with manager.activate():', or run it behind a middleware"
+        )
+    return place.manager
+
+
+def open_unit(manager: UnitOfWorkManager[Any]) -> tuple[UnitOfWork[Any] | None, UnitPlace | None]:
+    """Return the unit that a call of this manager would join, and its place."""
+    place = _place(manager)
+    if isinstance(place, UnitPlace):
+        return place.open_unit(), place
+    return None, None
+
+
+def surrounding_scope(manager: UnitOfWorkManager[Any]) -> Scope | None:
+    """Return the open scope of this manager, whatever units lie between."""
+    return next((p.scope for p in _places(manager) if isinstance(p, ScopePlace) and not p.closed), None)
+
+
+def surrounding_transactions() -> tuple[Transaction, ...]:
+    """Return the transactions of all units open around here, of any manager."""
+    units = (place.open_unit() for place in current_place() or () if isinstance(place, UnitPlace))
+    return tuple(unit._transaction for unit in units if unit is not None)
+
+
+def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:
+    """Return the unit of work of this context.
+
+    In a scope, outside any transactional function, that is the scope's read-only unit.
+
+    Args:
+        using: the name of a manager, or the manager itself.
+
+    Raises:
+        NoUnitError: none is open, or the one that was open here has ended.
+        NoManagerError: no manager of that name is activated.
+        TaskBoundaryError: another live task uses it, or this is a worker thread.
+    """
+    place = _place(using)
+    if place is None:
+        if isinstance(using, str):
+            find_manager(using, "current_unit()")
+        raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
+    return place.unit()
+
+
+def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> AsyncSession:
+    """Return the session of this context's unit of work; see `current_unit`.
+
+    Args:
+        using: the name of a manager, or the manager itself.
+
+    Raises:
+        NoUnitError: none is open, or the one that was open here has ended.
+        NoManagerError: no manager of that name is activated.
+        TaskBoundaryError: another live task uses it, or this is a worker thread.
+    """
+    session: AsyncSession = current_unit(using).session
+    return session
+
+
+def _unit_for_hooks(what: str) -> UnitOfWork[Any]:
+    unit = current_unit()
+    if unit._transaction.scope_read:
+        raise NoUnitError(f"{what}() was called outside a unit of work; call it inside a @transactional function")
+    return unit
+
+
+def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `hook` once after the current unit has committed; see `UnitOfWork.after_commit`.
+
+    It is for the manager named "default"; for another one use ``current_unit("name").after_commit(...)``.
+
+    Raises:
+        NoUnitError: no unit is open here.
+    """
+    _unit_for_hooks("after_commit").after_commit(hook, *args, **kwargs)
+
+
+def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `hook` inside the transaction at the end of the current unit; see `UnitOfWork.before_commit`.
+
+    Raises:
+        NoUnitError: no unit is open here.
+    """
+    _unit_for_hooks("before_commit").before_commit(hook, *args, **kwargs)
+
+
+def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `hook` after a rollback of the current unit or savepoint; see `UnitOfWork.after_rollback`.
+
+    Raises:
+        NoUnitError: no unit is open here.
+    """
+    _unit_for_hooks("after_rollback").after_rollback(hook, *args, **kwargs)

@@ -1,0 +1,156 @@
+"""What a manager is bound to: one engine, the sessions made over it, and what is known of its server."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import StaticPool
+
+from sqla_uow._isolation import engine_options, family_of
+from sqla_uow._session import UnitSession, install, unit_session_class
+from sqla_uow._turns import Turns
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.pool import Pool
+
+    from sqla_uow._transaction import Transaction
+    from sqla_uow.typing import IsolationLevel
+
+__all__ = ["Database"]
+
+S = TypeVar("S", bound=AsyncSession)
+
+_turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
+
+
+class Database(Generic[S]):
+    """One engine and the class of its sessions.
+
+    Args:
+        bind: an async engine, or an `async_sessionmaker` bound to one.
+
+    Raises:
+        TypeError: neither of them; or a maker with ``binds=``, without a bind, or bound to a connection; or one whose
+            session class cannot be made as a unit needs it.
+        ValueError: an engine in AUTOCOMMIT, where there is no transaction.
+    """
+
+    def __init__(self, bind: AsyncEngine | async_sessionmaker[S]) -> None:
+        self.engine, self._maker = _engine_and_maker(bind)
+        self.sync_engine: Engine = self.engine.sync_engine
+        self.family = family_of(self.sync_engine.dialect)
+        configured = self.sync_engine.get_execution_options().get("isolation_level")
+        # create_engine(isolation_level=) is kept in no public place.
+        configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)
+        if str(configured).upper() == "AUTOCOMMIT":
+            raise ValueError(
+                "the engine is in AUTOCOMMIT, where nothing can be rolled back; pass one without isolation_level='AUTOCOMMIT'"
+            )
+        self._configured: str | None = configured
+        self._session_class = unit_session_class(_sync_class(self._maker))
+        self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
+        self.limits_statements = bool(getattr(self.sync_engine.dialect, "is_mariadb", False))
+        self._make(self.engine)
+        install(self.sync_engine)
+
+    @property
+    def pool(self) -> Pool:
+        return self.sync_engine.pool
+
+    def session(self, transaction: Transaction) -> S:
+        """Make the session of one unit; no connection is taken."""
+        key = (transaction.isolation, transaction.read_only)
+        engine = self._engines.get(key)
+        if engine is None:
+            options = engine_options(self.family, transaction.isolation, read_only=transaction.read_only)
+            engine = self.engine.execution_options(**options) if options else self.engine
+            self._engines[key] = engine
+        session = self._make(engine)
+        sync_session = session.sync_session
+        assert isinstance(sync_session, UnitSession)
+        sync_session.transaction_of_unit = transaction
+        return session
+
+    def turns(self) -> Turns | None:
+        """Return the queue of the writers, on SQLite."""
+        if self.family != "sqlite":
+            return None
+        pool = self.pool
+        turns = _turns.get(pool)
+        if turns is None:
+            turns = _turns[pool] = Turns(everyone=isinstance(pool, StaticPool))
+        return turns
+
+    def capacity(self) -> int | None:
+        """Return how many connections the pool can lend, None where there is no limit."""
+        pool: Any = self.pool
+        # QueuePool keeps its overflow in no public place; -1 is no limit.
+        overflow = getattr(pool, "_max_overflow", None)
+        if overflow is None or overflow < 0:
+            return None
+        return int(pool.size()) + int(overflow)
+
+    def default_isolation(self) -> str | None:
+        """Return the level of a unit that asks for none; None before the first connection."""
+        if self.family == "sqlite":
+            return "SERIALIZABLE"
+        if self._configured is not None:
+            return self._configured
+        # Set by the first connection to what the server says, so a server's own configuration counts.
+        return getattr(self.sync_engine.dialect, "default_isolation_level", None)
+
+    def is_open(self, connection: Connection | None) -> bool:
+        """Say whether the driver still believes in its connection; if not, nothing we send can arrive."""
+        if connection is None or connection.closed or connection.invalidated:
+            return False
+        raw: Any = connection.connection.driver_connection
+        if hasattr(raw, "is_closed"):  # asyncpg
+            return not raw.is_closed()
+        return not getattr(raw, "closed", False)
+
+    def _make(self, engine: AsyncEngine) -> S:
+        try:
+            return self._maker(
+                bind=engine,
+                expire_on_commit=False,
+                close_resets_only=False,
+                sync_session_class=self._session_class,
+            )
+        except TypeError as error:
+            raise TypeError(
+                f"{self._maker.class_.__name__} cannot be made with expire_on_commit, close_resets_only and "
+                "sync_session_class; let its __init__ pass keyword arguments on to AsyncSession"
+            ) from error
+
+
+def _engine_and_maker(bind: object) -> tuple[AsyncEngine, async_sessionmaker[Any]]:
+    if isinstance(bind, AsyncEngine):
+        return bind, async_sessionmaker(bind)
+    if not isinstance(bind, async_sessionmaker):
+        raise TypeError(
+            f"UnitOfWorkManager got {type(bind).__name__}; pass an AsyncEngine of create_async_engine(), "
+            "or an async_sessionmaker bound to one"
+        )
+    if bind.kw.get("binds"):
+        raise TypeError("the sessionmaker has binds=, but a unit is one transaction on one engine; make a manager for each")
+    engine = bind.kw.get("bind")
+    if not isinstance(engine, AsyncEngine):
+        found = "no bind" if engine is None else f"a bind of type {type(engine).__name__}"
+        raise TypeError(f"the sessionmaker has {found}; bind it to an AsyncEngine")
+    return engine, bind
+
+
+def _sync_class(maker: async_sessionmaker[Any]) -> type[Session]:
+    cls = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
+    if not isinstance(cls, type) or not issubclass(cls, Session):
+        raise TypeError(f"sync_session_class is {cls!r}, not a class of Session; pass a subclass of sqlalchemy.orm.Session")
+    if cls.get_bind is not Session.get_bind:
+        raise TypeError(
+            f"{cls.__name__} chooses its engine in get_bind(), but a unit is one transaction on one engine; "
+            "make a manager for each engine"
+        )
+    return cls

@@ -1,0 +1,140 @@
+"""`transactional`: the same name for ``@transactional`` and ``@transactional(...)``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+
+from sqla_uow._attempts import Attempts
+from sqla_uow._context import find_manager
+from sqla_uow._isolation import check_level
+from sqla_uow._manager import UnitOfWorkManager
+from sqla_uow._options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from sqla_uow._retry import RetryPolicy
+    from sqla_uow.typing import IsolationLevel, Propagation
+
+__all__ = ["transactional"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Transactional(Protocol):
+    """What ``transactional(...)`` returns: a decorator that keeps the signature."""
+
+    def __call__(self, func: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+
+
+@overload
+def transactional(func: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, Coroutine[Any, Any, R]]: ...
+@overload
+def transactional(
+    *,
+    using: str | UnitOfWorkManager[Any] = ...,
+    retries: int | None = ...,
+    isolation: IsolationLevel | None = ...,
+    read_only: bool = ...,
+    propagation: Propagation = ...,
+    timeout: float | None = ...,
+    retry: RetryPolicy | None = ...,
+    retry_on: Callable[[BaseException], bool] | None = ...,
+) -> Transactional: ...
+def transactional(
+    func: Callable[..., Any] | None = None,
+    /,
+    *,
+    using: str | UnitOfWorkManager[Any] = "default",
+    retries: int | None = None,
+    isolation: IsolationLevel | None = None,
+    read_only: bool = False,
+    propagation: Propagation = "required",
+    timeout: float | None = None,
+    retry: RetryPolicy | None = None,
+    retry_on: Callable[[BaseException], bool] | None = None,
+) -> Any:
+    """Run an ``async def`` function in a unit of work.
+
+    The outermost transactional function owns the unit: it begins it, commits it, and runs the function again, with the
+    same arguments in a new session and transaction, when the database reports a conflict.  So the function must be safe
+    to run again: what is not in the transaction (mails, files, caches) belongs into `after_commit`.
+
+    Args:
+        func: the function, where there are no options.
+        using: the name of an activated manager, or the manager itself.
+        retries: how often the function may be run *again*: 5 is up to six runs.  None is the manager's number.
+        isolation: the level its unit must have; None is the manager's.
+        read_only: refuse writes, in the database as well.
+        propagation: what to do when a unit is open already. ``"required"`` joins it; ``"nested"`` makes a savepoint in it;
+            ``"requires_new"`` begins another beside it, on a connection of its own; ``"mandatory"`` joins, and refuses to
+            begin; ``"durable"`` begins, and refuses to join.
+        timeout: seconds for all attempts and waits together; None is the manager's.
+        retry: how long to wait between attempts; None is the manager's.
+        retry_on: called with the exception where nothing says that it can be retried; return True to retry.  For one
+            function that knows better: an allocator of keys that wants to try another one after a unique violation.
+
+    Raises:
+        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type.
+        ValueError: at decoration, or at the call for what depends on the database: an option that cannot be.
+
+    Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
+    `RollbackOnlyError`, `AfterCommitError`, `PropagationError`, `TaskBoundaryError`, `NoManagerError`.
+    """
+    if not isinstance(using, str | UnitOfWorkManager) or using == "":
+        raise TypeError(f"transactional(using={using!r}) names no manager; pass its name, or the UnitOfWorkManager")
+
+    def decorate(function: Callable[..., Any], /) -> Any:
+        inner = function.__func__ if isinstance(function, classmethod | staticmethod) else function
+        who = _check_function(inner)
+        options = Options(
+            who=f"{who}()", isolation=isolation, read_only=read_only, propagation=propagation,
+            retries=retries, timeout=timeout, retry=retry, retry_on=retry_on,
+        )  # fmt: skip
+        if isinstance(using, UnitOfWorkManager):
+            check_level(using._database.family, isolation, who=options.who)
+        wrapped = _wrap(inner, using, options)
+        return type(function)(wrapped) if isinstance(function, classmethod | staticmethod) else wrapped
+
+    return decorate if func is None else decorate(func)
+
+
+def _check_function(function: object) -> str:
+    """Return the function's name, or refuse it.
+
+    Raises:
+        TypeError: not an ``async def`` function.
+    """
+    name = getattr(function, "__qualname__", repr(function)).rpartition("<locals>.")[2]
+    if inspect.iscoroutinefunction(function):
+        return str(name)
+    if inspect.isasyncgenfunction(function):
+        what, remedy = "an async generator", "collect what it yields, or use 'async with manager.begin()' in its caller"
+    elif inspect.isgeneratorfunction(function):
+        what, remedy = "a generator", "make it an 'async def' that returns a list"
+    elif callable(function):
+        what, remedy = "not an 'async def' function", "make it one; sync code cannot await an AsyncSession"
+    else:
+        what, remedy = f"a {type(function).__name__}", "decorate an 'async def' function"
+    raise TypeError(f"@transactional got {name}, which is {what}; {remedy}")
+
+
+def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], options: Options) -> Any:
+    @functools.wraps(function)
+    async def transactional_call(*args: Any, **kwargs: Any) -> Any:
+        manager = find_manager(using, options.who)
+        if manager._to_join(options) is not None:
+            async with manager._enter(options):
+                return await function(*args, **kwargs)
+        if options.isolation is not None:
+            check_level(manager._database.family, options.isolation, who=options.who)
+        result: Any = None
+        async for attempt in Attempts(manager, options):
+            async with attempt:
+                result = await function(*args, **kwargs)
+        return result
+
+    return transactional_call

@@ -1,0 +1,331 @@
+"""The end of a unit: prepare, COMMIT or ROLLBACK, close.
+
+From the moment COMMIT is handed over until the connection is back, the work runs in a task of its own under a shield,
+because a cancellation there would leave an outcome that nobody knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy.exc import DBAPIError
+
+from sqla_uow._classify import Failure, Kind, classify
+from sqla_uow._hooks import run_best_effort, run_collecting
+from sqla_uow._shield import shielded
+from sqla_uow._transaction import Phase, Transaction
+from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
+from sqla_uow.typing import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.orm import Session
+
+    from sqla_uow._unit import UnitOfWork
+    from sqla_uow._verify import Witness
+
+__all__ = ["COMMIT_SECONDS", "Ended", "commit", "prepare", "roll_back"]
+
+logger = logging.getLogger("sqla_uow")
+
+COMMIT_SECONDS = 10.0
+"""How long a COMMIT may still take after its caller was cancelled; then its outcome is called ambiguous."""
+ROLLBACK_SECONDS = 10.0
+"""How long a ROLLBACK may take; then the connection is discarded, which rolls back too."""
+IDLE_SECONDS = 5.0
+"""How long the end of a unit waits for a statement that another task has in flight."""
+HOOK_SECONDS = 10.0
+"""How long the hooks may still take after their caller was cancelled."""
+# The server has ended these before COMMIT reached it: it was idle in the transaction (PostgreSQL).
+_ENDED_BEFORE = frozenset({"25P03", "25P04"})
+
+
+class Ended(NamedTuple):
+    """How a unit ended: the error to raise, if any, and what the database said, if that is why."""
+
+    error: BaseException | None = None
+    failure: Failure | None = None
+
+
+async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> None:
+    """Do what may still fail before COMMIT: hooks, checks, flush."""
+    transaction = unit._transaction
+    hooks = transaction.hooks.before_commit
+    while hooks:
+        await hooks.pop(0).run()
+    if transaction.damage.mark is not None:
+        transaction.check_sound()
+    if guard is not None:
+        guard()
+    session = unit._session
+    if session is not None:
+        sync_session = session.sync_session
+        if sync_session.new or sync_session.dirty or sync_session.deleted:
+            await session.flush()
+    transaction.owner.check()
+
+
+async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
+    """Commit and close; never raises.
+
+    Args:
+        unit: prepared; its place is closed.
+        witness: settles an unknown outcome, or None to raise it.
+    """
+    transaction, session = unit._transaction, unit._session
+    if session is None or transaction.connection is None:
+        _close_unused(unit)
+        return await _committed(unit, None)
+    work = session.run_sync(_commit_and_close, transaction, witness)
+    if transaction.read_only:
+        try:
+            await work
+        except BaseException as error:
+            return await roll_back(unit, error, _failure_at_commit(transaction, error))
+        return await _committed(unit, None)
+    limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
+    outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
+    error = await _result(outcome.task)
+    if error is None:
+        return await _committed(unit, outcome.cancelled)
+    failure = _failure_at_commit(transaction, error)
+    if failure is not None and failure.kind is Kind.AMBIGUOUS:
+        return await _ambiguous(unit, error, witness, outcome.cancelled)
+    return await roll_back(unit, outcome.cancelled or error, failure)
+
+
+async def _result(task: asyncio.Task[None]) -> BaseException | None:
+    """Return what the task raised; cancel it first if its time was up."""
+    if not task.done():
+        task.cancel("the time for COMMIT is up")
+        stopped = await shielded(asyncio.wait({task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+        if not stopped.task.done():
+            stopped.task.cancel()
+            return TimeoutError("COMMIT was not answered in time, and could not be stopped either")
+    if task.cancelled():
+        return TimeoutError("COMMIT was not answered in time")
+    return task.exception()
+
+
+def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
+    transaction.phase = Phase.COMMITTING
+    if witness is not None and transaction.wrote and transaction.connection is not None:
+        witness.sign(transaction.connection)
+    session.commit()
+    transaction.phase = Phase.ENDING
+    try:
+        session.close()
+    except Exception as error:  # committed: trouble with the connection must not look like trouble with the data
+        logger.warning("closing a session after its COMMIT failed (%s); the work is committed", type(error).__name__)
+
+
+def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failure | None:
+    """Say what an error of COMMIT means: answered with a refusal, never sent, or unknown."""
+    sent = transaction.phase is Phase.SENT
+    if isinstance(error, DBAPIError):
+        failure = classify(error)
+        unknown = error.connection_invalidated and not (failure is not None and failure.code in _ENDED_BEFORE)
+        if failure is not None and failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT):
+            unknown = False
+    else:
+        failure = classify(error) if isinstance(error, Exception) else None
+        unknown = failure is None
+    if sent and not transaction.read_only and (unknown or (failure is not None and failure.kind is Kind.AMBIGUOUS)):
+        return Failure(Kind.AMBIGUOUS, None if failure is None else failure.code, error)
+    if failure is not None and failure.kind is Kind.AMBIGUOUS:
+        return Failure(Kind.LOST, failure.code, error)
+    return failure
+
+
+async def _ambiguous(
+    unit: UnitOfWork[Any], error: BaseException, witness: Witness | None, cancelled: asyncio.CancelledError | None
+) -> Ended:
+    transaction = unit._transaction
+    verdict: bool | None = None
+    await _discard(unit)
+    if witness is not None and witness.signed and cancelled is None:
+        asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
+        cancelled = asked.cancelled
+        verdict = await _verdict(asked.task)
+    if verdict is True:
+        return await _committed(unit, cancelled)
+    if verdict is False:
+        ended = await roll_back(unit, cancelled or error, Failure(Kind.LOST, None, error))
+        return ended if cancelled is None else Ended(cancelled)
+    unit._final = Status.AMBIGUOUS
+    _release(transaction)
+    logger.error("COMMIT of %s was sent and its answer is unknown", transaction.name)
+    if cancelled is not None:
+        return Ended(_noted(cancelled, unit))
+    ambiguous = AmbiguousCommitError(
+        f"COMMIT of {transaction.name} was sent and its answer is unknown; look in the database whether the work is there "
+        "before doing it again, or let ambiguous_commit='verify' look",
+        unit=unit,
+    )
+    ambiguous.__cause__ = error
+    return Ended(ambiguous)
+
+
+async def _verdict(task: asyncio.Task[bool | None]) -> bool | None:
+    if not task.done():
+        task.cancel()
+        return None
+    if task.cancelled():
+        return None
+    if (error := task.exception()) is not None:
+        logger.warning("the outcome of a COMMIT could not be verified (%s)", type(error).__name__)
+        return None
+    return task.result()
+
+
+async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | None) -> Ended:
+    """Note the outcome, free everything, run the hooks."""
+    transaction = unit._transaction
+    unit._final = Status.COMMITTED
+    _release(transaction)
+    failures: list[Exception] = []
+    hooks = transaction.hooks
+    if hooks.after_commit:
+        # Once the caller is cancelled the hooks have a bound of their own, from now on.
+        limit = None if cancelled is None else HOOK_SECONDS
+        outcome = await shielded(run_collecting(hooks.after_commit), grace=HOOK_SECONDS, limit=limit)
+        cancelled = cancelled or outcome.cancelled
+        failures = await _hook_failures(outcome.task, transaction.name)
+    if hooks.undone:
+        await shielded(run_best_effort(hooks.undone), grace=HOOK_SECONDS)
+    if cancelled is not None:
+        for failure in failures:
+            logger.error("after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure)
+        return Ended(_noted(cancelled, unit))
+    if failures:
+        plural = "hook" if len(failures) == 1 else "hooks"
+        return Ended(
+            AfterCommitError(
+                f"{transaction.name} is committed, but {len(failures)} after_commit {plural} failed; "
+                "repeat what they do, not the function",
+                failures,
+            )
+        )
+    return Ended()
+
+
+async def _hook_failures(task: asyncio.Task[list[Exception]], name: str) -> list[Exception]:
+    if not task.done():
+        task.cancel()
+        logger.error("after_commit hooks of %s took more than %s s after a cancellation; stopped", name, HOOK_SECONDS)
+        return []
+    return [] if task.cancelled() else task.result()
+
+
+async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure: Failure | None = None) -> Ended:
+    """Roll back and close; never raises, and never replaces `error` by trouble of its own.
+
+    Args:
+        unit: its place is closed.
+        error: why; None where the owner asked for it.
+        failure: what the database said at COMMIT.
+    """
+    transaction, session = unit._transaction, unit._session
+    cancelled: asyncio.CancelledError | None = None
+    if session is None or (transaction.connection is None and transaction.owner.in_flight is None):
+        _close_unused(unit)
+    else:
+        cancelled = await _stop_and_roll_back(unit)
+    unit._final = unit._final or Status.ROLLED_BACK
+    _release(transaction)
+    hooks = transaction.hooks
+    due = hooks.undone + hooks.after_rollback
+    if due:
+        outcome = await shielded(run_best_effort(due), grace=HOOK_SECONDS)
+        cancelled = cancelled or outcome.cancelled
+    if cancelled is not None and not isinstance(error, asyncio.CancelledError):
+        if error is not None:
+            cancelled.__context__ = error
+        error, failure = cancelled, None
+    if isinstance(error, asyncio.CancelledError):
+        _noted(error, unit)
+    return Ended(error, failure)
+
+
+async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError | None:
+    transaction, session = unit._transaction, unit._session
+    assert session is not None
+    cancelled: asyncio.CancelledError | None = None
+    idle = transaction.owner.busy_elsewhere()
+    discard = False
+    if idle is not None:
+        # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
+        waited = await shielded(asyncio.wait({idle}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+        cancelled = waited.cancelled
+        discard = not idle.done()
+        if not waited.task.done():
+            waited.task.cancel()
+    outcome = await shielded(
+        session.run_sync(_roll_back_and_close, transaction, discard), grace=ROLLBACK_SECONDS, limit=ROLLBACK_SECONDS
+    )
+    if not outcome.task.done():
+        outcome.task.cancel()
+        await shielded(asyncio.wait({outcome.task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+        logger.warning("ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS)
+    elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
+        logger.warning("closing %s failed (%s)", transaction.name, type(trouble).__name__)
+    return cancelled or outcome.cancelled
+
+
+def _roll_back_and_close(session: Session, transaction: Transaction, discard: bool) -> None:
+    transaction.phase = Phase.ENDING
+    connection = transaction.connection
+    try:
+        if not discard:
+            # Explicitly: close() alone hands an open transaction to the pool if a refused COMMIT ended SQLAlchemy's own.
+            session.rollback()
+            if connection is not None and not connection.closed and connection.in_transaction():
+                connection.rollback()
+    except Exception as error:
+        logger.warning("ROLLBACK of %s failed (%s); its connection is discarded", transaction.name, type(error).__name__)
+        discard = True
+    try:
+        if discard and connection is not None and not connection.closed:
+            connection.invalidate()
+    finally:
+        session.close()
+
+
+async def _discard(unit: UnitOfWork[Any]) -> None:
+    """Give up the connection of an unknown COMMIT: whatever arrives on it later must reach nobody else."""
+    session = unit._session
+    assert session is not None
+    outcome = await shielded(
+        session.run_sync(_roll_back_and_close, unit._transaction, True), grace=ROLLBACK_SECONDS, limit=ROLLBACK_SECONDS
+    )
+    if not outcome.task.done():
+        outcome.task.cancel()
+    elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
+        logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
+
+
+def _close_unused(unit: UnitOfWork[Any]) -> None:
+    """Close a session that holds no connection: nothing is sent, so nothing has to be awaited."""
+    unit._transaction.phase = Phase.ENDING
+    if unit._session is not None:
+        unit._session.sync_session.close()
+
+
+def _release(transaction: Transaction) -> None:
+    turns = transaction.database.turns()
+    if turns is not None:
+        turns.give_back(transaction)
+    transaction.phase = Phase.ENDED
+    transaction.connection = None
+    transaction.engine = None
+    transaction.enclosing = ()
+    transaction.owner.release()
+
+
+def _noted(cancelled: asyncio.CancelledError, unit: UnitOfWork[Any]) -> asyncio.CancelledError:
+    status = "unknown" if unit.status is Status.AMBIGUOUS else unit.status.value
+    cancelled.add_note(f"sqla_uow: cancelled; the outcome of {unit._transaction.name} is: {status}")
+    return cancelled

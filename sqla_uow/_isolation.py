@@ -1,0 +1,139 @@
+"""Isolation levels, their order, and how each database is told; SQLite's BEGIN."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, get_args
+
+from sqla_uow.typing import IsolationLevel
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Dialect
+
+__all__ = ["LEVELS", "check_level", "engine_options", "family_of", "is_weaker_or_same", "limit_statement", "opening"]
+
+LEVELS: tuple[IsolationLevel, ...] = get_args(IsolationLevel)
+"""Weakest first."""
+
+_FAMILIES = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
+# PostgreSQL accepts READ UNCOMMITTED and runs READ COMMITTED; SQLite has one level.  Neither is passed off as another.
+_OFFERED: dict[str, tuple[IsolationLevel, ...]] = {
+    "postgresql": LEVELS[1:],
+    "mysql": LEVELS,
+    "sqlite": ("SERIALIZABLE",),
+}
+_TRANSACTION_TIMEOUT_SINCE = (17,)  # PostgreSQL: transaction_timeout
+_LIMITABLE = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
+
+
+def family_of(dialect: Dialect) -> str:
+    """Return which way of speaking this dialect needs; its own name where it has none of the three."""
+    return _FAMILIES.get(dialect.name, dialect.name)
+
+
+def check_level(family: str, isolation: object, *, who: str) -> None:
+    """Refuse a level that does not exist, or that this database does not have.
+
+    Raises:
+        ValueError: with what would be right.
+    """
+    if isolation is None:
+        return
+    if isolation not in LEVELS:
+        raise ValueError(f"{who} asks for isolation {isolation!r}, which is no SQL level; use one of {', '.join(LEVELS)}")
+    offered = _OFFERED.get(family, LEVELS)
+    if isolation not in offered:
+        raise ValueError(
+            f"{who} asks for isolation {isolation!r}, which {family} does not have; use {' or '.join(map(repr, offered))}"
+        )
+
+
+def is_weaker_or_same(asked: str, given: str) -> bool:
+    """Say whether a unit at level `given` honours a call that asks for `asked`."""
+    order = {level: rank for rank, level in enumerate(LEVELS)}
+    return order.get(asked, len(LEVELS)) <= order.get(given.replace("_", " ").replace("-", " ").upper(), -1)
+
+
+def engine_options(family: str, isolation: IsolationLevel | None, *, read_only: bool) -> dict[str, Any]:
+    """Return the execution options that make SQLAlchemy begin so, at no extra round trip, where it can."""
+    options: dict[str, Any] = {}
+    if family in ("mysql", "sqlite"):  # told in `opening`: SET SESSION would cost four round trips, PRAGMAs do nothing
+        return options
+    if isolation is not None:
+        options["isolation_level"] = isolation
+    if read_only and family == "postgresql":
+        options["postgresql_readonly"] = True
+    return options
+
+
+def opening(
+    connection: Connection, family: str, isolation: IsolationLevel | None, *, read_only: bool, seconds: float | None
+) -> None:
+    """Send what this transaction needs before its first statement.
+
+    Args:
+        connection: just begun, nothing sent yet.
+        family: see `family_of`.
+        isolation: the level, or None for the database's default.
+        read_only: have the database refuse writes.
+        seconds: what is left of the deadline, for the server to enforce as well.
+    """
+    if family == "postgresql":
+        if seconds is not None:
+            connection.exec_driver_sql(_postgresql_limits(connection, seconds))
+    elif family == "mysql":
+        parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
+        parts += ["READ ONLY"] if read_only else []
+        if parts:  # one shot: in force for the next transaction only, so nothing has to be set back
+            connection.exec_driver_sql(f"SET TRANSACTION {', '.join(parts)}")
+    elif family == "sqlite":
+        _open_sqlite(connection, read_only=read_only, seconds=seconds)
+
+
+def _postgresql_limits(connection: Connection, seconds: float) -> str:
+    limit = f"'{max(1, round(seconds * 1000))}ms', true)"
+    settings = f"SELECT set_config('statement_timeout', {limit}"
+    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:  # type: ignore[attr-defined]
+        # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
+        late = f"'{max(1, round(seconds * 1000)) + 1000}ms', true)"
+        settings += f", set_config('transaction_timeout', {late}"
+    return settings
+
+
+def limit_statement(statement: str, seconds: float) -> str:
+    """Give MariaDB what is left of the deadline with the statement itself: no round trip, nothing to set back."""
+    if _LIMITABLE.match(statement) is None:
+        return statement
+    return f"SET STATEMENT max_statement_time={max(seconds, 0.001):.3f} FOR {statement}"
+
+
+BUSY_KEY = "sqla_uow.busy_timeout"
+QUERY_ONLY_KEY = "sqla_uow.query_only"
+
+
+def _open_sqlite(connection: Connection, *, read_only: bool, seconds: float | None) -> None:
+    info = connection.info
+    if seconds is not None:
+        if BUSY_KEY not in info:
+            info[BUSY_KEY] = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={max(0, round(seconds * 1000))}")
+    if read_only:
+        info[QUERY_ONLY_KEY] = True
+        connection.exec_driver_sql("PRAGMA query_only=1")
+    raw: Any = connection.connection.driver_connection
+    if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken; two would be an error
+        # IMMEDIATE: a writer that began as a reader fails with SQLITE_BUSY_SNAPSHOT, and waiting never helps it.
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def restore_sqlite(dbapi_connection: Any, info: dict[str, Any]) -> None:
+    """Undo what `opening` set on a pooled SQLite connection, before the next user gets it."""
+    pragmas = []
+    if info.pop(QUERY_ONLY_KEY, False):
+        pragmas.append("PRAGMA query_only=0")
+    if BUSY_KEY in info:
+        pragmas.append(f"PRAGMA busy_timeout={int(info.pop(BUSY_KEY))}")
+    for pragma in pragmas:
+        cursor = dbapi_connection.cursor()
+        cursor.execute(pragma)
+        cursor.close()

@@ -1,0 +1,121 @@
+"""Frames inside an open unit: joined calls and savepoints."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sqla_uow._shield import shielded
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.orm import SessionTransaction
+
+    from sqla_uow._options import Options
+    from sqla_uow._unit import UnitOfWork
+
+__all__ = ["Joined", "Nested"]
+
+logger = logging.getLogger("sqla_uow")
+S = TypeVar("S", bound=AsyncSession)
+
+SAVEPOINT_SECONDS = 5.0
+"""How long rolling back a savepoint may take after a cancellation; the unit's own end cleans up what is left."""
+
+
+class Joined(Generic[S]):
+    """A call that runs in the unit that is open: sends nothing of its own, but flushes at its end."""
+
+    __slots__ = ("_options", "_unit")
+
+    def __init__(self, unit: UnitOfWork[S], options: Options) -> None:
+        self._unit = unit
+        self._options = options
+
+    async def __aenter__(self) -> UnitOfWork[S]:
+        transaction, options = self._unit._transaction, self._options
+        transaction.owner.check()
+        transaction.check_join(options.who, options.isolation, read_only=options.read_only)
+        transaction.joined += 1
+        if options.retries:
+            logger.debug("%s joins %s, which alone retries", options.who, transaction.name)
+        return self._unit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        transaction = self._unit._transaction
+        transaction.joined -= 1
+        if error is None:
+            try:
+                await flush(self._unit)
+            except BaseException as raised:
+                transaction.damage.add(raised)
+                raise
+        else:
+            transaction.damage.add(error)
+
+
+async def flush(unit: UnitOfWork[S]) -> None:
+    """Send what is pending, so that its errors surface here."""
+    session = unit._session
+    if session is not None:
+        sync_session = session.sync_session
+        if sync_session.new or sync_session.dirty or sync_session.deleted:
+            await session.flush()
+
+
+class Nested(Generic[S]):
+    """A savepoint in the unit that is open: rolled back alone when its body fails, unless the failure is a conflict."""
+
+    __slots__ = ("_joined", "_savepoint", "_unit")
+
+    def __init__(self, unit: UnitOfWork[S], options: Options) -> None:
+        self._joined = Joined(unit, options)
+        self._unit = unit
+        self._savepoint: SessionTransaction | None = None
+
+    async def __aenter__(self) -> UnitOfWork[S]:
+        unit = await self._joined.__aenter__()
+        try:
+            self._savepoint = await unit.session.run_sync(lambda session: session.begin_nested())
+        except BaseException:
+            unit._transaction.joined -= 1
+            raise
+        return unit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        unit, savepoint = self._unit, self._savepoint
+        assert savepoint is not None
+        unit._transaction.joined -= 1
+        if error is None:
+            try:
+                unit._transaction.check_usable()
+                await unit.session.run_sync(lambda _: savepoint.commit())
+            except BaseException:
+                await self._roll_back(savepoint)
+                raise
+        else:
+            await self._roll_back(savepoint)
+
+    async def _roll_back(self, savepoint: SessionTransaction) -> None:
+        """Roll back to the savepoint; its own trouble never hides why."""
+
+        def undo(_session: object) -> None:
+            if savepoint.is_active or savepoint.session.get_nested_transaction() is savepoint:
+                savepoint.rollback()
+
+        outcome = await shielded(self._unit.session.run_sync(undo), grace=SAVEPOINT_SECONDS, limit=SAVEPOINT_SECONDS)
+        if not outcome.task.done():
+            outcome.task.cancel()
+        elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
+            # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
+            self._unit._transaction.damage.add(trouble, hard=True)
+            logger.debug("rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__)
+        if outcome.cancelled is not None:
+            raise outcome.cancelled

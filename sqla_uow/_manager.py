@@ -1,0 +1,262 @@
+"""`UnitOfWorkManager`: an engine, and how units over it are begun, joined and retried."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from typing_extensions import Self
+
+from sqla_uow._attempts import Attempt, Attempts
+from sqla_uow._context import ManagerPlace, ScopeContext, open_unit
+from sqla_uow._database import Database
+from sqla_uow._isolation import check_level
+from sqla_uow._joining import Joined, Nested
+from sqla_uow._options import Options, check_retries, check_timeout
+from sqla_uow._retry import RetryPolicy
+from sqla_uow._tasks import pop, push
+from sqla_uow._transaction import Transaction
+from sqla_uow._unit import UnitOfWork
+from sqla_uow._verify import Notary, Witness
+from sqla_uow.errors import PropagationError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from types import TracebackType
+    from weakref import WeakKeyDictionary
+
+    from sqlalchemy.orm import InstanceState
+
+    from sqla_uow._context import Scope
+    from sqla_uow.typing import IsolationLevel, Propagation
+
+__all__ = ["UnitOfWorkManager"]
+
+S = TypeVar("S", bound=AsyncSession)
+
+_ON_AMBIGUOUS = Literal["raise", "verify"]
+
+
+class UnitOfWorkManager(Generic[S]):
+    """Begins units of work over one engine.  Immutable; make it once, beside the engine, and activate it.
+
+    Args:
+        bind: an `AsyncEngine`, or an `async_sessionmaker` bound to one (then units have its class of session).
+        name: by which `using=` finds it.
+        isolation: the level of units that ask for none; None leaves it to the database.
+        retries: how often a unit of a transactional function is run again after a retryable failure, where the function
+            does not say; 0 is a single run.
+        timeout: seconds that all attempts and waits of one call may take together; None is no deadline.
+        retry: how long to wait between attempts.
+        ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
+            what became of it, at the cost of one round trip in every unit that writes.
+
+    Raises:
+        TypeError, ValueError: what was passed cannot work, with what would; also an isolation level that this database
+            does not have.
+    """
+
+    def __init__(
+        self,
+        bind: AsyncEngine | async_sessionmaker[S],
+        /,
+        *,
+        name: str = "default",
+        isolation: IsolationLevel | None = None,
+        retries: int = 0,
+        timeout: float | None = None,
+        retry: RetryPolicy = RetryPolicy(),
+        ambiguous_commit: Literal["raise", "verify"] = "raise",
+    ) -> None:
+        who = f"UnitOfWorkManager {name!r}"
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"UnitOfWorkManager got name={name!r}; use a string that is not empty")
+        check_retries(0 if retries is None else retries, who)
+        check_timeout(timeout, who)
+        if ambiguous_commit not in get_args(_ON_AMBIGUOUS):
+            raise ValueError(f"{who} has ambiguous_commit={ambiguous_commit!r}, which is unknown; use 'raise' or 'verify'")
+        if not isinstance(retry, RetryPolicy):
+            raise TypeError(f"{who} has retry={retry!r}; pass a RetryPolicy, and the number as retries=")
+        self._database: Database[S] = Database(bind)
+        check_level(self._database.family, isolation, who=who)
+        self._name = name
+        self._isolation = isolation
+        self._retries = retries
+        self._timeout = timeout
+        self._retry = retry
+        self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
+
+    @property
+    def name(self) -> str:
+        """By which `using=` finds it."""
+        return self._name
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine that was passed, or that the sessionmaker is bound to."""
+        return self._database.engine
+
+    @property
+    def isolation(self) -> IsolationLevel | None:
+        """The level of units that ask for none."""
+        return self._isolation
+
+    @property
+    def retries(self) -> int:
+        """The retries of functions that do not say."""
+        return self._retries
+
+    @property
+    def timeout(self) -> float | None:
+        """The seconds of calls that do not say."""
+        return self._timeout
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How long to wait between attempts."""
+        return self._retry
+
+    def activate(self) -> AbstractContextManager[Self]:
+        """Make this the manager of its name in the ``with`` block and in the tasks started there."""
+        return _Activation(self)
+
+    def scope(self) -> AbstractAsyncContextManager[Scope]:
+        """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit."""
+        return ScopeContext(self)
+
+    def begin(
+        self,
+        *,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        propagation: Propagation = "required",
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[S]]:
+        """Return a block that is one unit: committed at its end, rolled back when an exception leaves it.
+
+        There is no retry: a block cannot be run again.  A retryable failure is `ConflictError` at once.
+
+        Args:
+            isolation: the level; None is the manager's.
+            read_only: writes are refused, by the database as well.
+            propagation: what to do when a unit is open already; see `transactional`.
+            timeout: seconds for the block; None is the manager's.
+        """
+        options = Options(
+            who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
+        )
+        check_level(self._database.family, isolation, who=options.who)
+        return self._enter(options)
+
+    def attempts(
+        self,
+        *,
+        retries: int,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncIterator[AbstractAsyncContextManager[UnitOfWork[S]]]:
+        """Return the attempts of a block that can be run again.
+
+        ::
+
+            async for attempt in manager.attempts(retries=5):
+                async with attempt as unit:
+                    ...
+
+        A retryable failure is swallowed by the block until the last attempt.  Always begins a unit of its own.
+
+        Args:
+            retries: how often the block may be run again.
+            isolation: the level; None is the manager's.
+            read_only: writes are refused, by the database as well.
+            timeout: seconds over all attempts and waits; None is the manager's.
+        """
+        options = Options(who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
+        check_level(self._database.family, isolation, who=options.who)
+        return Attempts(self, options)
+
+    def _enter(self, options: Options) -> Attempt[S] | Joined[S] | Nested[S]:
+        """Return what `options.propagation` means here: a new unit, a joined one, or a savepoint."""
+        unit = self._to_join(options)
+        if unit is None:
+            return Attempts(self, options).next()
+        return Nested(unit, options) if options.propagation == "nested" else Joined(unit, options)
+
+    def _to_join(self, options: Options) -> UnitOfWork[S] | None:
+        """Return the open unit that a call with these options joins, None if it begins one.
+
+        Raises:
+            PropagationError: there is one and must not be, or the other way round.
+        """
+        propagation = options.propagation
+        if propagation == "requires_new":
+            return None
+        unit, _place = open_unit(self)
+        if unit is None and propagation == "mandatory":
+            raise PropagationError(
+                f"{options.who} must join a unit of manager {self._name!r}, but none is open; call it from a "
+                "transactional function, or drop propagation='mandatory'"
+            )
+        if unit is not None and propagation == "durable":
+            raise PropagationError(
+                f"{options.who} must be outermost to be durable, but was called inside {unit._transaction.name}; "
+                "call it after the outer one, or drop propagation='durable'"
+            )
+        return unit
+
+    def _transaction(
+        self,
+        who: str,
+        *,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        deadline: float | None = None,
+        clock: Callable[[], float] | None = None,
+        tainted: WeakKeyDictionary[InstanceState[Any], str] | None = None,
+        enclosing: Iterable[Transaction] = (),
+        scope_read: bool = False,
+    ) -> Transaction:
+        return Transaction(
+            who,
+            self._database,
+            isolation=isolation or self._isolation,
+            read_only=read_only,
+            deadline=deadline,
+            clock=clock or self._retry.clock,
+            tainted=tainted,
+            enclosing=enclosing,
+            scope_read=scope_read,
+        )
+
+    async def _witness(self, transaction: Transaction) -> Witness | None:
+        """Return what can settle this transaction's COMMIT, if it needs any."""
+        if self._notary is None or transaction.read_only or not transaction.wrote:
+            return None
+        return await self._notary.witness()
+
+    def __repr__(self) -> str:
+        # Not the engine: its repr has the URL.
+        return f"<UnitOfWorkManager {self._name!r} on {self._database.family}>"
+
+
+class _Activation:
+    """``with manager.activate()``; every entry is a place of its own, so that it can be nested and reused."""
+
+    __slots__ = ("_manager", "_places")
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        self._manager = manager
+        self._places: list[ManagerPlace] = []
+
+    def __enter__(self) -> Any:
+        place = ManagerPlace(self._manager)
+        self._places.append(place)
+        push(place)
+        return self._manager
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pop(self._places.pop())

@@ -1,0 +1,47 @@
+"""How long to wait between two attempts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+__all__ = ["RetryPolicy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """Full-jitter backoff: before retry *n* (from 0) wait ``uniform(0, min(cap, base * 2**n))`` seconds.
+
+    Full jitter spreads competitors best (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).  The
+    defaults mean: a first wait of 5 ms on average, which is a few round trips, and never more than one second.
+
+    Args:
+        base: upper bound of the first wait, in seconds.
+        cap: upper bound of any wait, in seconds; clamped *before* the jitter, so that late waits stay spread out.
+        clock: monotonic seconds.
+        sleep: waits that many seconds, and can be cancelled.
+        rng: returns a float between its two arguments.
+
+    Raises:
+        ValueError: a bound is negative, not a number, or the cap is below the base.
+    """
+
+    base: float = 0.01
+    cap: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
+    rng: Callable[[float, float], float] = random.uniform
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.base <= self.cap < float("inf"):
+            raise ValueError(
+                f"RetryPolicy(base={self.base!r}, cap={self.cap!r}) cannot wait; use seconds with 0 <= base <= cap"
+            )
+
+    def delay(self, retry: int) -> float:
+        """Return the seconds to wait before retry number `retry`, counted from 0."""
+        # 2.0**1024 overflows; by then the cap has long decided.
+        return self.rng(0.0, min(self.cap, self.base * 2.0 ** min(retry, 1000)))

@@ -1,0 +1,296 @@
+"""The session of a unit and the listeners on its engine: everything that SQLAlchemy tells us comes in here.
+
+`UnitSession` overrides public methods of `Session` and one private one; the listeners are installed once on the engine
+that was passed and do nothing on connections that no unit uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
+
+from sqla_uow._classify import Kind, classify
+from sqla_uow._isolation import limit_statement, opening, restore_sqlite
+from sqla_uow._settle import settle
+from sqla_uow._transaction import Phase, Transaction, describe
+from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.engine import ExceptionContext, ExecutionContext
+    from sqlalchemy.orm import InstanceState
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+
+__all__ = ["UnitSession", "install", "unit_session_class"]
+
+KEY = "sqla_uow_transaction"
+"""The execution option by which a connection knows its unit."""
+
+
+class UnitEngine(OptionEngine):
+    """The engine as one unit sees it: its connections carry the unit, and a failure to connect is told to it."""
+
+    def __init__(self, engine: Engine, transaction: Transaction) -> None:
+        super().__init__(engine, {KEY: transaction})
+        self._of = transaction
+
+    def connect(self) -> Connection:
+        transaction = self._of
+        try:
+            transaction.before_connect()
+            _take_turn(transaction)
+            connection = super().connect()
+        except BaseException as error:
+            transaction.connect_failed(error)
+            raise
+        transaction.owner.leave()
+        return connection
+
+
+def _take_turn(transaction: Transaction) -> None:
+    turns = transaction.database.turns()
+    if turns is not None and (turns.everyone or not transaction.read_only):
+        await_only(turns.take(transaction, transaction.enclosing))
+
+
+class UnitSession(Session):
+    """The `Session` of a unit: asks the unit before it sends SQL, and leaves COMMIT and close to it."""
+
+    transaction_of_unit: Transaction | None = None
+
+    def get_bind(self, *_args: Any, **_kwargs: Any) -> Engine | Connection:
+        """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""
+        transaction = self.transaction_of_unit
+        if transaction is None:
+            return super().get_bind()
+        transaction.check_usable()
+        if transaction.engine is None:
+            assert isinstance(self.bind, Engine)
+            transaction.engine = UnitEngine(self.bind, transaction)
+        return transaction.engine
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        """Write pending changes, unless the unit is read-only, doomed or another task's."""
+        transaction = self.transaction_of_unit
+        if transaction is None:
+            super().flush(objects)
+            return
+        if self.new or self.deleted or self.dirty:
+            try:
+                transaction.check_usable()
+                if transaction.read_only:
+                    self._refuse_changes(transaction)
+            except UnitOfWorkError as error:
+                transaction.damage.add(error)
+                raise
+        try:
+            super().flush(objects)
+        except Exception as error:
+            transaction.damage.add(error, failure=classify(error))
+            raise
+
+    def _refuse_changes(self, transaction: Transaction) -> None:
+        changed = changed_object(self)
+        if changed is not None:
+            raise ReadOnlyError(transaction.read_only_message(f"{describe(changed)} was changed"))
+
+    def commit(self) -> None:
+        """Refuse: the unit commits at its end."""
+        transaction = self.transaction_of_unit
+        if transaction is not None and transaction.phase is not Phase.COMMITTING:
+            transaction.before_commit()
+        super().commit()
+
+    def close(self) -> None:
+        """Refuse inside the unit: objects would be detached and later SQL would begin a second transaction."""
+        transaction = self.transaction_of_unit
+        if transaction is not None and transaction.phase in (Phase.NEW, Phase.ACTIVE, Phase.COMMITTING):
+            error = PropagationError(
+                f"close() was called on the session of {transaction.name}, which closes it at its own end; "
+                "remove the close(), or the 'async with' around the session"
+            )
+            transaction.damage.add(error, hard=True)
+            raise error
+        super().close()
+
+    def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
+        # The before_attach event comes too late: after SQLAlchemy's own "already attached to session".
+        if self.transaction_of_unit is not None and state.session_id != self.hash_key:
+            self.transaction_of_unit.check_attach(state)
+        return super()._before_attach(state, obj)
+
+
+def changed_object(session: Session) -> object | None:
+    """Return one object that a flush would write, or None."""
+    for instance in (*session.new, *session.deleted):
+        return instance
+    return next((instance for instance in session.dirty if session.is_modified(instance)), None)
+
+
+@functools.cache
+def unit_session_class(base: type[Session]) -> type[Session]:
+    """Return `base` with the rules of a unit on top."""
+    if base is Session:
+        return UnitSession
+    return type(f"Unit{base.__name__}", (UnitSession, base), {})
+
+
+def _transaction_of(connection: Connection | Engine | None) -> Transaction | None:
+    return None if connection is None else connection.get_execution_options().get(KEY)
+
+
+# -- the session's events
+
+
+@event.listens_for(UnitSession, "after_begin")
+def _after_begin(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
+    unit = session.transaction_of_unit
+    if unit is None or transaction.nested or unit.connection is connection:
+        return
+    unit.begun(connection)
+    seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
+    opening(connection, unit.database.family, unit.isolation, read_only=unit.read_only, seconds=seconds)
+
+
+@event.listens_for(UnitSession, "after_transaction_create")
+def _transaction_created(session: UnitSession, transaction: SessionTransaction) -> None:
+    if transaction.nested and session.transaction_of_unit is not None:
+        session.transaction_of_unit.damage.savepoint(transaction)
+
+
+@event.listens_for(UnitSession, "after_transaction_end")
+def _transaction_ended(session: UnitSession, transaction: SessionTransaction) -> None:
+    if transaction.nested and session.transaction_of_unit is not None:
+        session.transaction_of_unit.damage.leave(transaction)
+
+
+@event.listens_for(UnitSession, "after_rollback")
+def _rolled_back(session: UnitSession) -> None:
+    unit = session.transaction_of_unit
+    if unit is None:
+        return
+    savepoint = unit.damage.top_of(SessionTransaction)
+    if savepoint is not None:
+        unit.damage.roll_back(savepoint)
+    else:
+        unit.rolled_back_outside(sys.exception())
+
+
+# -- the engine's events
+
+
+def _before_cursor_execute(
+    connection: Connection, _cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None, many: bool
+) -> tuple[str, Any]:
+    unit = _transaction_of(connection)
+    if unit is None:
+        return statement, parameters
+    writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
+    unit.before_statement(writes=bool(writes))
+    if unit.pending_savepoint is not None:
+        unit.pending_savepoint = statement.split()[-1]
+    elif not unit.wrote and (writes or not _reads(context, statement)):
+        unit.wrote = True
+    if unit.deadline is not None and unit.database.limits_statements and not many:
+        statement = limit_statement(statement, unit.deadline - unit.clock())
+    return statement, parameters
+
+
+_READING = ("SELECT", "BEGIN", "PRAGMA", "SET TRANS", "SHOW", "SAVEPOINT", "RELEASE", "ROLLBACK")
+
+
+def _reads(context: ExecutionContext | None, statement: str) -> bool:
+    """Say whether a statement that is no ORM or Core DML only reads, as far as one can tell without the database."""
+    if context is not None and context.compiled is not None and getattr(context.compiled.statement, "is_select", False):
+        return True
+    return statement.lstrip()[:9].upper().startswith(_READING)
+
+
+def _after_cursor_execute(
+    connection: Connection, _cursor: Any, _statement: str, _parameters: Any, _context: Any, _many: bool
+) -> None:
+    unit = _transaction_of(connection)
+    if unit is not None:
+        unit.after_statement()
+
+
+def _handle_error(context: ExceptionContext) -> None:
+    unit = _transaction_of(context.connection)
+    if unit is None or context.connection is None:
+        return
+    error = context.original_exception
+    if isinstance(error, UnitOfWorkError):
+        return
+    sent = unit.owner.in_flight is not None
+    if not isinstance(error, Exception) and sent and not context.connection.invalidated:
+        settle(context.connection)
+    unit.failed(error, lost=context.is_disconnect, sent=sent)
+    failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
+    if failure is not None and failure.kind is Kind.READ_ONLY:
+        raise ReadOnlyError(unit.read_only_message("a write was sent"))
+
+
+def _commit(connection: Connection) -> None:
+    unit = _transaction_of(connection)
+    if unit is not None:
+        unit.before_commit()
+
+
+def _rollback(connection: Connection) -> None:
+    unit = _transaction_of(connection)
+    if unit is not None:
+        unit.rolled_back_outside(sys.exception())
+
+
+def _savepoint(connection: Connection, _name: str | None) -> None:
+    unit = _transaction_of(connection)
+    if unit is not None:
+        unit.pending_savepoint = ""  # the name is generated later; read from the statement
+
+
+def _rollback_savepoint(connection: Connection, name: str, _context: None) -> None:
+    unit = _transaction_of(connection)
+    if unit is not None:
+        unit.damage.roll_back(name)
+        unit.damage.leave(name)
+        unit.rolling_back_to_savepoint = True
+
+
+def _release_savepoint(connection: Connection, name: str, _context: None) -> None:
+    unit = _transaction_of(connection)
+    if unit is not None:
+        unit.damage.leave(name)
+
+
+def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
+    if state.asyncio_safe and record.info:
+        restore_sqlite(dbapi_connection, record.info)
+
+
+_LISTENERS = {
+    "before_cursor_execute": _before_cursor_execute,
+    "after_cursor_execute": _after_cursor_execute,
+    "handle_error": _handle_error,
+    "commit": _commit,
+    "rollback": _rollback,
+    "savepoint": _savepoint,
+    "rollback_savepoint": _rollback_savepoint,
+    "release_savepoint": _release_savepoint,
+}
+
+
+def install(engine: Engine) -> None:
+    """Listen on the engine, once; managers and copies of the engine share the listeners."""
+    if not event.contains(engine, "commit", _commit):
+        for name, listener in _LISTENERS.items():
+            event.listen(engine, name, listener, retval=name == "before_cursor_execute")
+    if engine.dialect.name == "sqlite" and not event.contains(engine.pool, "reset", _reset):
+        event.listen(engine.pool, "reset", _reset)

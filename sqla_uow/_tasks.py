@@ -1,0 +1,231 @@
+"""The only ContextVar, and who may use a unit.
+
+The variable holds a `Frame`: the innermost *place* (an activated manager, a scope or a unit, each linked to the one
+around it) and the task that saw it last.  A child task copies the variable; as soon as it looks, it records itself
+above the frame it inherited.  So the frames of a task are its ancestry, without patching asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import weakref
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from sqla_uow.errors import TaskBoundaryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Frame", "Owner", "Place", "current_place", "pop", "push"]
+
+Task = asyncio.Task[Any]
+
+
+class Place:
+    """Where a unit is looked up.  `closed` is set at its end, so that a copied context cannot use it any more."""
+
+    __slots__ = ("closed", "name", "outer")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.closed = False
+        self.outer: Place | None = None
+
+    def __iter__(self) -> Iterator[Place]:
+        place: Place | None = self
+        while place is not None:
+            yield place
+            place = place.outer
+
+
+class Frame:
+    """One task's view: the innermost place, the task, and the frame it inherited from its parent."""
+
+    __slots__ = ("place", "task", "up")
+
+    def __init__(self, place: Place | None, task: weakref.ref[Task] | None, up: Frame | None) -> None:
+        self.place = place
+        self.task = task
+        self.up = up
+
+    def tasks(self) -> Iterator[Task]:
+        """Yield this task and the live ones it descends from, nearest first."""
+        frame: Frame | None = self
+        while frame is not None:
+            task = frame.task() if frame.task is not None else None
+            if task is not None:
+                yield task
+            frame = frame.up
+
+
+_frame: ContextVar[Frame | None] = ContextVar("sqla_uow.frame", default=None)
+
+
+def _running_task() -> Task | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # a thread without an event loop
+        return None
+
+
+def current_place() -> Place | None:
+    """Return the innermost place of this context; an ended one too, so that nobody falls through to the one around."""
+    frame = _frame.get()
+    return None if frame is None else frame.place
+
+
+def _here(task: Task | None) -> Frame:
+    """Return this task's frame; record the task where it was inherited."""
+    frame = _frame.get()
+    if frame is not None and (frame.task() if frame.task is not None else None) is task:
+        return frame
+    ref = None if task is None else weakref.ref(task)
+    if frame is None:
+        return Frame(None, ref, None)
+    # Ended parents are left out, else a task that starts its successor for ever would grow the chain for ever.
+    up: Frame | None = frame
+    while up is not None and (up.task is None or (parent := up.task()) is None or parent.done()):
+        up = up.up
+    if up is not None:
+        while up.up is not None and (up.up.task is None or (parent := up.up.task()) is None or parent.done()):
+            up.up = up.up.up
+    mine = Frame(frame.place, ref, up)
+    _frame.set(mine)
+    return mine
+
+
+def push(place: Place) -> None:
+    """Make `place` the innermost one of this task's context."""
+    frame = _here(_running_task())
+    outer = frame.place
+    if outer is not None and outer.closed:
+        # Left in this context by an exit elsewhere.  Keep one of a run of ended places, or they would pile up.
+        while outer.outer is not None and outer.outer.closed:
+            outer.outer = outer.outer.outer
+    place.outer = outer
+    _frame.set(Frame(place, frame.task, frame.up))
+
+
+def pop(place: Place) -> None:
+    """End `place`, and take it off this context if it is the innermost one here.
+
+    It may not be: an async generator can be closed in another context than the one it was begun in.  There nothing is
+    touched, and whoever still sees the place sees that it has ended.
+    """
+    place.closed = True
+    frame = _frame.get()
+    if frame is not None and frame.place is place:
+        _frame.set(Frame(place.outer, frame.task, frame.up))
+
+
+def _anyio_ancestors(task: Task) -> Iterator[int]:
+    """Yield the ids of the tasks that anyio started `task` from; it records parents that never looked at our variable.
+
+    Two stacked `BaseHTTPMiddleware` where only the inner one uses the session after `call_next` need this.
+    """
+    anyio = sys.modules.get("anyio")
+    if anyio is None:
+        return
+    parents = {info.id: info.parent_id for info in anyio.get_running_tasks()}
+    current = parents.get(id(task))
+    while current is not None:
+        yield current
+        current = parents.pop(current, None)
+
+
+def _descends(task: Task, frame: Frame, ancestor: Task) -> bool:
+    return any(one is ancestor for one in frame.tasks()) or id(ancestor) in _anyio_ancestors(task)
+
+
+class Owner:
+    """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
+
+    __slots__ = ("_frame", "_last", "_loop", "_lost", "_refused", "in_flight", "idle", "name")
+
+    def __init__(self, name: str, refused: Callable[[TaskBoundaryError], None]) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
+        self.name = name
+        self._loop = task.get_loop()
+        self._last: Task | None = task
+        self._frame = _here(task)
+        self._lost: weakref.WeakSet[Task] | None = None
+        self._refused = refused
+        self.in_flight: Task | None = None
+        self.idle: asyncio.Future[None] | None = None
+
+    def check(self) -> Task:
+        """Let the running task use the unit, or raise.
+
+        Raises:
+            TaskBoundaryError: another live task uses it, or this is a thread; the unit is doomed.
+        """
+        task = _running_task()
+        if task is not None and task is self._last and (self.in_flight is None or self.in_flight is task):
+            return task
+        return self._admit(task)
+
+    def enter(self) -> None:
+        """Begin an operation on the connection."""
+        self.in_flight = self.check()
+
+    def leave(self) -> None:
+        """End the operation, and wake the end of the unit if it waits for that."""
+        self.in_flight = None
+        if self.idle is not None and not self.idle.done():
+            self.idle.set_result(None)
+
+    def busy_elsewhere(self) -> asyncio.Future[None] | None:
+        """Return what to wait for while another task's operation is in flight."""
+        if self.in_flight is None or self.in_flight is _running_task():
+            return None
+        self.idle = self._loop.create_future()
+        return self.idle
+
+    def release(self) -> None:
+        """Keep no task alive."""
+        self._last = None
+
+    def _admit(self, task: Task | None) -> Task:
+        if task is None or task.get_loop() is not self._loop:
+            raise self._refuse(
+                f"{self.name} was used from a thread other than the one of its event loop; "
+                "read what the thread needs before, or open a unit inside it"
+            )
+        if self.in_flight is not None and self.in_flight is not task:
+            raise self._sibling(task, self.in_flight, "has a statement in flight")
+        frame = _here(task)
+        lost = self._lost
+        if lost and any(one in lost for one in frame.tasks()):
+            raise self._refuse(
+                f"{self.name} was taken back by the task that started {_named(task)}; "
+                "finish the child before its parent goes on, or give it a unit of its own with propagation='requires_new'"
+            )
+        last = self._last
+        if last is not None and last is not task and not last.done() and not _descends(task, frame, last):
+            if not _descends(last, self._frame, task):
+                raise self._sibling(task, last, "is still running")
+            if lost is None:
+                lost = self._lost = weakref.WeakSet()
+            lost.add(last)
+        self._last = task
+        self._frame = frame
+        return task
+
+    def _sibling(self, task: Task, other: Task, why: str) -> TaskBoundaryError:
+        return self._refuse(
+            f"{self.name} was used by {_named(task)} while {_named(other)} uses it and {why}; "
+            "await one after the other, or give each task its own unit with propagation='requires_new'"
+        )
+
+    def _refuse(self, message: str) -> TaskBoundaryError:
+        error = TaskBoundaryError(message)
+        self._refused(error)
+        return error
+
+
+def _named(task: Task) -> str:
+    return f"task {task.get_name()!r}"

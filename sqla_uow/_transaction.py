@@ -1,0 +1,343 @@
+"""One physical transaction: its phase, its owner, its damage, and the rules that SQLAlchemy's events are held to.
+
+Synchronous throughout: `_session` calls in from inside SQLAlchemy, `_ending` finishes it.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import inspect
+
+from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
+from sqla_uow._damage import Damage
+from sqla_uow._hooks import Hooks
+from sqla_uow._isolation import is_weaker_or_same
+from sqla_uow._tasks import Owner
+from sqla_uow.errors import (
+    InstanceReuseError,
+    IsolationConflictError,
+    NoUnitError,
+    PropagationError,
+    ReadOnlyError,
+    RollbackOnlyError,
+    UnitOfWorkError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.orm import InstanceState, Session
+
+    from sqla_uow._database import Database
+    from sqla_uow.typing import IsolationLevel
+
+__all__ = ["Phase", "Transaction", "describe"]
+
+
+class Phase(enum.Enum):
+    """Where the transaction stands; the order is the order of life."""
+
+    NEW = "new"
+    ACTIVE = "active"
+    COMMITTING = "committing"  # ours to commit: flushes and the COMMIT itself pass
+    SENT = "sent"  # COMMIT has been handed to the driver
+    ENDING = "ending"  # rolling back or closing
+    YIELDED = "yielded"  # a read session that gave way: objects readable, SQL refused
+    ENDED = "ended"
+
+
+_OURS = frozenset({Phase.COMMITTING, Phase.SENT, Phase.ENDING})
+
+
+class Transaction:
+    """State of one unit's transaction.
+
+    Args:
+        name: how messages call the unit.
+        database: where it runs.
+        isolation: the level, None for the database's default.
+        read_only: writes are refused.
+        deadline: monotonic seconds of `clock`, or None.
+        clock: the policy's clock.
+        tainted: ORM objects that may not be attached, with the reason.
+        enclosing: the transactions of the units around this one, in this task.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_required",
+        "attached",
+        "clock",
+        "connect_failure",
+        "connection",
+        "damage",
+        "database",
+        "deadline",
+        "enclosing",
+        "engine",
+        "hooks",
+        "isolation",
+        "joined",
+        "name",
+        "owner",
+        "pending_savepoint",
+        "phase",
+        "read_only",
+        "rolling_back_to_savepoint",
+        "scope_read",
+        "tainted",
+        "wrote",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        database: Database[Any],
+        *,
+        isolation: IsolationLevel | None,
+        read_only: bool,
+        deadline: float | None,
+        clock: Callable[[], float],
+        tainted: WeakKeyDictionary[InstanceState[Any], str] | None = None,
+        enclosing: Iterable[Transaction] = (),
+        scope_read: bool = False,
+    ) -> None:
+        self.name = name
+        self.database = database
+        self.isolation = isolation
+        self.read_only = read_only
+        self.deadline = deadline
+        self.clock = clock
+        self.tainted = tainted
+        self.enclosing = enclosing
+        self.scope_read = scope_read
+        self.hooks = Hooks()
+        self.damage = Damage(self.hooks)
+        self.owner = Owner(name, self._task_refused)
+        self.phase = Phase.NEW
+        self.engine: Engine | None = None
+        self.connection: Connection | None = None
+        self.connect_failure: Failure | None = None
+        self.attached: WeakSet[InstanceState[Any]] | None = None
+        self.joined = 0
+        self.wrote = False
+        self.pending_savepoint: str | None = None
+        self.rolling_back_to_savepoint = False
+        self._required: tuple[str, IsolationLevel] | None = None
+
+    def _task_refused(self, error: UnitOfWorkError) -> None:
+        self.damage.add(error, hard=True)
+
+    # -- may SQL be sent?
+
+    def check_usable(self) -> None:
+        """Let the running task send SQL, or raise why not."""
+        if self.phase in _OURS:
+            return
+        if self.phase is Phase.YIELDED:
+            raise NoUnitError(
+                "the read session of this scope gave way to a transaction; "
+                "use current_session(), and read again what you need inside it"
+            )
+        if self.phase is Phase.ENDED:
+            raise NoUnitError(f"{self.name} has ended and its session is closed; open a new unit for more SQL")
+        self.owner.check()
+        self.check_sound()
+
+    def check_sound(self) -> None:
+        """Raise if the unit can only be rolled back.
+
+        Raises:
+            RollbackOnlyError: from its first cause.
+        """
+        mark = self.damage.mark
+        if mark is not None:
+            raise RollbackOnlyError(
+                f"{self.name} can only be rolled back: {self.why()}; let the error leave the function, or guard the step "
+                "that may fail with propagation='nested'"
+            ) from mark.cause
+
+    def why(self) -> str:
+        """Return the fact behind the mark, in words without any SQL or parameter."""
+        mark = self.damage.mark
+        if mark is None:
+            return "nothing"
+        if mark.reason is not None:
+            return mark.reason
+        code = f" {mark.failure.code}" if mark.failure is not None and mark.failure.code is not None else ""
+        kind = f" ({mark.failure.kind.value}{code})" if mark.failure is not None else ""
+        return f"a {type(mark.cause).__name__}{kind} was raised in it"
+
+    # -- told by the connection
+
+    def before_connect(self) -> None:
+        """Refuse to wait for a connection that can only come from this very task."""
+        self.owner.enter()
+        capacity = self.database.capacity()
+        held = sum(1 for other in self.enclosing if other.database.pool is self.database.pool and other.connection)
+        if capacity is not None and held >= capacity:
+            raise PropagationError(
+                f"{self.name} needs a connection of its own, but the units around it hold all {capacity} of the pool; "
+                "use a pool with room for the nesting, or join the outer unit"
+            )
+
+    def connect_failed(self, error: BaseException) -> None:
+        self.owner.leave()
+        if isinstance(error, Exception) and not isinstance(error, UnitOfWorkError):
+            self.connect_failure = classify(error, connecting=True)
+
+    def begun(self, connection: Connection) -> None:
+        """Take note of the transaction's connection, before anything is sent on it."""
+        self.connection = connection
+        self.phase = Phase.ACTIVE if self.phase is Phase.NEW else self.phase
+        if self._required is not None:
+            self._check_default(*self._required)
+
+    def before_statement(self, *, writes: bool) -> None:
+        if self.phase in _OURS or self.rolling_back_to_savepoint:
+            return
+        self.check_usable()
+        if self.read_only and writes:
+            raise ReadOnlyError(self.read_only_message("an INSERT, UPDATE or DELETE was sent"))
+        self.owner.in_flight = self.owner.check()
+
+    def after_statement(self) -> None:
+        if self.pending_savepoint:
+            self.damage.savepoint(self.pending_savepoint)
+        self.pending_savepoint = None
+        self.rolling_back_to_savepoint = False
+        self.owner.leave()
+
+    def failed(self, error: BaseException, *, lost: bool, sent: bool) -> None:
+        """Take note of an error that the connection reported.
+
+        Args:
+            error: the driver's own exception, or a cancellation.
+            lost: the connection is gone.
+            sent: a statement had been handed to the driver; else the server knows nothing of it.
+        """
+        self.pending_savepoint = None
+        self.rolling_back_to_savepoint = False
+        self.owner.leave()
+        if self.phase in _OURS and self.phase is not Phase.COMMITTING:
+            return
+        failure = classify(error) if isinstance(error, Exception) else None
+        failure = hidden_conflict(error) or failure
+        if lost and isinstance(error, Exception) and (failure is None or failure.kind not in HARD):
+            failure = Failure(Kind.LOST, failure.code if failure else None, error)
+        hard = lost or (failure is not None and failure.kind in HARD)
+        if sent or hard:
+            self.damage.add(error, failure=failure, hard=hard)
+
+    def rolled_back_outside(self, cause: BaseException | None) -> None:
+        """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
+        if self.phase in _OURS or self.phase is Phase.ENDED or self.phase is Phase.YIELDED:
+            return
+        failure = classify(cause) if isinstance(cause, Exception) else None
+        if cause is None or (failure is None and self.damage.mark is None):
+            self.damage.add(cause, hard=True, reason="its transaction was rolled back inside the body")
+        else:
+            self.damage.add(cause, hard=True, failure=failure)
+
+    def before_commit(self) -> None:
+        """The engine is about to send COMMIT: only ours, only a sound one."""
+        if self.phase is not Phase.COMMITTING:
+            error = PropagationError(
+                f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
+                "or use propagation='requires_new' for a part that must be durable earlier"
+            )
+            self.damage.add(error, hard=True)
+            raise error
+        self.check_sound()
+        if self.database.is_open(self.connection):
+            self.phase = Phase.SENT
+
+    # -- told by the session
+
+    def check_attach(self, state: InstanceState[Any]) -> None:
+        """Refuse an object of a failed attempt, and one of the scope's read session."""
+        reason = self.tainted.get(state) if self.tainted is not None else None
+        if reason is not None:
+            error_class = ReadOnlyError if reason == "read" else InstanceReuseError
+            raise error_class(self._attach_message(state, reason))
+        other: Session | None = state.session
+        if other is not None and getattr(getattr(other, "transaction_of_unit", None), "scope_read", False):
+            raise ReadOnlyError(self._attach_message(state, "read"))
+        if self.attached is not None:
+            self.attached.add(state)
+
+    def _attach_message(self, state: InstanceState[Any], reason: str) -> str:
+        what = describe(state.obj())
+        if reason == "read":
+            return (
+                f"{what} was read in the read session of this scope and was put into {self.name}, where its state may be "
+                "out of date; pass its key and get_one() it inside, and never merge() it"
+            )
+        return (
+            f"{what} was attached in a failed attempt of {self.name} and was put into the next one; "
+            "make or load the object inside the function, so that each attempt has its own"
+        )
+
+    def taint(self, session: Session, tainted: WeakKeyDictionary[InstanceState[Any], str], reason: str) -> None:
+        """Remember the objects of this attempt, so that no later one reuses them."""
+        for instance in session:
+            tainted[inspect(instance)] = reason
+        for state in self.attached or ():
+            tainted[state] = reason
+
+    def read_only_message(self, what: str) -> str:
+        if self.scope_read:
+            return (
+                f"{what} in the read session of a scope; write in a @transactional function: pass the key and get_one() "
+                "the object inside, or open the unit around the read as well; never merge() it"
+            )
+        return f"{what} in {self.name}, which is read-only; drop read_only=True or keep the write out of it"
+
+    # -- joined by a call
+
+    def check_join(self, who: str, isolation: IsolationLevel | None, *, read_only: bool) -> None:
+        """Refuse a call that needs more than this unit gives (others run SERIALIZABLE code at READ COMMITTED).
+
+        Raises:
+            IsolationConflictError: a stronger level, or read-write in read-only.
+        """
+        if self.read_only and not read_only:
+            raise IsolationConflictError(
+                f"{who} needs read-write but joins {self.name}, which is read-only; begin the outer one read-write or "
+                "use propagation='requires_new'"
+            )
+        if isolation is None or isolation == self.isolation:
+            return
+        if self.isolation is None:
+            default = self.database.default_isolation()
+            if default is None:  # not known before the first connection: checked then
+                strongest = self._required
+                if strongest is None or not is_weaker_or_same(isolation, strongest[1]):
+                    self._required = (who, isolation)
+                return
+            self._check_default(who, isolation)
+        elif not is_weaker_or_same(isolation, self.isolation):
+            raise IsolationConflictError(_stronger(who, isolation, self.isolation))
+
+    def _check_default(self, who: str, isolation: IsolationLevel) -> None:
+        default = self.database.default_isolation()
+        if default is not None and not is_weaker_or_same(isolation, default):
+            raise IsolationConflictError(_stronger(who, isolation, f"{default}, the default of the database"))
+
+
+def _stronger(who: str, asked: str, given: str) -> str:
+    return (
+        f"{who} needs {asked} but joins a unit begun at {given}; begin the outer one at {asked} or "
+        "use propagation='requires_new'"
+    )
+
+
+def describe(instance: object) -> str:
+    """Name an ORM object by class and key; its attributes may be secret, or expired."""
+    state = inspect(instance, raiseerr=False)
+    key = getattr(state, "identity", None)
+    return f"{type(instance).__name__}({', '.join(map(repr, key)) if key else 'new'})"

@@ -1,0 +1,125 @@
+"""`UnitOfWork`: exactly one session, one transaction, one attempt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from sqla_uow._hooks import Hook
+from sqla_uow._transaction import Phase, Transaction
+from sqla_uow.errors import NoUnitError
+from sqla_uow.typing import IsolationLevel, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["UnitOfWork"]
+
+S = TypeVar("S", bound=AsyncSession)
+P = ParamSpec("P")
+
+
+class UnitOfWork(Generic[S]):
+    """One session, one transaction, one attempt; used once.
+
+    Made by `UnitOfWorkManager` and by `transactional`, never by hand.
+
+    Attributes:
+        attempt: which run of the body this is, from 1.
+        is_last_attempt: whether a retryable failure of this one will reach the caller.
+    """
+
+    __slots__ = ("__weakref__", "_final", "_session", "_transaction", "attempt", "is_last_attempt")
+
+    def __init__(self, transaction: Transaction, *, attempt: int = 1, is_last_attempt: bool = True) -> None:
+        self._transaction = transaction
+        self._session: S | None = None
+        self._final: Status | None = None
+        self.attempt = attempt
+        self.is_last_attempt = is_last_attempt
+
+    @property
+    def session(self) -> S:
+        """The unit's session.  It takes a connection with its first SQL, not before."""
+        if self._session is None:
+            if self._final is not None:
+                raise NoUnitError(f"{self._transaction.name} has ended without a session; open a new unit for SQL")
+            self._session = self._transaction.database.session(self._transaction)
+        return self._session
+
+    @property
+    def status(self) -> Status:
+        """Where the unit stands; once it has ended, what became of it, reliably."""
+        if self._final is not None:
+            return self._final
+        if self._transaction.damage.mark is not None:
+            return Status.DOOMED
+        return Status.NEW if self._transaction.phase is Phase.NEW else Status.ACTIVE
+
+    @property
+    def isolation(self) -> IsolationLevel | None:
+        """The isolation level it was begun with; None is the database's default."""
+        return self._transaction.isolation
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused, by the database and by a guard before each flush."""
+        return self._transaction.read_only
+
+    def after_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `hook` once after this unit has committed, in order of registration, with no transaction open.
+
+        It is dropped with a failed attempt, and with the savepoint it was registered under.
+
+        Args:
+            hook: sync or async; what it returns is ignored, what it raises ends in `AfterCommitError`.
+            args: passed to it.
+            kwargs: passed to it.
+
+        Raises:
+            NoUnitError: the unit has ended.
+        """
+        self._open_hooks().after_commit.append(Hook(hook, args, kwargs))
+
+    def before_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `hook` inside the transaction, at its end, in each attempt; it may write, and its errors roll back.
+
+        Raises:
+            NoUnitError: the unit has ended.
+        """
+        self._open_hooks().before_commit.append(Hook(hook, args, kwargs))
+
+    def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
+
+        Raises:
+            NoUnitError: the unit has ended.
+        """
+        self._open_hooks().after_rollback.append(Hook(hook, args, kwargs))
+
+    def doom(self, reason: str | None = None) -> None:
+        """Roll back at the end; SQL is refused from now on.
+
+        Called in the function that owns the unit this is its own wish, and the function returns normally.  Called in a
+        joined function it is news to the owner, who gets `RollbackOnlyError`.
+
+        Args:
+            reason: said in the errors that follow.
+
+        Raises:
+            NoUnitError: the unit has ended.
+        """
+        self._open_hooks()
+        self._transaction.damage.add(
+            None, hard=True, reason=f"doom() was called: {reason}" if reason else "doom() was called",
+            quiet=self._transaction.joined == 0,
+        )  # fmt: skip
+
+    def _open_hooks(self) -> Any:
+        if self._final is not None:
+            raise NoUnitError(f"{self._transaction.name} has ended; register hooks while it is open")
+        return self._transaction.hooks
+
+    def __repr__(self) -> str:
+        return f"<UnitOfWork {self._transaction.name} attempt {self.attempt} {self.status.value}>"

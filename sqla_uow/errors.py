@@ -1,0 +1,155 @@
+"""The errors of `sqla_uow`, one tree.
+
+::
+
+    UnitOfWorkError
+    ├─ NoManagerError     (LookupError)     nothing is activated here
+    ├─ NoUnitError        (LookupError)     no unit is open here, or its scope has ended
+    ├─ PropagationError   (RuntimeError)    mandatory/durable broken, reuse, exit out of order
+    │  └─ IsolationConflictError            a stronger isolation, or read-write in read-only, asked of an open unit
+    ├─ TaskBoundaryError  (RuntimeError)    one unit used by two live tasks, or from a thread
+    ├─ ReadOnlyError                        a write in a read-only unit
+    ├─ RollbackOnlyError                    the body returned normally but its transaction could not commit
+    ├─ ConflictError                        a retryable failure outlived its retries
+    │  └─ StaleVersionError (StaleDataError)  the row changed since it was read
+    ├─ TransactionTimeoutError (TimeoutError) the deadline passed
+    ├─ InstanceReuseError (RuntimeError)    an object of a failed attempt used again in the next
+    ├─ AmbiguousCommitError                 COMMIT was sent and its answer lost; never retried
+    └─ AfterCommitError   (ExceptionGroup)  committed; hooks failed
+
+Every message is one line: *fact with values; remedy*.  What a program may want to look at is an attribute too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.orm.exc import StaleDataError
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqla_uow._unit import UnitOfWork
+
+__all__ = [
+    "AfterCommitError",
+    "AmbiguousCommitError",
+    "ConflictError",
+    "InstanceReuseError",
+    "IsolationConflictError",
+    "NoManagerError",
+    "NoUnitError",
+    "PropagationError",
+    "ReadOnlyError",
+    "RollbackOnlyError",
+    "StaleVersionError",
+    "TaskBoundaryError",
+    "TransactionTimeoutError",
+    "UnitOfWorkError",
+]
+
+
+class UnitOfWorkError(Exception):
+    """Root of every error that `sqla_uow` raises itself."""
+
+
+class NoManagerError(UnitOfWorkError, LookupError):
+    """No manager of that name is activated in this context."""
+
+
+class NoUnitError(UnitOfWorkError, LookupError):
+    """No unit of work is open in this context, or the one that was inherited has ended."""
+
+
+class PropagationError(UnitOfWorkError, RuntimeError):
+    """A unit was opened, joined, used or left in a way that its propagation forbids."""
+
+
+class IsolationConflictError(PropagationError):
+    """A call asked an open unit for more than it was begun with: a stronger isolation, or read-write."""
+
+
+class TaskBoundaryError(UnitOfWorkError, RuntimeError):
+    """Two live tasks, or a thread, used one unit of work.  The unit is doomed."""
+
+
+class ReadOnlyError(UnitOfWorkError):
+    """A read-only unit, or the read session of a scope, was asked to write."""
+
+
+class RollbackOnlyError(UnitOfWorkError):
+    """The body returned normally, but its transaction could only be rolled back; or SQL was sent after that was known.
+
+    `__cause__` is the first error that doomed the unit, where there was one.
+    """
+
+
+class ConflictError(UnitOfWorkError):
+    """A retryable failure outlived its retries.
+
+    Attributes:
+        attempts: how many times the body ran.
+        elapsed: seconds from the first attempt's begin, waits included.
+        reason: what the last failure was: ``"conflict"``, ``"lock timeout"``, ``"stale version"``,
+            ``"not started"``, ``"lost connection"`` or ``"retry_on"``.
+        code: the database's own code of it (``"40001"``, ``"1213"``, ``"SQLITE_BUSY"``), or None.
+    """
+
+    def __init__(
+        self, message: str, *, attempts: int = 1, elapsed: float = 0.0, reason: str = "conflict", code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+        self.elapsed = elapsed
+        self.reason = reason
+        self.code = code
+
+
+class StaleVersionError(ConflictError, StaleDataError):
+    """The row changed, or vanished, since it was read; the version column says so."""
+
+
+class TransactionTimeoutError(UnitOfWorkError, TimeoutError):
+    """The deadline over all attempts and waits passed, or the next wait would have crossed it.
+
+    Attributes:
+        attempts: how many times the body ran or began to run.
+        elapsed: seconds from the first attempt's begin.
+        timeout: the deadline's length in seconds.
+    """
+
+    def __init__(self, message: str, *, attempts: int = 1, elapsed: float = 0.0, timeout: float = 0.0) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+        self.elapsed = elapsed
+        self.timeout = timeout
+
+
+class InstanceReuseError(UnitOfWorkError, RuntimeError):
+    """An ORM object that a failed attempt attached or loaded was put into the next attempt's session."""
+
+
+class AmbiguousCommitError(UnitOfWorkError):
+    """COMMIT was sent and its answer is unknown: the transaction is either wholly there or wholly absent.
+
+    Never retried by `sqla_uow`: a retry could apply the work twice.  `__cause__` is what was seen instead of the answer.
+
+    Attributes:
+        unit: the unit of work; its status is ``Status.AMBIGUOUS``.
+    """
+
+    def __init__(self, message: str, *, unit: UnitOfWork[Any] | None = None) -> None:
+        super().__init__(message)
+        self.unit = unit
+
+
+class AfterCommitError(UnitOfWorkError, ExceptionGroup[Exception]):
+    """The transaction *is committed*; one or more of its `after_commit` hooks failed."""
+
+    def __new__(cls, message: str, exceptions: Sequence[Exception], /) -> Self:
+        return super().__new__(cls, message, exceptions)
+
+    def derive(self, excs: Sequence[Exception], /) -> AfterCommitError:  # type: ignore[override]
+        """Return a group of the same kind, as `ExceptionGroup.split` and `subgroup` ask for."""
+        return AfterCommitError(self.message, excs)

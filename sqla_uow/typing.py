@@ -1,0 +1,31 @@
+"""Types that appear in the public signatures of `sqla_uow`."""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+__all__ = ["IsolationLevel", "Propagation", "Status"]
+
+IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+"""An isolation level in SQL spelling.  Which database has which one: see the isolation table in the docs."""
+
+Propagation = Literal["required", "requires_new", "nested", "mandatory", "durable"]
+"""What a call does when a unit is already open; see `sqla_uow.transactional`."""
+
+
+class Status(enum.Enum):
+    """Where a unit of work stands.  The last four are final except `DOOMED`, which becomes `ROLLED_BACK`."""
+
+    NEW = "new"
+    """No SQL was sent yet, so no connection is held."""
+    ACTIVE = "active"
+    """A transaction is open."""
+    DOOMED = "doomed"
+    """The transaction can only be rolled back; SQL is refused."""
+    COMMITTED = "committed"
+    """COMMIT was answered, or there was nothing to commit."""
+    ROLLED_BACK = "rolled back"
+    """Nothing of the unit is in the database."""
+    AMBIGUOUS = "ambiguous"
+    """COMMIT was sent and its answer is unknown."""
