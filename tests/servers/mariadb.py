@@ -1,0 +1,90 @@
+"""MariaDB, from the programs on PATH."""
+
+import shutil
+from pathlib import Path
+from signal import SIGTERM
+
+from . import machine
+from .keeper import ENVIRONMENT
+from .server import USER_PASSWORD, Argv, Server
+
+_DEFAULTS = {
+    "innodb_buffer_pool_size": "32M",
+    "innodb_flush_log_at_trx_commit": "0",
+    "innodb_flush_method": "nosync",
+    "innodb_log_file_size": "8M",
+    "performance_schema": "OFF",
+}
+_PROGRAMS = {"mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server", "mariadb": "mariadb-client"}
+
+
+class MariaDB(Server):
+    """A MariaDB of the machine's own packages, user `u` with all privileges."""
+
+    name = "MariaDB"
+    drivers = ("asyncmy", "aiomysql")
+    database = "test"
+    _dialect = "mysql"
+    _user = "u"
+    _accounts = ("mysql", "nobody")
+    _stop_signal = SIGTERM
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database, ending the connections that use it."""
+        users = self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{name}'")  # noqa: S608
+        # A transaction left open keeps its tables, for lock_wait_timeout = 86400 s.
+        for user in users.split():
+            self._ask(f"KILL {user}", self.database)  # refused if it has left by itself
+        self.execute(f"DROP DATABASE IF EXISTS `{name}`")
+
+    @classmethod
+    def _missing(cls) -> str | None:
+        for name, package in _PROGRAMS.items():
+            if _which(name) is None:
+                return f"{name} not found on PATH; Debian: apt-get install {package}"
+        return None
+
+    def _initialise(self, data: Path) -> Argv:
+        options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
+        return [_program("mariadb-install-db"), "--no-defaults", f"--datadir={data}", *options, *_options(_DEFAULTS)]
+
+    def _serve(self, data: Path) -> Argv:
+        # One statement a line, run before the first client is let in.
+        accounts = data.parent / "accounts.sql"
+        accounts.write_text(
+            f"CREATE DATABASE IF NOT EXISTS {self.database};\n"
+            f"CREATE USER IF NOT EXISTS {self._user}@'%' IDENTIFIED BY '{USER_PASSWORD}';\n"
+            f"GRANT ALL ON *.* TO {self._user}@'%' WITH GRANT OPTION;\n"
+        )
+        accounts.chmod(0o644)  # whatever the umask, the server's account has to read it
+        settings = {
+            "datadir": str(data),
+            "bind_address": machine.HOST,
+            "port": str(self.port),
+            "socket": "socket",  # in the data; an absolute path may have 107 bytes, a temporary folder more
+            "pid_file": str(data / "pid"),
+            "tmpdir": str(data.parent),
+            "init_file": str(accounts),
+            **_DEFAULTS,
+            **self.settings,
+        }
+        return [_program("mariadbd"), "--no-defaults", "--skip-name-resolve", *_options(settings)]
+
+    def _client(self, database: str) -> Argv:
+        place = ["--protocol=TCP", f"--host={machine.HOST}", f"--port={self.port}", f"--database={database}"]
+        user = [f"--user={self._user}", f"--password={USER_PASSWORD}"]
+        return [_program("mariadb"), "--no-defaults", *place, *user, "--batch", "--skip-column-names"]
+
+
+def _options(settings: dict[str, str]) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def _which(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=ENVIRONMENT["PATH"])  # a user's PATH may lack /usr/sbin
+
+
+def _program(name: str) -> str:
+    found = _which(name)
+    assert found is not None
+    return found
