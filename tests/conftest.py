@@ -1,0 +1,65 @@
+"""Drivers, servers and databases for the tests.
+
+`SQLA_UOW_DRIVER` names one driver; without it, every driver that is installed takes its turn.  Servers start when the
+first test needs them and stop with the session.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `sqla_uow` from where it is installed
+    sys.path.append(str(ROOT))
+
+from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs the line above
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "drivers(*names): the drivers that this test is about; all without it")
+
+
+def _selected() -> list[str]:
+    chosen = os.environ.get("SQLA_UOW_DRIVER")
+    if chosen is not None:
+        if chosen not in DRIVERS:
+            raise pytest.UsageError(f"SQLA_UOW_DRIVER={chosen!r} is unknown; use one of {', '.join(DRIVERS)}")
+        return [chosen]
+    return [name for name in DRIVERS if importlib.util.find_spec(MODULES[name]) is not None]
+
+
+def pytest_generate_tests(metafunc):
+    if "driver" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("drivers")
+        wanted = marker.args if marker else DRIVERS
+        names = [name for name in _selected() if name in wanted]
+        metafunc.parametrize("driver", names or [pytest.param(None, marks=pytest.mark.other_driver)], scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out, rather than skip, what is about other drivers than the selected one."""
+    left = [item for item in items if item.get_closest_marker("other_driver")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("other_driver")]
+
+
+@pytest.fixture(scope="session")
+def databases():
+    databases = Databases()
+    yield databases
+    databases.stop()
+
+
+@pytest.fixture
+async def db(driver, databases, tmp_path):
+    """A fresh database of this driver, with the tables of `tests.models`; its engines are disposed of at the end."""
+    database = databases.make(driver, tmp_path)
+    await database.create_tables()
+    yield database
+    await database.dispose()
