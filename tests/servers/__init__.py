@@ -1,14 +1,18 @@
-"""Throwaway PostgreSQL and MariaDB servers.
+"""Throwaway PostgreSQL and MariaDB servers, and a TCP proxy that loses, holds and counts what passes.
 
-    with PostgreSQL({"deadlock_timeout": "100ms"}) as server:
-        engine = create_async_engine(server.url("asyncpg"))
+    with PostgreSQL({"deadlock_timeout": "100ms"}) as server, Proxy("127.0.0.1", server.port) as proxy:
+        lost = proxy.on_client_bytes(b"COMMIT", "cut")
+        engine = create_async_engine(server.url("asyncpg", port=proxy.port))
 
 Each server has a fresh folder, a loopback port of its own and a keeper: a supervising process that ends the server
-and removes the folder even when the test run is killed.
+and removes the folder even when the test run is killed. `python -m tests.servers postgresql mariadb` serves both by
+hand.
 """
 
 from .mariadb import MariaDB
 from .postgresql import PostgreSQL
+from .proxy import Proxy
 from .server import Server, ServerError
+from .triggers import Trigger
 
-__all__ = ["MariaDB", "PostgreSQL", "Server", "ServerError"]
+__all__ = ["MariaDB", "PostgreSQL", "Proxy", "Server", "ServerError", "Trigger"]
