@@ -169,7 +169,9 @@ class Attempt(Generic[S]):
         if unit is None or place is None:
             raise PropagationError(f"a unit of {attempts.options.who} was left before it was entered")
         if place.closed:
-            raise PropagationError(f"a unit of {attempts.options.who} was left twice; use each unit in one 'async with'")
+            raise PropagationError(
+                f"a unit of {attempts.options.who} was left twice; use each unit in one 'async with'"
+            )
         final = True
         try:
             ended = await self._end(unit, place, error)

@@ -8,7 +8,7 @@ pyodbc as the SQLSTATE in ``args[0]``.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
@@ -107,13 +107,14 @@ def code_of(error: BaseException) -> str | int | None:
     first = error.args[0] if error.args else None
     if isinstance(first, int) and not isinstance(error, OSError):
         return first
-    if isinstance(getattr(first, "code", None), int) and hasattr(first, "full_code"):
-        return str(first.full_code)
+    oracle = getattr(first, "full_code", None)
+    if isinstance(oracle, str):
+        return oracle
     for name in ("sqlstate", "pgcode"):
         state = getattr(error, name, None)
         if isinstance(state, str):
             return state
-    if isinstance(first, str) and len(first) == 5 and first.isalnum() and type(error).__module__ == "pyodbc":
+    if isinstance(first, str) and type(error).__module__ == "pyodbc":  # its SQLSTATE
         return first
     return None
 
@@ -215,7 +216,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         if isinstance(orig, BaseException):
             todo.append(orig)
         if isinstance(current, BaseExceptionGroup):
-            todo.extend(current.exceptions)
+            todo.extend(cast("BaseExceptionGroup[BaseException]", current).exceptions)
 
 
 def is_retryable(error: BaseException) -> bool:

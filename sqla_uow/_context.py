@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from sqla_uow._ending import roll_back
 from sqla_uow._session import changed_object
@@ -139,7 +140,7 @@ class Scope:
             transaction.phase = Phase.COMMITTING
             try:
                 # COMMIT, not ROLLBACK: a rollback expires the objects, and reading them would need the connection.
-                await session.run_sync(lambda sync_session: sync_session.commit())
+                await session.run_sync(Session.commit)
             except SQLAlchemyError as error:
                 logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
                 await self.end_reading()

@@ -114,7 +114,7 @@ class Database(Generic[S]):
 
     def _make(self, engine: AsyncEngine) -> S:
         try:
-            return self._maker(
+            session: S = self._maker(
                 bind=engine,
                 expire_on_commit=False,
                 close_resets_only=False,
@@ -125,29 +125,34 @@ class Database(Generic[S]):
                 f"{self._maker.class_.__name__} cannot be made with expire_on_commit, close_resets_only and "
                 "sync_session_class; let its __init__ pass keyword arguments on to AsyncSession"
             ) from error
+        return session
 
 
 def _engine_and_maker(bind: object) -> tuple[AsyncEngine, async_sessionmaker[Any]]:
     if isinstance(bind, AsyncEngine):
-        return bind, async_sessionmaker(bind)
+        return bind, async_sessionmaker[Any](bind)
     if not isinstance(bind, async_sessionmaker):
         raise TypeError(
             f"UnitOfWorkManager got {type(bind).__name__}; pass an AsyncEngine of create_async_engine(), "
             "or an async_sessionmaker bound to one"
         )
     if bind.kw.get("binds"):
-        raise TypeError("the sessionmaker has binds=, but a unit is one transaction on one engine; make a manager for each")
+        raise TypeError(
+            "the sessionmaker has binds=, but a unit is one transaction on one engine; make a manager for each"
+        )
     engine = bind.kw.get("bind")
     if not isinstance(engine, AsyncEngine):
         found = "no bind" if engine is None else f"a bind of type {type(engine).__name__}"
         raise TypeError(f"the sessionmaker has {found}; bind it to an AsyncEngine")
-    return engine, bind
+    return engine, bind  # pyright: ignore[reportUnknownVariableType]  # isinstance() cannot tell the session's class
 
 
 def _sync_class(maker: async_sessionmaker[Any]) -> type[Session]:
     cls = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
     if not isinstance(cls, type) or not issubclass(cls, Session):
-        raise TypeError(f"sync_session_class is {cls!r}, not a class of Session; pass a subclass of sqlalchemy.orm.Session")
+        raise TypeError(
+            f"sync_session_class is {cls!r}, not a class of Session; pass a subclass of sqlalchemy.orm.Session"
+        )
     if cls.get_bind is not Session.get_bind:
         raise TypeError(
             f"{cls.__name__} chooses its engine in get_bind(), but a unit is one transaction on one engine; "

@@ -10,7 +10,7 @@ from sqla_uow._attempts import Attempts
 from sqla_uow._context import find_manager
 from sqla_uow._isolation import check_level
 from sqla_uow._manager import UnitOfWorkManager
-from sqla_uow._options import Options
+from sqla_uow._options import Options, check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -84,11 +84,11 @@ def transactional(
     Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
     `RollbackOnlyError`, `AfterCommitError`, `PropagationError`, `TaskBoundaryError`, `NoManagerError`.
     """
-    if not isinstance(using, str | UnitOfWorkManager) or using == "":
-        raise TypeError(f"transactional(using={using!r}) names no manager; pass its name, or the UnitOfWorkManager")
+    if not isinstance(using, UnitOfWorkManager):
+        check_name(using, "transactional(using=...)")
 
-    def decorate(function: Callable[..., Any], /) -> Any:
-        inner = function.__func__ if isinstance(function, classmethod | staticmethod) else function
+    def decorate(function: Any, /) -> Any:
+        kind, inner = _unwrap(function)
         who = _check_function(inner)
         options = Options(
             who=f"{who}()", isolation=isolation, read_only=read_only, propagation=propagation,
@@ -97,9 +97,15 @@ def transactional(
         if isinstance(using, UnitOfWorkManager):
             check_level(using._database.family, isolation, who=options.who)
         wrapped = _wrap(inner, using, options)
-        return type(function)(wrapped) if isinstance(function, classmethod | staticmethod) else wrapped
+        return kind(wrapped) if kind else wrapped
 
     return decorate if func is None else decorate(func)
+
+
+def _unwrap(function: Any) -> tuple[Any, Any]:
+    """Return the descriptor's class and the function inside it, for @transactional above @classmethod."""
+    kind = type(function)
+    return (kind, function.__func__) if kind in (classmethod, staticmethod) else (None, function)
 
 
 def _check_function(function: object) -> str:

@@ -83,8 +83,8 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     if transaction.read_only:
         try:
             await work
-        except BaseException as error:
-            return await roll_back(unit, error, _failure_at_commit(transaction, error))
+        except BaseException as raised:
+            return await roll_back(unit, raised, _failure_at_commit(transaction, raised))
         return await _committed(unit, None)
     limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
@@ -264,18 +264,22 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
         if not waited.task.done():
             waited.task.cancel()
     outcome = await shielded(
-        session.run_sync(_roll_back_and_close, transaction, discard), grace=ROLLBACK_SECONDS, limit=ROLLBACK_SECONDS
+        session.run_sync(_roll_back_and_close, transaction, discard=discard),
+        grace=ROLLBACK_SECONDS,
+        limit=ROLLBACK_SECONDS,
     )
     if not outcome.task.done():
         outcome.task.cancel()
         await shielded(asyncio.wait({outcome.task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
-        logger.warning("ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS)
+        logger.warning(
+            "ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS
+        )
     elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
         logger.warning("closing %s failed (%s)", transaction.name, type(trouble).__name__)
     return cancelled or outcome.cancelled
 
 
-def _roll_back_and_close(session: Session, transaction: Transaction, discard: bool) -> None:
+def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
     transaction.phase = Phase.ENDING
     connection = transaction.connection
     try:
@@ -285,7 +289,9 @@ def _roll_back_and_close(session: Session, transaction: Transaction, discard: bo
             if connection is not None and not connection.closed and connection.in_transaction():
                 connection.rollback()
     except Exception as error:
-        logger.warning("ROLLBACK of %s failed (%s); its connection is discarded", transaction.name, type(error).__name__)
+        logger.warning(
+            "ROLLBACK of %s failed (%s); its connection is discarded", transaction.name, type(error).__name__
+        )
         discard = True
     try:
         if discard and connection is not None and not connection.closed:
@@ -299,7 +305,9 @@ async def _discard(unit: UnitOfWork[Any]) -> None:
     session = unit._session
     assert session is not None
     outcome = await shielded(
-        session.run_sync(_roll_back_and_close, unit._transaction, True), grace=ROLLBACK_SECONDS, limit=ROLLBACK_SECONDS
+        session.run_sync(_roll_back_and_close, unit._transaction, discard=True),
+        grace=ROLLBACK_SECONDS,
+        limit=ROLLBACK_SECONDS,
     )
     if not outcome.task.done():
         outcome.task.cancel()

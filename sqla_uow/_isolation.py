@@ -14,6 +14,7 @@ __all__ = ["LEVELS", "check_level", "engine_options", "family_of", "is_weaker_or
 
 LEVELS: tuple[IsolationLevel, ...] = get_args(IsolationLevel)
 """Weakest first."""
+_RANKS: dict[str, int] = {level: rank for rank, level in enumerate(LEVELS)}
 
 _FAMILIES = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 # PostgreSQL accepts READ UNCOMMITTED and runs READ COMMITTED; SQLite has one level.  Neither is passed off as another.
@@ -40,7 +41,9 @@ def check_level(family: str, isolation: object, *, who: str) -> None:
     if isolation is None:
         return
     if isolation not in LEVELS:
-        raise ValueError(f"{who} asks for isolation {isolation!r}, which is no SQL level; use one of {', '.join(LEVELS)}")
+        raise ValueError(
+            f"{who} asks for isolation {isolation!r}, which is no SQL level; use one of {', '.join(LEVELS)}"
+        )
     offered = _OFFERED.get(family, LEVELS)
     if isolation not in offered:
         raise ValueError(
@@ -50,8 +53,7 @@ def check_level(family: str, isolation: object, *, who: str) -> None:
 
 def is_weaker_or_same(asked: str, given: str) -> bool:
     """Say whether a unit at level `given` honours a call that asks for `asked`."""
-    order = {level: rank for rank, level in enumerate(LEVELS)}
-    return order.get(asked, len(LEVELS)) <= order.get(given.replace("_", " ").replace("-", " ").upper(), -1)
+    return _RANKS.get(asked, len(LEVELS)) <= _RANKS.get(given.replace("_", " ").replace("-", " ").upper(), -1)
 
 
 def engine_options(family: str, isolation: IsolationLevel | None, *, read_only: bool) -> dict[str, Any]:
@@ -93,11 +95,16 @@ def opening(
 def _postgresql_limits(connection: Connection, seconds: float) -> str:
     limit = f"'{max(1, round(seconds * 1000))}ms', true)"
     settings = f"SELECT set_config('statement_timeout', {limit}"
-    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:  # type: ignore[attr-defined]
+    if _server_version(connection) >= _TRANSACTION_TIMEOUT_SINCE:
         # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
         late = f"'{max(1, round(seconds * 1000)) + 1000}ms', true)"
         settings += f", set_config('transaction_timeout', {late}"
     return settings
+
+
+def _server_version(connection: Connection) -> tuple[int, ...]:
+    version: tuple[int, ...] | None = getattr(connection.dialect, "server_version_info", None)
+    return version or ()
 
 
 def limit_statement(statement: str, seconds: float) -> str:
@@ -128,7 +135,7 @@ def _open_sqlite(connection: Connection, *, read_only: bool, seconds: float | No
 
 def restore_sqlite(dbapi_connection: Any, info: dict[str, Any]) -> None:
     """Undo what `opening` set on a pooled SQLite connection, before the next user gets it."""
-    pragmas = []
+    pragmas: list[str] = []
     if info.pop(QUERY_ONLY_KEY, False):
         pragmas.append("PRAGMA query_only=0")
     if BUSY_KEY in info:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from typing_extensions import Self
 
 from sqla_uow._attempts import Attempt, Attempts
 from sqla_uow._context import ManagerPlace, ScopeContext, open_unit
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
 from sqla_uow._joining import Joined, Nested
-from sqla_uow._options import Options, check_retries, check_timeout
+from sqla_uow._options import Options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._retry import RetryPolicy
 from sqla_uow._tasks import pop, push
 from sqla_uow._transaction import Transaction
-from sqla_uow._unit import UnitOfWork
 from sqla_uow._verify import Notary, Witness
 from sqla_uow.errors import PropagationError
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState
 
     from sqla_uow._context import Scope
+    from sqla_uow._unit import UnitOfWork
     from sqla_uow.typing import IsolationLevel, Propagation
 
 __all__ = ["UnitOfWorkManager"]
@@ -70,18 +69,18 @@ class UnitOfWorkManager(Generic[S]):
         ambiguous_commit: Literal["raise", "verify"] = "raise",
     ) -> None:
         who = f"UnitOfWorkManager {name!r}"
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"UnitOfWorkManager got name={name!r}; use a string that is not empty")
-        check_retries(0 if retries is None else retries, who)
+        check_name(name, "UnitOfWorkManager(name=...)")
+        check_retries(retries, who, optional=False)
         check_timeout(timeout, who)
+        check_policy(retry, who, optional=False)
         if ambiguous_commit not in get_args(_ON_AMBIGUOUS):
-            raise ValueError(f"{who} has ambiguous_commit={ambiguous_commit!r}, which is unknown; use 'raise' or 'verify'")
-        if not isinstance(retry, RetryPolicy):
-            raise TypeError(f"{who} has retry={retry!r}; pass a RetryPolicy, and the number as retries=")
+            raise ValueError(
+                f"{who} has ambiguous_commit={ambiguous_commit!r}, which is unknown; use 'raise' or 'verify'"
+            )
         self._database: Database[S] = Database(bind)
         check_level(self._database.family, isolation, who=who)
         self._name = name
-        self._isolation = isolation
+        self._isolation: IsolationLevel | None = isolation
         self._retries = retries
         self._timeout = timeout
         self._retry = retry

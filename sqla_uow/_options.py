@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from sqla_uow._isolation import check_level
 from sqla_uow._retry import RetryPolicy
 from sqla_uow.typing import IsolationLevel, Propagation
 
-__all__ = ["Options"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Options", "check_name", "check_policy", "check_retries", "check_timeout"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +38,40 @@ class Options:
         if self.propagation not in get_args(Propagation):
             known = ", ".join(map(repr, get_args(Propagation)))
             raise ValueError(f"{self.who} has propagation={self.propagation!r}, which is unknown; use one of {known}")
-        if not isinstance(self.read_only, bool):
-            raise TypeError(f"{self.who} has read_only={self.read_only!r}; use True or False")
+        check_bool(self.read_only, self.who)
         check_retries(self.retries, self.who)
         check_timeout(self.timeout, self.who)
-        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
-            raise TypeError(f"{self.who} has retry={self.retry!r}; pass a RetryPolicy, and the number as retries=")
+        check_policy(self.retry, self.who)
         if self.retry_on is not None and not callable(self.retry_on):
-            raise TypeError(f"{self.who} has retry_on={self.retry_on!r}; pass a function of the exception that returns a bool")
+            raise TypeError(
+                f"{self.who} has retry_on={self.retry_on!r}; pass a function of the exception that returns a bool"
+            )
 
 
-def check_retries(retries: object, who: str) -> None:
+# What a type checker would have told the caller is told to the others here: the arguments are `object` on purpose.
+
+
+def check_name(name: object, who: str) -> None:
+    """Refuse what is no name."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{who} got {name!r}; use a string that is not empty")
+
+
+def check_bool(read_only: object, who: str) -> None:
+    """Refuse what is neither True nor False: a mode passed by mistake would be taken for True."""
+    if not isinstance(read_only, bool):
+        raise TypeError(f"{who} has read_only={read_only!r}; use True or False")
+
+
+def check_policy(policy: object, who: str, *, optional: bool = True) -> None:
+    """Refuse what is no policy."""
+    if not isinstance(policy, RetryPolicy) and not (optional and policy is None):
+        raise TypeError(f"{who} has retry={policy!r}; pass a RetryPolicy, and the number as retries=")
+
+
+def check_retries(retries: object, who: str, *, optional: bool = True) -> None:
     """Refuse what is no number of retries."""
-    if retries is None:
+    if retries is None and optional:
         return
     if isinstance(retries, bool) or not isinstance(retries, int):
         raise TypeError(f"{who} has retries={retries!r}; use an int, where 5 means up to six runs")

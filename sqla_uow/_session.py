@@ -6,7 +6,6 @@ that was passed and do nothing on connections that no unit uses.
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from sqla_uow._transaction import Phase, Transaction, describe
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import ExceptionContext, ExecutionContext
     from sqlalchemy.orm import InstanceState
@@ -130,17 +129,21 @@ class UnitSession(Session):
 
 def changed_object(session: Session) -> object | None:
     """Return one object that a flush would write, or None."""
-    for instance in (*session.new, *session.deleted):
-        return instance
-    return next((instance for instance in session.dirty if session.is_modified(instance)), None)
+    pending: list[object] = [*session.new, *session.deleted]
+    if pending:
+        return pending[0]
+    dirty: list[object] = list(session.dirty)
+    return next((instance for instance in dirty if session.is_modified(instance)), None)
 
 
-@functools.cache
+_unit_classes: dict[type[Session], type[Session]] = {Session: UnitSession}
+
+
 def unit_session_class(base: type[Session]) -> type[Session]:
-    """Return `base` with the rules of a unit on top."""
-    if base is Session:
-        return UnitSession
-    return type(f"Unit{base.__name__}", (UnitSession, base), {})
+    """Return `base` with the rules of a unit on top; one class for each base."""
+    if base not in _unit_classes:
+        _unit_classes[base] = type(f"Unit{base.__name__}", (UnitSession, base), {})
+    return _unit_classes[base]
 
 
 def _transaction_of(connection: Connection | Engine | None) -> Transaction | None:
@@ -188,20 +191,30 @@ def _rolled_back(session: UnitSession) -> None:
 
 
 def _before_cursor_execute(
-    connection: Connection, _cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None, many: bool
+    connection: Connection,
+    _cursor: Any,
+    statement: str,
+    parameters: Any,
+    context: ExecutionContext | None,
+    many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> tuple[str, Any]:
     unit = _transaction_of(connection)
     if unit is None:
         return statement, parameters
-    writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
-    unit.before_statement(writes=bool(writes))
+    writes = _writes(context)
+    unit.before_statement(writes=writes)
     if unit.pending_savepoint is not None:
-        unit.pending_savepoint = statement.split()[-1]
+        unit.pending_savepoint = statement.rpartition(" ")[2]
     elif not unit.wrote and (writes or not _reads(context, statement)):
         unit.wrote = True
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
+
+
+def _writes(context: Any) -> bool:
+    # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
+    return context is not None and bool(context.isinsert or context.isupdate or context.isdelete)
 
 
 _READING = ("SELECT", "BEGIN", "PRAGMA", "SET TRANS", "SHOW", "SAVEPOINT", "RELEASE", "ROLLBACK")
@@ -215,7 +228,12 @@ def _reads(context: ExecutionContext | None, statement: str) -> bool:
 
 
 def _after_cursor_execute(
-    connection: Connection, _cursor: Any, _statement: str, _parameters: Any, _context: Any, _many: bool
+    connection: Connection,
+    _cursor: Any,
+    _statement: str,
+    _parameters: Any,
+    _context: Any,
+    _many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> None:
     unit = _transaction_of(connection)
     if unit is not None:
@@ -275,7 +293,7 @@ def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetS
         restore_sqlite(dbapi_connection, record.info)
 
 
-_LISTENERS = {
+_LISTENERS: dict[str, Callable[..., Any]] = {
     "before_cursor_execute": _before_cursor_execute,
     "after_cursor_execute": _after_cursor_execute,
     "handle_error": _handle_error,

@@ -142,7 +142,7 @@ def _descends(task: Task, frame: Frame, ancestor: Task) -> bool:
 class Owner:
     """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
 
-    __slots__ = ("_frame", "_last", "_loop", "_lost", "_refused", "in_flight", "idle", "name")
+    __slots__ = ("_frame", "_last", "_loop", "_lost", "_refused", "idle", "in_flight", "name")
 
     def __init__(self, name: str, refused: Callable[[TaskBoundaryError], None]) -> None:
         task = asyncio.current_task()

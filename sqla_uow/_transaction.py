@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import inspect
 
@@ -28,6 +27,7 @@ from sqla_uow.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from weakref import WeakKeyDictionary, WeakSet
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState, Session
@@ -108,7 +108,7 @@ class Transaction:
     ) -> None:
         self.name = name
         self.database = database
-        self.isolation = isolation
+        self.isolation: IsolationLevel | None = isolation
         self.read_only = read_only
         self.deadline = deadline
         self.clock = clock

@@ -42,11 +42,12 @@ class UnitOfWork(Generic[S]):
     @property
     def session(self) -> S:
         """The unit's session.  It takes a connection with its first SQL, not before."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             if self._final is not None:
                 raise NoUnitError(f"{self._transaction.name} has ended without a session; open a new unit for SQL")
-            self._session = self._transaction.database.session(self._transaction)
-        return self._session
+            session = self._session = self._transaction.database.session(self._transaction)
+        return session
 
     @property
     def status(self) -> Status:

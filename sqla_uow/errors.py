@@ -22,10 +22,9 @@ Every message is one line: *fact with values; remedy*.  What a program may want 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy.orm.exc import StaleDataError
-from typing_extensions import Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +96,13 @@ class ConflictError(UnitOfWorkError):
     """
 
     def __init__(
-        self, message: str, *, attempts: int = 1, elapsed: float = 0.0, reason: str = "conflict", code: str | None = None
+        self,
+        message: str,
+        *,
+        attempts: int = 1,
+        elapsed: float = 0.0,
+        reason: str = "conflict",
+        code: str | None = None,
     ) -> None:
         super().__init__(message)
         self.attempts = attempts
@@ -148,8 +153,10 @@ class AfterCommitError(UnitOfWorkError, ExceptionGroup[Exception]):
     """The transaction *is committed*; one or more of its `after_commit` hooks failed."""
 
     def __new__(cls, message: str, exceptions: Sequence[Exception], /) -> Self:
+        """Make a group of the hooks' exceptions."""
         return super().__new__(cls, message, exceptions)
 
-    def derive(self, excs: Sequence[Exception], /) -> AfterCommitError:  # type: ignore[override]
+    # typeshed lets derive() be called with any BaseException; the group of a split has only what was in this one.
+    def derive(self, excs: Sequence[Exception], /) -> AfterCommitError:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a group of the same kind, as `ExceptionGroup.split` and `subgroup` ask for."""
         return AfterCommitError(self.message, excs)
