@@ -104,8 +104,10 @@ def transactional(
 
 def _unwrap(function: Any) -> tuple[Any, Any]:
     """Return the descriptor's class and the function inside it, for @transactional above @classmethod."""
-    kind = type(function)
-    return (kind, function.__func__) if kind in (classmethod, staticmethod) else (None, function)
+    for kind in (classmethod, staticmethod):
+        if type(function) is kind:
+            return kind, function.__func__
+    return None, function
 
 
 def _check_function(function: object) -> str:
