@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
 from sqla_uow._isolation import engine_options, family_of
-from sqla_uow._session import UnitSession, install, unit_session_class
+from sqla_uow._session import UnitEngine, UnitSession, install, unit_session_class
 from sqla_uow._turns import Turns
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class Database(Generic[S]):
         engine = self._engines.get(key)
         if engine is None:
             options = engine_options(self.family, transaction.isolation, read_only=transaction.read_only)
-            engine = self.engine.execution_options(**options) if options else self.engine
-            self._engines[key] = engine
+            engine = self._engines[key] = AsyncEngine(UnitEngine(self.sync_engine, options))
         session = self._make(engine)
         sync_session = session.sync_session
         assert isinstance(sync_session, UnitSession)
