@@ -196,7 +196,9 @@ class Server(abc.ABC):
         self._running()
         done = self._ask(sql, database or self.database)
         if done.returncode:
-            raise ServerError(f"{self.name} refused {sql!r}; {' '.join(done.stderr.split())}")
+            # MariaDB's client shows the statement before the error.
+            words = done.stderr[max(0, done.stderr.find("ERROR")) :].split()
+            raise ServerError(f"{self.name} refused {sql!r}; {' '.join(words)}")
         return done.stdout.removesuffix("\n")
 
     def create_database(self) -> str:
