@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, get_args
 
+from sqlalchemy import text
+
 from sqla_uow.typing import IsolationLevel
 
 if TYPE_CHECKING:
@@ -24,6 +26,11 @@ _OFFERED: dict[str, tuple[IsolationLevel, ...]] = {
     "sqlite": ("SERIALIZABLE",),
 }
 _TRANSACTION_TIMEOUT_SINCE = (17,)  # PostgreSQL: transaction_timeout
+# Bound, not written in: asyncpg would prepare each new text, a second round trip, and forget a statement of the user.
+_STATEMENT_TIMEOUT = text("SELECT set_config('statement_timeout', :statement, true)")
+_BOTH_TIMEOUTS = text(
+    "SELECT set_config('statement_timeout', :statement, true), set_config('transaction_timeout', :late, true)"
+)
 _LIMITABLE = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
 
 
@@ -82,7 +89,7 @@ def opening(
     """
     if family == "postgresql":
         if seconds is not None:
-            connection.exec_driver_sql(_postgresql_limits(connection, seconds))
+            _limit_postgresql(connection, seconds)
     elif family == "mysql":
         parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
         parts += ["READ ONLY"] if read_only else []
@@ -92,19 +99,14 @@ def opening(
         _open_sqlite(connection, read_only=read_only, seconds=seconds)
 
 
-def _postgresql_limits(connection: Connection, seconds: float) -> str:
-    limit = f"'{max(1, round(seconds * 1000))}ms', true)"
-    settings = f"SELECT set_config('statement_timeout', {limit}"
-    if _server_version(connection) >= _TRANSACTION_TIMEOUT_SINCE:
+def _limit_postgresql(connection: Connection, seconds: float) -> None:
+    limits = {"statement": f"{max(1, round(seconds * 1000))}ms"}
+    settings = _STATEMENT_TIMEOUT
+    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:  # type: ignore[attr-defined]
         # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
-        late = f"'{max(1, round(seconds * 1000)) + 1000}ms', true)"
-        settings += f", set_config('transaction_timeout', {late}"
-    return settings
-
-
-def _server_version(connection: Connection) -> tuple[int, ...]:
-    version: tuple[int, ...] | None = getattr(connection.dialect, "server_version_info", None)
-    return version or ()
+        limits["late"] = f"{max(1, round(seconds * 1000)) + 1000}ms"
+        settings = _BOTH_TIMEOUTS
+    connection.execute(settings, limits)
 
 
 def limit_statement(statement: str, seconds: float) -> str:
