@@ -1,0 +1,297 @@
+"""What the public names of sqla_uow are to a type checker; checked by `tox -e types`, against the wheel.
+
+Nothing here runs. A case is a function; `assert_type` holds for mypy and pyright alike, or is written for each.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from datetime import timedelta
+from typing import Any, TypeVar, assert_type
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm.exc import StaleDataError
+
+from sqla_uow import (
+    IsolationLevel,
+    Propagation,
+    RetryPolicy,
+    Status,
+    UnitOfWork,
+    UnitOfWorkManager,
+    after_commit,
+    after_rollback,
+    before_commit,
+    current_session,
+    current_unit,
+    errors,
+    is_retryable,
+    transactional,
+)
+
+T = TypeVar("T")
+
+
+class AuditedSession(AsyncSession):
+    """A session class of the user's."""
+
+    auditor: str = "nobody"
+
+
+# ---- managers: their session type comes from what they are built over
+
+
+def manager_over_an_engine(engine: AsyncEngine) -> None:
+    assert_type(UnitOfWorkManager(engine), UnitOfWorkManager[AsyncSession])
+
+
+def manager_over_a_sessionmaker(maker: async_sessionmaker[AuditedSession]) -> None:
+    assert_type(UnitOfWorkManager(maker), UnitOfWorkManager[AuditedSession])
+
+
+def manager_with_every_option(engine: AsyncEngine) -> None:
+    manager = UnitOfWorkManager(
+        engine,
+        name="reports",
+        isolation="REPEATABLE READ",
+        retries=3,
+        timeout=1.5,
+        retry=RetryPolicy(base=0.005, cap=0.5, sleep=asyncio.sleep),
+        ambiguous_commit="verify",
+    )
+    assert_type(manager, UnitOfWorkManager[AsyncSession])
+
+
+def activated_manager(manager: UnitOfWorkManager[AuditedSession]) -> None:
+    assert_type(manager.activate(), AbstractContextManager[UnitOfWorkManager[AuditedSession]])
+    with manager.activate() as active:
+        assert_type(active, UnitOfWorkManager[AuditedSession])
+
+
+# ---- blocks: the unit, and through it the session, of the manager's type
+
+
+async def block(manager: UnitOfWorkManager[AuditedSession]) -> None:
+    assert_type(manager.begin(), AbstractAsyncContextManager[UnitOfWork[AuditedSession]])
+    async with manager.begin(isolation="SERIALIZABLE", read_only=True, propagation="requires_new", timeout=2) as unit:
+        assert_type(unit, UnitOfWork[AuditedSession])
+        assert_type(unit.session, AuditedSession)
+        assert_type(unit.session.auditor, str)
+
+
+async def value_of_a_block(manager: UnitOfWorkManager[AsyncSession]) -> int:
+    async with manager.begin() as unit:  # it swallows nothing, so no `return` is missing below
+        return unit.attempt
+
+
+async def attempts(manager: UnitOfWorkManager[AuditedSession]) -> None:
+    assert_type(
+        manager.attempts(retries=5),
+        AsyncIterator[AbstractAsyncContextManager[UnitOfWork[AuditedSession]]],
+    )
+    async for attempt in manager.attempts(retries=5, isolation="SERIALIZABLE", read_only=False, timeout=None):
+        async with attempt as unit:
+            assert_type(unit.session, AuditedSession)
+
+
+async def scope(manager: UnitOfWorkManager[AsyncSession]) -> None:
+    async with manager.scope():
+        assert_type(current_session(), AsyncSession)
+
+
+def unit_attributes(unit: UnitOfWork[AuditedSession]) -> None:
+    assert_type(unit.attempt, int)
+    assert_type(unit.is_last_attempt, bool)
+    assert_type(unit.status, Status)
+    assert_type(unit.isolation, IsolationLevel | None)
+    assert_type(unit.read_only, bool)
+    unit.doom()
+    unit.doom("stock is empty")
+
+
+# ---- @transactional: the function's own signature and result, bare and called
+
+
+@transactional
+async def bare(source: int, /, target: str, *rest: bytes, note: str = "") -> list[int]:
+    """Keep every kind of parameter."""
+    return [source, len(target), len(rest), len(note)]
+
+
+@transactional(retries=5, isolation="SERIALIZABLE")
+async def called(source: int, *, amount: float | None = None) -> timedelta:
+    """Keep them also with options."""
+    return timedelta(days=source * (amount or 1))
+
+
+@transactional(
+    using="reports",
+    retries=None,
+    isolation=None,
+    read_only=True,
+    propagation="nested",
+    timeout=timedelta(seconds=3).total_seconds(),
+    retry=RetryPolicy(),
+    retry_on=lambda error: isinstance(error, KeyError),
+)
+async def with_every_option() -> None: ...
+
+
+@transactional()
+async def without_options() -> None: ...
+
+
+@transactional
+@transactional(propagation="requires_new")
+async def stacked(key: int) -> str:
+    """Keep the signature through two of them."""
+    return str(key)
+
+
+@transactional
+async def generic(value: T) -> list[T]:
+    """Keep what is generic generic."""
+    return [value]
+
+
+async def calls() -> None:
+    assert_type(await bare(1, "two", b"3", note="four"), list[int])
+    assert_type(await bare(1, target="two"), list[int])
+    assert_type(await called(1), timedelta)
+    assert_type(await called(1, amount=2.5), timedelta)
+    assert_type(await with_every_option(), None)
+    assert_type(await without_options(), None)
+    assert_type(await stacked(1), str)
+    coroutine = assert_type(called(1), Coroutine[Any, Any, timedelta])
+    assert_type(await asyncio.create_task(coroutine), timedelta)
+
+
+async def call_of_a_generic_function() -> None:
+    assert_type(await generic(1), list[int])
+    assert_type(await generic("one"), list[str])
+
+
+def names() -> None:
+    assert_type(bare.__name__, str)
+    assert_type(called.__qualname__, str)
+    assert_type(called.__doc__, str | None)
+
+
+def using_a_manager(manager: UnitOfWorkManager[AuditedSession]) -> Callable[[int], Awaitable[int]]:
+    @transactional(using=manager)
+    async def count(up_to: int) -> int:
+        return up_to
+
+    return count
+
+
+class Service:
+    """Methods are functions too."""
+
+    @transactional
+    async def method(self, key: int) -> str:
+        return str(key)
+
+    @transactional(read_only=True)
+    async def method_with_options(self, *, key: int) -> str:
+        return str(key)
+
+    @classmethod
+    @transactional(retries=2)
+    async def class_method(cls, key: int) -> "Service":
+        return cls()
+
+    @staticmethod
+    @transactional
+    async def static_method(key: int) -> str:
+        return str(key)
+
+
+class SpecialService(Service):
+    """An override keeps to the overridden method's type."""
+
+    @transactional
+    async def method(self, key: int) -> str:
+        return await super().method(key)
+
+
+async def methods(service: Service) -> None:
+    assert_type(await service.method(1), str)
+    assert_type(await service.method_with_options(key=1), str)
+    assert_type(await Service.method(service, 1), str)
+    assert_type(await Service.class_method(1), Service)
+    assert_type(await service.class_method(1), Service)
+    assert_type(await Service.static_method(1), str)
+    assert_type(await service.static_method(1), str)
+    assert_type(await SpecialService().method(1), str)
+
+
+# ---- the current unit and its hooks
+
+
+def current(manager: UnitOfWorkManager[AsyncSession]) -> None:
+    assert_type(current_session(), AsyncSession)
+    assert_type(current_session("reports"), AsyncSession)
+    assert_type(current_session(manager), AsyncSession)
+    assert_type(current_unit("reports").session, Any)
+    assert_type(current_unit().attempt, int)
+
+
+def notify(address: str, *, subject: str = "") -> int:
+    """Do what hooks do; the result is dropped."""
+    return len(address + subject)
+
+
+async def notify_later(address: str) -> None:
+    """Do it with an await."""
+    await asyncio.sleep(len(address))
+
+
+def hooks(unit: UnitOfWork[AsyncSession]) -> None:
+    after_commit(notify, "a@example.org", subject="paid")
+    after_commit(notify_later, "a@example.org")
+    after_commit(lambda: None)
+    before_commit(notify, "a@example.org")
+    after_rollback(notify_later, address="a@example.org")
+    unit.after_commit(notify, "a@example.org", subject="paid")
+    unit.before_commit(notify_later, "a@example.org")
+    unit.after_rollback(notify, "a@example.org")
+
+
+# ---- the rest
+
+
+def literals() -> None:
+    levels: list[IsolationLevel] = ["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+    propagations: list[Propagation] = ["required", "requires_new", "nested", "mandatory", "durable"]
+    del levels, propagations
+
+
+def every_status(status: Status) -> str:
+    match status:
+        case Status.NEW | Status.ACTIVE | Status.DOOMED:
+            return "open"
+        case Status.COMMITTED | Status.ROLLED_BACK | Status.AMBIGUOUS:
+            return "ended"
+
+
+def retryable(error: BaseException) -> None:
+    assert_type(is_retryable(error), bool)
+
+
+def error_tree(error: errors.ConflictError) -> None:
+    parents: dict[type[BaseException], type[BaseException]] = {
+        errors.NoManagerError: LookupError,
+        errors.NoUnitError: LookupError,
+        errors.TaskBoundaryError: RuntimeError,
+        errors.IsolationConflictError: errors.PropagationError,
+        errors.StaleVersionError: StaleDataError,
+        errors.TransactionTimeoutError: TimeoutError,
+    }
+    del parents
+    assert_type(error.attempts, int)
+    assert_type(error.elapsed, float)
+
+
+def failed_hooks(error: errors.AfterCommitError) -> None:
+    assert_type(error.exceptions, tuple[Exception | ExceptionGroup[Exception], ...])
