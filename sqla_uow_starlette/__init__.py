@@ -39,4 +39,4 @@ if not TYPE_CHECKING:  # a module's __getattr__ makes every name exist for a typ
             msg = f"sqla_uow_starlette.{name} is not written yet; until it is, open manager.scope() in your own middleware"
         else:
             msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg, name=name, obj=None)
+        raise AttributeError(msg, name=name)
