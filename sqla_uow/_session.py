@@ -1,7 +1,7 @@
-"""The session of a unit and the listeners on its engine: everything that SQLAlchemy tells us comes in here.
+"""The session of a unit, its engine and its connection: everything that SQLAlchemy tells us comes in here.
 
-`UnitSession` overrides public methods of `Session` and one private one; the listeners are installed once on the engine
-that was passed and do nothing on connections that no unit uses.
+`UnitSession` overrides public methods of `Session` and one private one.  The listeners are on the class of the units'
+connections, so they cost nobody else anything; only ``handle_error`` has to be on the engine's dialect.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-__all__ = ["UnitEngine", "UnitSession", "install", "unit_session_class"]
+__all__ = ["UnitEngine", "UnitSession", "changed_object", "has_changes", "install", "unit_session_class"]
+
 
 class UnitConnection(Connection):
     """A connection that knows whose it is; the listeners are inert on every other."""
 
-    unit: Transaction | None = None
+    def __init__(self, engine: Engine, unit: Transaction) -> None:
+        self.unit = unit
+        super().__init__(engine)
+        self._has_events = True  # SQLAlchemy 2.0 takes the engine's flag for the connection's
 
 
 class UnitEngine(OptionEngine):
@@ -55,11 +59,10 @@ class UnitEngine(OptionEngine):
         try:
             transaction.before_connect()
             _take_turn(transaction)
-            connection = UnitConnection(self)
+            connection = UnitConnection(self, transaction)
         except BaseException as error:
             transaction.connect_failed(error)
             raise
-        connection.unit = transaction
         transaction.owner.leave()
         return connection
 
@@ -92,14 +95,15 @@ class UnitSession(Session):
         if transaction is None:
             super().flush(objects)
             return
-        if self.new or self.deleted or self.dirty:
-            try:
-                transaction.check_usable()
-                if transaction.read_only:
-                    self._refuse_changes(transaction)
-            except UnitOfWorkError as error:
-                transaction.damage.add(error)
-                raise
+        if not has_changes(self):
+            return
+        try:
+            transaction.check_usable()
+            if transaction.read_only:
+                self._refuse_changes(transaction)
+        except UnitOfWorkError as error:
+            transaction.damage.add(error)
+            raise
         try:
             super().flush(objects)
         except Exception as error:
@@ -137,6 +141,12 @@ class UnitSession(Session):
         return super()._before_attach(state, obj)
 
 
+def has_changes(session: Session) -> bool:
+    """Say whether a flush might write something."""
+    # The public `new`, `dirty` and `deleted` build a set at each look, and each statement's autoflush looks.
+    return not session._is_clean()
+
+
 def changed_object(session: Session) -> object | None:
     """Return one object that a flush would write, or None."""
     pending: list[object] = [*session.new, *session.deleted]
@@ -154,10 +164,6 @@ def unit_session_class(base: type[Session]) -> type[Session]:
     if base not in _unit_classes:
         _unit_classes[base] = type(f"Unit{base.__name__}", (UnitSession, base), {})
     return _unit_classes[base]
-
-
-def _transaction_of(connection: Connection | None) -> Transaction | None:
-    return connection.unit if isinstance(connection, UnitConnection) else None
 
 
 # -- the session's events
@@ -201,16 +207,14 @@ def _rolled_back(session: UnitSession) -> None:
 
 
 def _before_cursor_execute(
-    connection: Connection,
+    connection: UnitConnection,
     _cursor: Any,
     statement: str,
     parameters: Any,
     context: ExecutionContext | None,
     many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> tuple[str, Any]:
-    unit = _transaction_of(connection)
-    if unit is None:
-        return statement, parameters
+    unit = connection.unit
     writes = _writes(context)
     unit.before_statement(writes=writes)
     if unit.pending_savepoint is not None:
@@ -238,64 +242,54 @@ def _reads(context: ExecutionContext | None, statement: str) -> bool:
 
 
 def _after_cursor_execute(
-    connection: Connection,
+    connection: UnitConnection,
     _cursor: Any,
     _statement: str,
     _parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> None:
-    unit = _transaction_of(connection)
-    if unit is not None:
-        unit.after_statement()
+    connection.unit.after_statement()
 
 
 def _handle_error(context: ExceptionContext) -> None:
-    unit = _transaction_of(context.connection)
-    if unit is None or context.connection is None:
+    connection = context.connection
+    if not isinstance(connection, UnitConnection):
         return
+    unit = connection.unit
     error = context.original_exception
     if isinstance(error, UnitOfWorkError):
         return
     sent = unit.owner.in_flight is not None
-    if not isinstance(error, Exception) and sent and not context.connection.invalidated:
-        settle(context.connection)
+    if not isinstance(error, Exception) and sent and not connection.invalidated:
+        settle(connection)
     unit.failed(error, lost=context.is_disconnect, sent=sent)
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:
         raise ReadOnlyError(unit.read_only_message("a write was sent"))
 
 
-def _commit(connection: Connection) -> None:
-    unit = _transaction_of(connection)
-    if unit is not None:
-        unit.before_commit()
+def _commit(connection: UnitConnection) -> None:
+    connection.unit.before_commit()
 
 
-def _rollback(connection: Connection) -> None:
-    unit = _transaction_of(connection)
-    if unit is not None:
-        unit.rolled_back_outside(sys.exception())
+def _rollback(connection: UnitConnection) -> None:
+    connection.unit.rolled_back_outside(sys.exception())
 
 
-def _savepoint(connection: Connection, _name: str | None) -> None:
-    unit = _transaction_of(connection)
-    if unit is not None:
-        unit.pending_savepoint = ""  # the name is generated later; read from the statement
+def _savepoint(connection: UnitConnection, _name: str | None) -> None:
+    connection.unit.pending_savepoint = ""  # the name is generated later; read from the statement
 
 
-def _rollback_savepoint(connection: Connection, name: str, _context: None) -> None:
-    unit = _transaction_of(connection)
-    if unit is not None:
-        unit.damage.roll_back(name)
-        unit.damage.leave(name)
-        unit.rolling_back_to_savepoint = True
+def _rollback_savepoint(connection: UnitConnection, name: str, _context: None) -> None:
+    unit = connection.unit
+    unit.damage.roll_back(name)
+    unit.damage.leave(name)
+    unit.rolling_back_to_savepoint = True
 
 
-def _release_savepoint(connection: Connection, name: str, _context: None) -> None:
-    unit = _transaction_of(connection)
-    if unit is not None:
-        unit.damage.leave(name)
+def _release_savepoint(connection: UnitConnection, name: str, _context: None) -> None:
+    connection.unit.damage.leave(name)
 
 
 def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
@@ -306,19 +300,20 @@ def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetS
 _LISTENERS: dict[str, Callable[..., Any]] = {
     "before_cursor_execute": _before_cursor_execute,
     "after_cursor_execute": _after_cursor_execute,
-    "handle_error": _handle_error,
     "commit": _commit,
     "rollback": _rollback,
     "savepoint": _savepoint,
     "rollback_savepoint": _rollback_savepoint,
     "release_savepoint": _release_savepoint,
 }
+# On the class of our connections, not on the engine: nobody else's statements pay for them.
+for _name, _listener in _LISTENERS.items():
+    event.listen(UnitConnection, _name, _listener, retval=_name == "before_cursor_execute")
 
 
 def install(engine: Engine) -> None:
-    """Listen on the engine, once; managers and copies of the engine share the listeners."""
-    if not event.contains(engine, "commit", _commit):
-        for name, listener in _LISTENERS.items():
-            event.listen(engine, name, listener, retval=name == "before_cursor_execute")
+    """Listen for what is told to no connection's class, once for each engine and pool."""
+    if not event.contains(engine, "handle_error", _handle_error):
+        event.listen(engine, "handle_error", _handle_error)
     if engine.dialect.name == "sqlite" and not event.contains(engine.pool, "reset", _reset):
         event.listen(engine.pool, "reset", _reset)

@@ -22,6 +22,7 @@ from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs t
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "drivers(*names): the drivers that this test is about; all without it")
+    config.addinivalue_line("markers", "other_driver: set here, on tests that are about none of the selected drivers")
 
 
 def _selected() -> list[str]:
