@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_uow._classify import Failure, Kind, chain
-from sqla_uow._context import UnitPlace, surrounding_scope, surrounding_transactions
+from sqla_uow._context import UnitPlace, surroundings
 from sqla_uow._ending import Ended, commit, prepare, roll_back
+from sqla_uow._loops import Loop, leads_back, loop_of
 from sqla_uow._tasks import pop, push
 from sqla_uow._unit import UnitOfWork
 from sqla_uow.errors import (
@@ -24,7 +26,8 @@ from sqla_uow.errors import (
 )
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Coroutine
+    from types import FrameType, TracebackType
 
     from sqlalchemy.orm import InstanceState
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._options import Options
 
-__all__ = ["Attempt", "Attempts"]
+__all__ = ["Attempt", "Attempts", "LoopedAttempts"]
 
 logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession)
@@ -42,7 +45,8 @@ class Attempts(Generic[S]):
     """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
 
     __slots__ = (
-        "_more", "attempt", "deadline", "manager", "options", "policy", "retries", "scope", "started", "tainted", "timeout",
+        "_more", "attempt", "deadline",
+        "enclosing", "manager", "options", "policy", "retries", "scope", "started", "tainted", "timeout",
     )  # fmt: skip
 
     def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
@@ -55,7 +59,8 @@ class Attempts(Generic[S]):
         self.started = self.policy.clock()
         self.deadline = None if self.timeout is None else self.started + self.timeout
         self.attempt = 0
-        self.scope: Scope | None = surrounding_scope(manager)
+        self.scope: Scope | None
+        self.scope, self.enclosing = surroundings(manager)
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
         self._more = True
 
@@ -77,14 +82,19 @@ class Attempts(Generic[S]):
     def elapsed(self) -> float:
         return self.policy.clock() - self.started
 
-    async def go_on(self, failure: Failure, error: BaseException) -> bool:
-        """Wait before the next attempt, or say that there is none.
+    def will_go_on(self, frame: FrameType | None) -> bool:  # noqa: ARG002  # the decorator's own loop always does
+        """Say whether the frame that leaves the attempt will ask for the next one."""
+        return True
+
+    async def go_on(self, failure: Failure, error: BaseException, frame: FrameType | None) -> None:
+        """Wait before the next attempt.
 
         Raises:
+            ConflictError: there is none.
             TransactionTimeoutError: the wait would cross the deadline.
         """
-        if self.attempt > self.retries:
-            return False
+        if self.attempt > self.retries or not self.will_go_on(frame):
+            raise self.gave_up(failure) from error
         wait = self.policy.delay(self.attempt - 1)
         if self.deadline is not None and self.policy.clock() + wait >= self.deadline:
             raise self.timed_out(f"{_of(failure)}, and the next wait would cross the deadline") from error
@@ -94,7 +104,6 @@ class Attempts(Generic[S]):
         )  # fmt: skip
         await self.policy.sleep(wait)
         self._more = True
-        return True
 
     def gave_up(self, failure: Failure) -> ConflictError:
         """Return the error for a failure that has outlived its retries."""
@@ -102,6 +111,9 @@ class Attempts(Generic[S]):
         logger.warning("%s: gave up after %d attempts and %.3f s (%s)", who, runs, self.elapsed, _of(failure))
         attempts = "its only attempt" if runs == 1 else f"each of {runs} attempts"
         remedy = "give it retries" if self.retries == 0 else "call it again later, or shorten the transaction"
+        if runs <= self.retries:
+            attempts = f"attempt {runs} of {self.retries + 1}, which leaves its loop,"
+            remedy = "let the block come to its end, return or break behind the loop, or use @transactional"
         error_class = StaleVersionError if failure.kind is Kind.STALE else ConflictError
         return error_class(
             f"{who} failed in {attempts} within {self.elapsed:.3f} s, last by {_of(failure)}; {remedy}",
@@ -116,6 +128,24 @@ class Attempts(Generic[S]):
             "raise the timeout, or shorten the transaction",
             attempts=self.attempt, elapsed=self.elapsed, timeout=self.timeout,
         )  # fmt: skip
+
+
+class LoopedAttempts(Attempts[S]):
+    """The attempts of a loop that somebody else wrote, and may leave by ``break`` or ``return``."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
+        super().__init__(manager, options)
+        self._loop: Loop | None = None
+
+    def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:  # no coroutine function: its caller's frame is the loop's
+        self._loop = loop_of(sys._getframe(1)) if self.retries else None
+        return super().__anext__()
+
+    def will_go_on(self, frame: FrameType | None) -> bool:
+        """Say whether the end of the block leads back to the loop; if not, nothing may be swallowed."""
+        return leads_back(frame, self._loop)
 
 
 def _of(failure: Failure) -> str:
@@ -147,7 +177,7 @@ class Attempt(Generic[S]):
             deadline=attempts.deadline,
             clock=attempts.policy.clock,
             tainted=attempts.tainted,
-            enclosing=surrounding_transactions(),
+            enclosing=attempts.enclosing,
         )
         if attempts.retries:
             transaction.attached = WeakSet()
@@ -177,7 +207,7 @@ class Attempt(Generic[S]):
             ended = await self._end(unit, place, error)
             if ended.error is None:
                 return error is None
-            final = not await self._retry(unit, ended)
+            final = not await self._retry(unit, ended, sys._getframe(1))
             if not final:
                 return True
             if ended.error is error:
@@ -238,7 +268,7 @@ class Attempt(Generic[S]):
             attempts.tainted = WeakKeyDictionary(attempts.tainted or {})
         unit._transaction.taint(unit._session.sync_session, attempts.tainted, "attempt")
 
-    async def _retry(self, unit: UnitOfWork[S], ended: Ended) -> bool:
+    async def _retry(self, unit: UnitOfWork[S], ended: Ended, frame: FrameType) -> bool:
         """Wait for the next attempt if there is one; raise what a failure becomes if there is none."""
         error = ended.error
         assert error is not None
@@ -246,15 +276,10 @@ class Attempt(Generic[S]):
             return False
         attempts = self._attempts
         failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
-        if failure is None:
-            if ended.failure is not None and ended.failure.kind is Kind.SERVER_TIMEOUT:
-                pass
+        if failure is None or isinstance(error, TransactionTimeoutError):
             return False
-        if isinstance(error, TransactionTimeoutError):
-            return False
-        if await attempts.go_on(failure, error):
-            return True
-        raise attempts.gave_up(failure) from error
+        await attempts.go_on(failure, error, frame)
+        return True
 
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""

@@ -17,7 +17,7 @@ from sqla_uow._unit import UnitOfWork
 from sqla_uow.errors import NoManagerError, NoUnitError, ReadOnlyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -34,10 +34,8 @@ __all__ = [
     "before_commit",
     "current_session",
     "current_unit",
-    "find_manager",
-    "open_unit",
-    "surrounding_scope",
-    "surrounding_transactions",
+    "locate",
+    "surroundings",
 ]
 
 logger = logging.getLogger("sqla_uow")
@@ -53,7 +51,12 @@ class ManagerPlace(Place):
         super().__init__(manager.name)
         self.manager = manager
 
+    def open_unit(self) -> UnitOfWork[Any] | None:
+        """Return the unit that a transactional call would join here."""
+        return None
+
     def unit(self) -> UnitOfWork[Any]:
+        """Return the unit whose session is the current one, or raise why there is none."""
         raise NoUnitError(
             f"no unit of work is open for manager {self.name!r}; call this inside a @transactional function, "
             "'async with manager.begin()', or a scope"
@@ -98,16 +101,16 @@ class Scope:
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
         self.manager = manager
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
-        self._reader: UnitOfWork[Any] | None = None
+        self.reader: UnitOfWork[Any] | None = None
 
     def read_unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one where there is none."""
-        reader = self._reader
+        reader = self.reader
         if reader is not None and reader._transaction.phase is Phase.ENDED:
             reader = None
         if reader is None:
             transaction = self.manager._transaction("the read session of this scope", read_only=True, scope_read=True)
-            reader = self._reader = UnitOfWork(transaction)
+            reader = self.reader = UnitOfWork(transaction)
         else:
             reader._transaction.owner.check()
         return reader
@@ -118,7 +121,7 @@ class Scope:
         Raises:
             ReadOnlyError: naming the object and the cures.
         """
-        reader = self._reader
+        reader = self.reader
         if reader is None or reader._session is None:
             return
         changed = changed_object(reader._session.sync_session)
@@ -127,14 +130,14 @@ class Scope:
 
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
-        reader = self._reader
+        reader = self.reader
         if reader is None or reader._transaction.phase in (Phase.YIELDED, Phase.ENDED):
             return
         transaction, session = reader._transaction, reader._session
         transaction.owner.check()
         self.refuse_unsaved()
         if session is None:
-            self._reader = None
+            self.reader = None
             return
         if transaction.connection is not None and transaction.damage.mark is None:
             transaction.phase = Phase.COMMITTING
@@ -157,7 +160,7 @@ class Scope:
 
     async def end_reading(self) -> None:
         """Close the read session; its objects are detached, and refused by later units of this scope."""
-        reader, self._reader = self._reader, None
+        reader, self.reader = self.reader, None
         if reader is None or reader._transaction.phase is Phase.ENDED:
             return
         if reader._session is not None:
@@ -207,51 +210,50 @@ class ScopeContext:
             await self._scope.end_reading()
 
 
-def _places(using: str | UnitOfWorkManager[Any]) -> Iterator[ManagerPlace]:
-    """Yield the places of one manager, innermost first."""
-    for place in current_place() or ():
+def _place(using: str | UnitOfWorkManager[Any]) -> ManagerPlace | None:
+    """Return the innermost place of a manager."""
+    place = current_place()
+    while place is not None:
         assert isinstance(place, ManagerPlace)
         if place.name == using or place.manager is using:
-            yield place
+            return place
+        place = place.outer
+    return None
 
 
-def _place(using: str | UnitOfWorkManager[Any]) -> ManagerPlace | None:
-    return next(_places(using), None)
-
-
-def find_manager(using: str | UnitOfWorkManager[Any], who: str) -> UnitOfWorkManager[Any]:
-    """Return the manager that `using` names in this context.
+def locate(using: str | UnitOfWorkManager[Any], who: str) -> tuple[UnitOfWorkManager[Any], UnitOfWork[Any] | None]:
+    """Return the manager that `using` names in this context, and the unit that a call of it would join.
 
     Raises:
         NoManagerError: none is activated under that name.
     """
-    if not isinstance(using, str):
-        return using
     place = _place(using)
-    if place is None:
+    if place is not None:
+        return place.manager, place.open_unit()
+    if isinstance(using, str):
         raise NoManagerError(
             f"{who} found no manager {using!r}; activate one with 'with manager.activate():', or run it behind a middleware"
         )
-    return place.manager
+    return using, None
 
 
-def open_unit(manager: UnitOfWorkManager[Any]) -> tuple[UnitOfWork[Any] | None, UnitPlace | None]:
-    """Return the unit that a call of this manager would join, and its place."""
-    place = _place(manager)
-    if isinstance(place, UnitPlace):
-        return place.open_unit(), place
-    return None, None
-
-
-def surrounding_scope(manager: UnitOfWorkManager[Any]) -> Scope | None:
-    """Return the open scope of this manager, whatever units lie between."""
-    return next((p.scope for p in _places(manager) if isinstance(p, ScopePlace) and not p.closed), None)
-
-
-def surrounding_transactions() -> tuple[Transaction, ...]:
-    """Return the transactions of all units open around here, of any manager."""
-    units = (place.open_unit() for place in current_place() or () if isinstance(place, UnitPlace))
-    return tuple(unit._transaction for unit in units if unit is not None)
+def surroundings(manager: UnitOfWorkManager[Any]) -> tuple[Scope | None, tuple[Transaction, ...]]:
+    """Return the open scope of this manager, whatever lies between, and the open transactions of every manager."""
+    scope: Scope | None = None
+    transactions: tuple[Transaction, ...] = ()
+    place = current_place()
+    while place is not None:
+        if isinstance(place, UnitPlace):
+            unit = place.open_unit()
+            if unit is not None:
+                transactions += (unit._transaction,)
+        elif isinstance(place, ScopePlace) and not place.closed:
+            if scope is None and place.manager is manager:
+                scope = place.scope
+            elif place.scope.reader is not None:
+                transactions += (place.scope.reader._transaction,)  # holds a connection, and will not give way to us
+        place = place.outer
+    return scope, transactions
 
 
 def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:
@@ -270,7 +272,7 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
     place = _place(using)
     if place is None:
         if isinstance(using, str):
-            find_manager(using, "current_unit()")
+            locate(using, "current_unit()")
         raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
     return place.unit()
 

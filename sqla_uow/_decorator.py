@@ -7,8 +7,9 @@ import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 from sqla_uow._attempts import Attempts
-from sqla_uow._context import find_manager
+from sqla_uow._context import locate
 from sqla_uow._isolation import check_level
+from sqla_uow._joining import join
 from sqla_uow._manager import UnitOfWorkManager
 from sqla_uow._options import Options, check_name
 
@@ -133,9 +134,10 @@ def _check_function(function: object) -> str:
 def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], options: Options) -> Any:
     @functools.wraps(function)
     async def transactional_call(*args: Any, **kwargs: Any) -> Any:
-        manager = find_manager(using, options.who)
-        if manager._to_join(options) is not None:
-            async with manager._enter(options):
+        manager, open_unit = locate(using, options.who)
+        unit = manager._joinable(open_unit, options)
+        if unit is not None:
+            async with join(unit, options):
                 return await function(*args, **kwargs)
         if options.isolation is not None:
             check_level(manager._database.family, options.isolation, who=options.who)

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._classify import Failure, Kind, classify
 from sqla_uow._hooks import run_best_effort, run_collecting
+from sqla_uow._session import has_changes
 from sqla_uow._shield import shielded
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
@@ -61,10 +62,8 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
     if guard is not None:
         guard()
     session = unit._session
-    if session is not None:
-        sync_session = session.sync_session
-        if sync_session.new or sync_session.dirty or sync_session.deleted:
-            await session.flush()
+    if session is not None and has_changes(session.sync_session):
+        await session.flush()
     transaction.owner.check()
 
 

@@ -102,7 +102,7 @@ def opening(
 def _limit_postgresql(connection: Connection, seconds: float) -> None:
     limits = {"statement": f"{max(1, round(seconds * 1000))}ms"}
     settings = _STATEMENT_TIMEOUT
-    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:  # type: ignore[attr-defined]
+    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:
         # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
         limits["late"] = f"{max(1, round(seconds * 1000)) + 1000}ms"
         settings = _BOTH_TIMEOUTS

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from sqla_uow._session import has_changes
 from sqla_uow._shield import shielded
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sqla_uow._options import Options
     from sqla_uow._unit import UnitOfWork
 
-__all__ = ["Joined", "Nested"]
+__all__ = ["Joined", "Nested", "join"]
 
 logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession)
@@ -62,10 +63,13 @@ class Joined(Generic[S]):
 async def flush(unit: UnitOfWork[S]) -> None:
     """Send what is pending, so that its errors surface here."""
     session = unit._session
-    if session is not None:
-        sync_session = session.sync_session
-        if sync_session.new or sync_session.dirty or sync_session.deleted:
-            await session.flush()
+    if session is not None and has_changes(session.sync_session):
+        await session.flush()
+
+
+def join(unit: UnitOfWork[S], options: Options) -> Joined[S] | Nested[S]:
+    """Return the frame of a call that does not begin a unit of its own."""
+    return Nested(unit, options) if options.propagation == "nested" else Joined(unit, options)
 
 
 class Nested(Generic[S]):

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
-from sqla_uow._attempts import Attempt, Attempts
-from sqla_uow._context import ManagerPlace, ScopeContext, open_unit
+from sqla_uow._attempts import Attempt, Attempts, LoopedAttempts
+from sqla_uow._context import ManagerPlace, ScopeContext, locate
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
-from sqla_uow._joining import Joined, Nested
+from sqla_uow._joining import Joined, Nested, join
 from sqla_uow._options import Options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._retry import RetryPolicy
 from sqla_uow._tasks import pop, push
@@ -165,6 +165,9 @@ class UnitOfWorkManager(Generic[S]):
                     ...
 
         A retryable failure is swallowed by the block until the last attempt.  Always begins a unit of its own.
+        ``break`` and ``return`` in the block commit; if their COMMIT meets a conflict, it is raised as `ConflictError` at
+        once, because the loop is left and nobody would run the block again.  So it is where the block stands in another
+        function than the loop.  What follows the block inside the loop runs after a failed attempt as well.
 
         Args:
             retries: how often the block may be run again.
@@ -174,25 +177,25 @@ class UnitOfWorkManager(Generic[S]):
         """
         options = Options(who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
         check_level(self._database.family, isolation, who=options.who)
-        return Attempts(self, options)
+        return LoopedAttempts(self, options)
 
     def _enter(self, options: Options) -> Attempt[S] | Joined[S] | Nested[S]:
         """Return what `options.propagation` means here: a new unit, a joined one, or a savepoint."""
-        unit = self._to_join(options)
+        _manager, open_unit = locate(self, options.who)
+        unit = self._joinable(open_unit, options)
         if unit is None:
             return Attempts(self, options).next()
-        return Nested(unit, options) if options.propagation == "nested" else Joined(unit, options)
+        return join(unit, options)
 
-    def _to_join(self, options: Options) -> UnitOfWork[S] | None:
-        """Return the open unit that a call with these options joins, None if it begins one.
+    def _joinable(self, unit: UnitOfWork[S] | None, options: Options) -> UnitOfWork[S] | None:
+        """Return the open unit if a call with these options joins it, None if it begins one.
 
         Raises:
             PropagationError: there is one and must not be, or the other way round.
         """
         propagation = options.propagation
-        if propagation == "requires_new":
-            return None
-        unit, _place = open_unit(self)
+        if propagation in ("required", "nested"):
+            return unit
         if unit is None and propagation == "mandatory":
             raise PropagationError(
                 f"{options.who} must join a unit of manager {self._name!r}, but none is open; call it from a "
@@ -203,7 +206,7 @@ class UnitOfWorkManager(Generic[S]):
                 f"{options.who} must be outermost to be durable, but was called inside {unit._transaction.name}; "
                 "call it after the outer one, or drop propagation='durable'"
             )
-        return unit
+        return unit if propagation == "mandatory" else None
 
     def _transaction(
         self,

@@ -36,7 +36,8 @@ class UnitConnection(Connection):
 
     def __init__(self, engine: Engine, unit: Transaction) -> None:
         self.unit = unit
-        super().__init__(engine)
+        # Without listeners on the engine, only those of this class: joining the two for each connection costs 30 us.
+        super().__init__(engine, _has_events=None if engine._has_events else True)
         self._has_events = True  # SQLAlchemy 2.0 takes the engine's flag for the connection's
 
 

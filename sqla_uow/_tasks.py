@@ -142,7 +142,7 @@ def _descends(task: Task, frame: Frame, ancestor: Task) -> bool:
 class Owner:
     """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
 
-    __slots__ = ("_frame", "_last", "_loop", "_lost", "_refused", "idle", "in_flight", "name")
+    __slots__ = ("_frame", "_loop", "_lost", "_refused", "idle", "in_flight", "last", "name")
 
     def __init__(self, name: str, refused: Callable[[TaskBoundaryError], None]) -> None:
         task = asyncio.current_task()
@@ -150,7 +150,7 @@ class Owner:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
         self.name = name
         self._loop = task.get_loop()
-        self._last: Task | None = task
+        self.last: Task | None = task
         self._frame = _here(task)
         self._lost: weakref.WeakSet[Task] | None = None
         self._refused = refused
@@ -164,7 +164,7 @@ class Owner:
             TaskBoundaryError: another live task uses it, or this is a thread; the unit is doomed.
         """
         task = _running_task()
-        if task is not None and task is self._last and (self.in_flight is None or self.in_flight is task):
+        if task is not None and task is self.last and (self.in_flight is None or self.in_flight is task):
             return task
         return self._admit(task)
 
@@ -187,7 +187,7 @@ class Owner:
 
     def release(self) -> None:
         """Keep no task alive."""
-        self._last = None
+        self.last = None
 
     def _admit(self, task: Task | None) -> Task:
         if task is None or task.get_loop() is not self._loop:
@@ -204,14 +204,14 @@ class Owner:
                 f"{self.name} was taken back by the task that started {_named(task)}; "
                 "finish the child before its parent goes on, or give it a unit of its own with propagation='requires_new'"
             )
-        last = self._last
+        last = self.last
         if last is not None and last is not task and not last.done() and not _descends(task, frame, last):
             if not _descends(last, self._frame, task):
                 raise self._sibling(task, last, "is still running")
             if lost is None:
                 lost = self._lost = weakref.WeakSet()
             lost.add(last)
-        self._last = task
+        self.last = task
         self._frame = frame
         return task
 

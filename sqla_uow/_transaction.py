@@ -203,7 +203,7 @@ class Transaction:
         self.check_usable()
         if self.read_only and writes:
             raise ReadOnlyError(self.read_only_message("an INSERT, UPDATE or DELETE was sent"))
-        self.owner.in_flight = self.owner.check()
+        self.owner.in_flight = self.owner.last
 
     def after_statement(self) -> None:
         if self.pending_savepoint:
