@@ -18,6 +18,7 @@ if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `
     sys.path.append(str(ROOT))
 
 from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs the line above
+from tests.troubles import TROUBLES  # noqa: E402  # likewise
 
 
 def pytest_configure(config):
@@ -39,7 +40,13 @@ def pytest_generate_tests(metafunc):
         marker = metafunc.definition.get_closest_marker("drivers")
         wanted = marker.args if marker else DRIVERS
         names = [name for name in _selected() if name in wanted]
-        metafunc.parametrize("driver", names or [pytest.param(None, marks=pytest.mark.other_driver)], scope="session")
+        other = pytest.mark.other_driver
+        if "kind" in metafunc.fixturenames:  # of trouble: those that the driver has
+            pairs = [(name, kind) for name in names for kind in TROUBLES[name]]
+            ids = [f"{name}-{kind.__name__}" for name, kind in pairs]
+            metafunc.parametrize(("driver", "kind"), pairs or [pytest.param(None, None, marks=other)], ids=ids or None)
+        else:
+            metafunc.parametrize("driver", names or [pytest.param(None, marks=other)], scope="session")
 
 
 def pytest_collection_modifyitems(config, items):

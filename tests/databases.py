@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tests.models import Base
@@ -22,7 +24,15 @@ SERVERS: dict[str, type[Server]] = {
     "asyncmy": MariaDB,
     "aiomysql": MariaDB,
 }
-FAMILIES = {"sqlite": "sqlite", "asyncpg": "postgresql", "psycopg": "postgresql", "asyncmy": "mysql", "aiomysql": "mysql"}
+FAMILIES = {
+    "sqlite": "sqlite",
+    "asyncpg": "postgresql",
+    "psycopg": "postgresql",
+    "asyncmy": "mysql",
+    "aiomysql": "mysql",
+}
+
+NO_SUCH_THREAD = 1094
 
 
 class Database:
@@ -41,7 +51,7 @@ class Database:
         url = self.url
         if port is not None:
             assert self.server is not None
-            url = self.server.url(self.driver, port=port, database=url.rpartition("/")[2].partition("?")[0])
+            url = self.server.url(self.driver, port=port, database=self.name)
         engine = create_async_engine(url, **options)
         if self.family == "sqlite" and wal:
             event.listen(engine.sync_engine, "connect", _use_wal)
@@ -49,10 +59,32 @@ class Database:
         return engine
 
     async def create_tables(self) -> None:
-        engine = self.engine()
-        async with engine.begin() as connection:
+        """Make the tables, after removing whatever an earlier test left: a new database would take ten times as long."""
+        async with self._observer.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            for statement in await self._leftovers(connection):
+                await connection.execute(text(statement))
             await connection.run_sync(Base.metadata.create_all)
-        await engine.dispose()
+
+    async def _leftovers(self, connection: AsyncConnection) -> list[str]:
+        if self.family == "postgresql":
+            others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            return [f"SELECT pg_terminate_backend(pid) {others}", "DROP SCHEMA public CASCADE", "CREATE SCHEMA public"]
+        if self.family == "mysql":
+            name = self.name
+            for statement in await _kills(connection):
+                try:
+                    await connection.execute(text(statement))
+                except OperationalError as error:
+                    if error.orig is None or error.orig.args[0] != NO_SUCH_THREAD:  # it has just left by itself
+                        raise
+            return [f"DROP DATABASE {name}", f"CREATE DATABASE {name}", f"USE {name}"]
+        return []
+
+    @property
+    def name(self) -> str:
+        """What the server calls it."""
+        return self.url.rpartition("/")[2].partition("?")[0]
 
     async def run(self, *statements: str, **parameters: Any) -> None:
         """Commit statements on a connection of its own."""
@@ -67,6 +99,34 @@ class Database:
 
     async def scalar(self, statement: str, **parameters: Any) -> Any:
         return (await self.rows(statement, **parameters))[0][0]
+
+    def outside(self) -> AsyncConnection:
+        """Return a connection of nobody's pool, to be entered; its transaction is rolled back unless it commits."""
+        return self._observer.connect()
+
+    async def until_waiting(self) -> None:
+        """Wait until a session of this database waits for a lock."""
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            if self.family == "postgresql"
+            else "SELECT 1 FROM information_schema.innodb_trx t JOIN information_schema.processlist p "
+            "ON t.trx_mysql_thread_id = p.id WHERE p.db = database() AND t.trx_state = 'LOCK WAIT'"
+        )
+        async with asyncio.timeout(10):
+            while not await self.rows(waiting):  # noqa: ASYNC110  # the server tells nobody
+                await asyncio.sleep(0.11)  # InnoDB renews innodb_trx only if nobody has read it for 0.1 s
+
+    async def kill(self, session: AsyncSession) -> None:
+        """End the server's side of a session, and wait until it has ended."""
+        postgresql = self.family == "postgresql"
+        number = await session.scalar(text("SELECT pg_backend_pid()" if postgresql else "SELECT connection_id()"))
+        if postgresql:
+            await self.rows(f"SELECT pg_terminate_backend({number}, 10000)")
+            return
+        await self.run(f"KILL {number}")
+        async with asyncio.timeout(10):
+            while await self.rows(f"SELECT 1 FROM information_schema.processlist WHERE id = {number}"):  # noqa: ASYNC110, S608
+                await asyncio.sleep(0.01)
 
     async def sessions(self) -> list[tuple[int, str]]:
         """Return (id, state) of every other session of this database on the server."""
@@ -87,8 +147,11 @@ class Database:
         for engine in self._engines:
             await engine.dispose()
         await self._observer.dispose()
-        if self.server is not None:
-            self.server.drop_database(self.url.rpartition("/")[2].partition("?")[0])
+
+
+async def _kills(connection: AsyncConnection) -> list[str]:
+    others = "FROM information_schema.processlist WHERE db = database() AND id <> connection_id()"
+    return [f"KILL {row[0]}" for row in await connection.execute(text(f"SELECT id {others}"))]
 
 
 def _use_wal(dbapi_connection: Any, _record: Any) -> None:
@@ -102,6 +165,7 @@ class Databases:
 
     def __init__(self) -> None:
         self._servers: dict[type[Server], Server] = {}
+        self._names: dict[type[Server], str] = {}
 
     def server(self, driver: str) -> Server | None:
         kind = SERVERS.get(driver)
@@ -120,7 +184,11 @@ class Databases:
         server = self.server(driver)
         if server is None:
             return Database(driver, f"sqlite+aiosqlite:///{folder / 'test.db'}", None)
-        return Database(driver, server.url(driver, database=server.create_database()), server)
+        # One for all tests, which run one after the other and each make the tables anew.
+        name = self._names.setdefault(type(server), "")
+        if not name:
+            name = self._names[type(server)] = server.create_database()
+        return Database(driver, server.url(driver, database=name), server)
 
     def stop(self) -> None:
         for server in self._servers.values():
