@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_uow._classify import Failure, Kind, chain
@@ -284,11 +285,14 @@ class Attempt(Generic[S]):
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
         transaction, options = unit._transaction, self._attempts.options
-        links = {id(link) for link in chain(error)}
+        chained = list(chain(error))
+        links = {id(link) for link in chained}
         mark = transaction.damage.mark
         if mark is not None and mark.failure is not None and mark.failure.retryable:
             forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)
-            if forced or id(mark.cause) in links or id(mark.failure.error) in links:
+            # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
+            aftermath = any(isinstance(link, PendingRollbackError) for link in chained)
+            if forced or aftermath or id(mark.cause) in links or id(mark.failure.error) in links:
                 return mark.failure
         refused = transaction.connect_failure
         if refused is not None and refused.retryable and id(refused.error) in links:
