@@ -1,0 +1,135 @@
+"""Where the bank is: a temporary SQLite file, a server of our own, or the user's database."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["SERVERS", "Place", "UnavailableError", "engine_of", "place"]
+
+_MOST_CONNECTIONS = 40  # MariaDB lets in 151, PostgreSQL 100 by default; calls without one wait for it
+SERVERS = {"postgresql": ("PostgreSQL", ("asyncpg", "psycopg")), "mariadb": ("MariaDB", ("asyncmy", "aiomysql"))}
+_EXTRAS = {"PostgreSQL": "postgresql", "MariaDB": "mysql"}
+
+
+class UnavailableError(Exception):
+    """The database cannot be had; the message is one line: what is missing; how to get it."""
+
+
+class Place(NamedTuple):
+    """A database: its URL, how to call it, and whether it is ours to throw away."""
+
+    url: str
+    name: str
+    ours: bool
+
+
+@contextlib.contextmanager
+def place(database: str, url: str | None) -> Iterator[Place]:
+    """Provide a database, and remove it afterwards if it was made here.
+
+    Raises:
+        UnavailableError: there is none.
+    """
+    if url is not None:
+        yield Place(url, "your database", ours=False)
+    elif database == "sqlite":
+        with tempfile.TemporaryDirectory(prefix="sqla-uow-bank-") as folder:
+            yield Place(f"sqlite+aiosqlite:///{Path(folder, 'bank.db')}", "SQLite", ours=True)
+    else:
+        name, drivers = SERVERS[database]
+        with _server(name) as server:
+            driver = _installed(name, drivers)
+            yield Place(server.url(driver), f"{name} on port {server.port} by {driver}", ours=True)
+
+
+def _installed(name: str, drivers: tuple[str, ...]) -> str:
+    for driver in drivers:
+        if importlib.util.find_spec(driver) is not None:
+            return driver
+    raise UnavailableError(f"no driver for {name} is installed; pip install -e '.[{_EXTRAS[name]}]'")
+
+
+@contextlib.contextmanager
+def _server(name: str) -> Iterator[Any]:
+    _installed(name, next(drivers for known, drivers in SERVERS.values() if known == name))
+    try:
+        from tests import servers  # noqa: PLC0415  # for linux, and for a checkout
+    except ImportError as error:
+        raise UnavailableError(
+            f"{name} cannot be started here ({error}); run from a checkout on linux, or pass --url"
+        ) from error
+    kind = getattr(servers, name)
+    reason = kind.unavailable()
+    if reason is not None:
+        raise UnavailableError(f"{reason}, or pass --url")
+    server = kind()
+    try:
+        server.start()
+    except servers.ServerError as error:
+        raise UnavailableError(f"{name} did not start ({error}); pass --url of one that runs") from error
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def engine_of(where: Place, workers: int) -> AsyncEngine:
+    """Make the engine.
+
+    Raises:
+        UnavailableError: the URL cannot be used.
+    """
+    try:
+        url = make_url(where.url)
+    except (ArgumentError, ValueError) as error:
+        raise UnavailableError(
+            "--url is no SQLAlchemy URL; write it as postgresql+asyncpg://user@host/database"
+        ) from error
+    try:
+        is_async = url.get_dialect().get_async_dialect_cls(url).is_async
+    except NoSuchModuleError as error:
+        raise UnavailableError(f"SQLAlchemy does not know {url.drivername!r}; use postgresql+asyncpg, say") from error
+    if not is_async:
+        raise UnavailableError(
+            f"driver {url.drivername!r} is not asynchronous; use sqlite+aiosqlite, postgresql+asyncpg or mysql+asyncmy"
+        )
+    file = url.database if url.get_backend_name() == "sqlite" else None
+    if file and not file.startswith("file:") and not Path(file).parent.is_dir():
+        raise UnavailableError(f"folder {str(Path(file).parent)!r} of the SQLite file is not there; make it first")
+    # An in-memory SQLite database is one connection, whose pool takes no size.
+    memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+    room = {} if memory else {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": 0, "pool_timeout": 300}
+    try:
+        engine = create_async_engine(url, **room)
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"driver {error.name!r} is not installed; pip install {error.name}") from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine.sync_engine, "connect", _set_up_ours if where.ours else _set_up)
+    return engine
+
+
+def _set_up(dbapi_connection: Any, _record: Any) -> None:
+    """Have SQLite check foreign keys; it forgets that with each connection."""
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    cursor.close()
+
+
+def _set_up_ours(dbapi_connection: Any, record: Any) -> None:
+    """Use write-ahead logging too, so that readers and a writer do not wait for each other; the file remembers it."""
+    _set_up(dbapi_connection, record)
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
