@@ -117,6 +117,7 @@ class Database(Generic[S]):
                 bind=engine,
                 expire_on_commit=False,
                 close_resets_only=False,
+                autobegin=True,
                 sync_session_class=self._session_class,
             )
         except TypeError as error:
@@ -139,6 +140,8 @@ def _engine_and_maker(bind: object) -> tuple[AsyncEngine, async_sessionmaker[Any
         raise TypeError(
             "the sessionmaker has binds=, but a unit is one transaction on one engine; make a manager for each"
         )
+    if bind.kw.get("twophase"):
+        raise TypeError("the sessionmaker has twophase=True, but a unit is one transaction on one engine; leave it out")
     engine = bind.kw.get("bind")
     if not isinstance(engine, AsyncEngine):
         found = "no bind" if engine is None else f"a bind of type {type(engine).__name__}"

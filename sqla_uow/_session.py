@@ -175,7 +175,8 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     unit = session.transaction_of_unit
     if unit is None or transaction.nested or unit.connection is connection:
         return
-    unit.begun(connection)
+    asked = connection.get_execution_options().get("isolation_level")
+    unit.begun(connection, foreign=asked if asked != unit.begun_at() else None)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
     opening(connection, unit.database.family, unit.isolation, read_only=unit.read_only, seconds=seconds)
 
@@ -261,6 +262,8 @@ def _handle_error(context: ExceptionContext) -> None:
     error = context.original_exception
     if isinstance(error, UnitOfWorkError):
         return
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
     sent = unit.owner.in_flight is not None
     if not isinstance(error, Exception) and sent and not connection.invalidated:
         settle(connection)

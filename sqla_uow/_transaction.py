@@ -190,9 +190,26 @@ class Transaction:
         if isinstance(error, Exception) and not isinstance(error, UnitOfWorkError):
             self.connect_failure = classify(error, connecting=True)
 
-    def begun(self, connection: Connection) -> None:
-        """Take note of the transaction's connection, before anything is sent on it."""
+    def begun_at(self) -> str | None:
+        """Return the isolation level that the unit's engine sets, None where the database's default stands."""
+        level: str | None = self.engine.get_execution_options().get("isolation_level") if self.engine else None
+        return level
+
+    def begun(self, connection: Connection, *, foreign: str | None = None) -> None:
+        """Take note of the transaction's connection, before anything is sent on it.
+
+        Args:
+            connection: the one that was checked out for it.
+            foreign: a level that the body asked SQLAlchemy for behind the unit's back; AUTOCOMMIT would undo the unit.
+        """
         self.connection = connection
+        if foreign is not None:
+            error = IsolationConflictError(
+                f"{self.name} was given isolation_level {foreign!r} through execution options; say isolation= where the "
+                "unit is begun"
+            )
+            self.damage.add(error, hard=True)
+            raise error
         self.phase = Phase.ACTIVE if self.phase is Phase.NEW else self.phase
         if self._required is not None:
             self._check_default(*self._required)

@@ -1,0 +1,47 @@
+"""What would get around the unit behind its back is refused."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker
+
+from sqla_uow import Status, UnitOfWorkManager, errors
+from tests.models import Account
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_autocommit_through_execution_options_is_refused(db):
+    """P4: in AUTOCOMMIT the unit could not roll back; the level is the unit's to choose."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+    with pytest.raises(errors.IsolationConflictError) as caught:
+        async with manager.begin() as unit:
+            await unit.session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+    assert str(caught.value) == (
+        "begin() was given isolation_level 'AUTOCOMMIT' through execution options; say isolation= where the unit is begun"
+    )
+    assert unit.status is Status.ROLLED_BACK
+    with pytest.raises(ValueError, match="undone"):
+        async with manager.begin() as unit:
+            await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (1, 0)"))
+            raise ValueError("undone")
+    assert await db.rows("SELECT * FROM account") == []
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_maker_in_two_phases_is_refused(db):
+    """S8: the end of a unit is one COMMIT."""
+    with pytest.raises(TypeError) as caught:
+        UnitOfWorkManager(async_sessionmaker(db.engine(), twophase=True))
+    assert str(caught.value) == (
+        "the sessionmaker has twophase=True, but a unit is one transaction on one engine; leave it out"
+    )
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_maker_without_autobegin_still_makes_units(db):
+    """S8: the unit begins, whatever the maker says about sessions that users begin themselves."""
+    manager = UnitOfWorkManager(async_sessionmaker(db.engine(), autobegin=False))
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=1))
+    assert await db.rows("SELECT id FROM account") == [(1,)]
