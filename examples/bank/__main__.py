@@ -9,7 +9,8 @@ _NEEDED = {"sqlalchemy": "-e '.[sqlite]'", "greenlet": "-e '.[sqlite]'", "rich":
 
 for _module, _what in _NEEDED.items():
     if importlib.util.find_spec(_module) is None:
-        sys.exit(f"python -m examples.bank: {_module} is not installed; pip install {_what}")
+        print(f"python -m examples.bank: {_module} is not installed; pip install {_what}", file=sys.stderr)
+        sys.exit(2)
 
 if __name__ == "__main__":
     from examples.bank.run import main
