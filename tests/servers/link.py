@@ -195,15 +195,15 @@ class Link:
 
     def _obey(self, trigger: Trigger, direction: Direction, data: bytes) -> None:
         lane = self.lanes[direction]
-        if trigger.action == "cut" or (trigger.action != "hold" and not trigger.call()):
+        if trigger.action == "hold":
+            lane.held = True
+            trigger.held(lambda: self._call(lane.release))
+        elif trigger.action == "cut" or not trigger.call():
             self.cut()
-        else:
-            if trigger.action == "hold":
-                lane.held = True
-                trigger.held(lambda: self._call(lane.release))
+        # Before the client can see anything of it: who has seen its error finds that the trigger has fired.
+        trigger.done()
+        if not self._is_cut:
             lane.feed(data)
-        # A reset goes out one turn of the loop later; a trigger has fired when all is done.
-        asyncio.get_running_loop().call_soon(trigger.done)
 
 
 class _End(asyncio.Protocol):

@@ -155,7 +155,8 @@ class Proxy:
         What is kept back is the piece of the stream that completes the needle, with all that follows on this
         connection; the answer is the first piece that the server sends after it. Only the connection that has sent
         the needle is cut or held. Of several triggers that match, the first armed fires; the others wait for the next
-        match. A callable runs in the proxy's thread, and nothing passes on any connection until it returns.
+        match. A callable runs in the proxy's thread, which has a running event loop of its own: it may block, as
+        `Server.execute` does, and nothing passes on any connection until it returns, but it cannot use asyncio.run.
 
         Args:
             needle: In any case (b"commit" finds COMMIT; asyncpg sends `COMMIT;`, the others `COMMIT`). It also matches

@@ -29,7 +29,7 @@ class Trigger:
 
     @property
     def fired(self) -> bool:
-        """Whether the action is done: the connection cut, the bytes held, the callable returned."""
+        """Whether the bytes are lost or held, or the callable has returned; true before the client can tell."""
         return self._done.is_set()
 
     def wait(self, timeout: float = 5.0) -> bool:
