@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 
-from sqla_uow.errors import AmbiguousCommitError, ConflictError, UnitOfWorkError
+from sqla_uow.errors import (
+    AfterCommitError,
+    AmbiguousCommitError,
+    ConflictError,
+    TransactionTimeoutError,
+    UnitOfWorkError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -219,18 +225,22 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
             todo.extend(cast("BaseExceptionGroup[BaseException]", current).exceptions)
 
 
+_DONE = (AmbiguousCommitError, AfterCommitError)
+
+
 def is_retryable(error: BaseException) -> bool:
     """Say whether `sqla_uow` would retry for this error if the caller's own unit had reported it.
 
     For code outside a unit of work: a worker that decides whether to put its job back, say.  An outcome that is unknown
-    (`AmbiguousCommitError`, 40003, 08007) is never retryable.  A lost connection is: outside a unit, only if you know
-    that COMMIT was not sent yet.
+    (`AmbiguousCommitError`, 40003, 08007) is never retryable, nor is work that is committed (`AfterCommitError`, whatever
+    its hooks met), nor what ran out of time.  A lost connection is: outside a unit, only if you know that COMMIT was not
+    sent yet.
 
     Args:
         error: any exception; what it was raised from is looked at too, but not past ``raise ... from None``.
     """
     links = list(chain(error))
-    if any(isinstance(link, AmbiguousCommitError) for link in links):
+    if isinstance(error, TransactionTimeoutError) or any(isinstance(link, _DONE) for link in links):
         return False
     if any(isinstance(link, ConflictError) for link in links):
         return True
