@@ -189,6 +189,8 @@ class Transaction:
         self.owner.leave()
         if isinstance(error, Exception) and not isinstance(error, UnitOfWorkError):
             self.connect_failure = classify(error, connecting=True)
+            # A failed statement like any other: swallowed, it must not end in a commit of the rest.
+            self.damage.add(error, failure=self.connect_failure)
 
     def begun_at(self) -> str | None:
         """Return the isolation level that the unit's engine sets, None where the database's default stands."""
@@ -212,7 +214,11 @@ class Transaction:
             raise error
         self.phase = Phase.ACTIVE if self.phase is Phase.NEW else self.phase
         if self._required is not None:
-            self._check_default(*self._required)
+            try:
+                self._check_default(*self._required)
+            except IsolationConflictError as error:  # begun already: swallowed, the next statement would run all the same
+                self.damage.add(error, hard=True)
+                raise
 
     def before_statement(self, *, writes: bool) -> None:
         if self.phase in _OURS or self.rolling_back_to_savepoint:

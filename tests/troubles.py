@@ -156,7 +156,7 @@ class Busy(Trouble):
     """SQLite: another process writes."""
 
     code = "SQLITE_BUSY"
-    options: ClassVar[dict[str, Any]] = {"connect_args": {"timeout": 0}}
+    options: ClassVar[dict[str, Any]] = {"connect_args": {"timeout": 0}, "wal": False}  # the PRAGMA would be busy, too
     needs_first = True
 
     async def provoke(self, session):
