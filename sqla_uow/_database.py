@@ -53,9 +53,13 @@ class Database(Generic[S]):
         self._configured: str | None = configured
         self._session_class = unit_session_class(_sync_class(self._maker))
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
-        self.limits_statements = bool(getattr(self.sync_engine.dialect, "is_mariadb", False))
         self._make(self.engine)
         install(self.sync_engine)
+
+    @property
+    def limits_statements(self) -> bool:
+        """Whether each statement can carry the deadline; SQLAlchemy finds out with the first connection."""
+        return bool(getattr(self.sync_engine.dialect, "is_mariadb", False))
 
     @property
     def pool(self) -> Pool:

@@ -135,12 +135,12 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
     @functools.wraps(function)
     async def transactional_call(*args: Any, **kwargs: Any) -> Any:
         manager, open_unit = locate(using, options.who)
+        if options.isolation is not None:  # before joining too, so that it does not depend on the caller
+            check_level(manager._database.family, options.isolation, who=options.who)
         unit = manager._joinable(open_unit, options)
         if unit is not None:
             async with join(unit, options):
                 return await function(*args, **kwargs)
-        if options.isolation is not None:
-            check_level(manager._database.family, options.isolation, who=options.who)
         result: Any = None
         async for attempt in Attempts(manager, options):
             async with attempt:
