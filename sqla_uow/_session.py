@@ -6,6 +6,7 @@ connections, so they cost nobody else anything; only ``handle_error`` has to be 
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -265,8 +266,8 @@ def _handle_error(context: ExceptionContext) -> None:
     if isinstance(error, OSError) and not isinstance(error, TimeoutError):
         context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
     sent = unit.owner.in_flight is not None
-    if not isinstance(error, Exception) and sent and not connection.invalidated:
-        settle(connection)
+    if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
+        settle(connection, getattr(context.execution_context, "cursor", None))
     unit.failed(error, lost=context.is_disconnect, sent=sent)
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:

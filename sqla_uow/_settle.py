@@ -25,16 +25,24 @@ logger = logging.getLogger("sqla_uow")
 
 SETTLE_SECONDS = 5.0
 """How long a cancellation may be held up by stopping its statement on the server."""
+INTERRUPT_SECONDS = 0.05
+"""How often SQLite is told to stop."""
 
 
-def settle(connection: Connection) -> None:
-    """Stop the statement in flight on `connection`; called in SQLAlchemy's greenlet, the connection is lost anyway."""
+def settle(connection: Connection, cursor: Any) -> None:
+    """Stop what is in flight on `connection`; called in SQLAlchemy's greenlet, the connection is lost anyway.
+
+    Args:
+        connection: the one that was interrupted.
+        cursor: what the statement was sent with, None where there was no cursor yet.
+    """
     driver = connection.dialect.driver
     raw: Any = connection.connection.driver_connection
     work = _STOP.get(driver)
     if work is None:
         return
-    outcome = await_only(shielded(work(raw, connection.engine.pool), grace=SETTLE_SECONDS, limit=SETTLE_SECONDS))
+    stopping = work(raw, connection.engine.pool, cursor)
+    outcome = await_only(shielded(stopping, grace=SETTLE_SECONDS, limit=SETTLE_SECONDS))
     task = outcome.task
     if not task.done():
         task.cancel()
@@ -46,20 +54,26 @@ def settle(connection: Connection) -> None:
         logger.debug("stopping a cancelled statement failed (%s); the connection is discarded", type(error).__name__)
 
 
-async def _asyncpg(raw: Any, _pool: Pool) -> None:
+async def _asyncpg(raw: Any, _pool: Pool, _cursor: Any) -> None:
     await raw.close(timeout=SETTLE_SECONDS / 2)  # waits for its own cancel request, then says goodbye
 
 
-async def _psycopg(raw: Any, _pool: Pool) -> None:
+async def _psycopg(raw: Any, _pool: Pool, _cursor: Any) -> None:
     await raw.cancel_safe(timeout=SETTLE_SECONDS / 2)
 
 
-async def _aiosqlite(raw: Any, _pool: Pool) -> None:
-    await raw.interrupt()
-    await raw.rollback()  # queued behind the statement in the driver's thread; frees the write lock
+async def _aiosqlite(raw: Any, _pool: Pool, cursor: Any) -> None:
+    if cursor is not None:
+        # A SELECT that has not been reset keeps the lock, and SQLite interrupts whatever begins before that: ROLLBACK too.
+        reset = asyncio.ensure_future(greenlet_spawn(cursor.close))
+        while not reset.done():  # queued behind the statement, which may not have begun when it is first interrupted
+            await raw.interrupt()
+            await asyncio.wait({reset}, timeout=INTERRUPT_SECONDS)
+    await raw.rollback()
+    await raw.close()  # here, where nothing cancels it: aiosqlite cannot finish a close that was cut off
 
 
-async def _mysql(raw: Any, pool: Pool) -> None:
+async def _mysql(raw: Any, pool: Pool, _cursor: Any) -> None:
     thread_id = raw.thread_id()
 
     def kill() -> None:

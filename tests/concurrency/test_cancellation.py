@@ -1,0 +1,160 @@
+"""C3: cancelled at any point, in any way, a unit's outcome is known and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import pytest
+from sqlalchemy import text
+
+from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
+from tests.cancelling import WAYS, Suspensions
+from tests.models import Account
+
+CAUGHT = {"asyncio.timeout", "TaskGroup", "anyio scope", "move_on_after", "fail_after", "anyio group"}
+"""Ways that end the cancellation themselves: the task goes on, and no request to cancel it is left."""
+LOCK_TIMEOUT = {
+    "postgresql": "SET lock_timeout = '2s'",
+    "mysql": "SET innodb_lock_wait_timeout = 2",
+    "sqlite": "PRAGMA busy_timeout = 2000",
+}
+
+
+@pytest.fixture
+async def complaints():
+    """What the event loop complains of, such as a task that was destroyed while pending."""
+    heard = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: heard.append(context))
+    yield heard
+    gc.collect()
+    await asyncio.sleep(0)
+    assert heard == []
+
+
+@pytest.fixture
+async def bank(db, complaints):
+    """One account, a manager over a pool of one connection, and somebody who looks on from a connection of his own."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
+    async with db.outside() as outside:
+        await outside.execution_options(isolation_level="AUTOCOMMIT")
+        await outside.execute(text(LOCK_TIMEOUT[db.family]))
+        yield Bank(db, outside)
+
+
+class Bank:
+    def __init__(self, db, outside):
+        # asyncpg 0.32 forgets a future when it is cancelled while it asks for TLS.
+        connect_args = {"ssl": False} if db.driver == "asyncpg" else {}
+        self.engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=3, connect_args=connect_args)
+        self.manager = UnitOfWorkManager(self.engine)
+        self.balance = 0
+        self._db = db
+        self._outside = outside
+
+    async def check(self, call):
+        """Assert that what the unit says is what the database says, and that nothing of it is left anywhere."""
+        committed = call.unit is not None and call.unit.status is Status.COMMITTED
+        self.balance += committed
+        assert self.engine.pool.checkedout() == 0
+        assert call.hooks == committed
+        await self._outside.execute(text("UPDATE account SET balance = balance + 1"))  # no lock is left behind
+        self.balance += 1
+        assert await self._outside.scalar(text("SELECT balance FROM account")) == self.balance
+        async with asyncio.timeout(2):
+            while not await self._is_quiet():  # noqa: ASYNC110  # the server tells nobody
+                await asyncio.sleep(0.01)
+
+    async def _is_quiet(self):
+        states = await self._outside.execute(text(OTHERS[self._db.family]))
+        return all(state == "idle" for (state,) in states)
+
+
+OTHERS = {
+    "postgresql": "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
+    "AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
+    "mysql": "SELECT coalesce(t.trx_state, if(p.command = 'Sleep', 'idle', p.command)) FROM information_schema.processlist p "
+    "LEFT JOIN information_schema.innodb_trx t ON t.trx_mysql_thread_id = p.id "
+    "WHERE p.db = database() AND p.id <> connection_id()",
+    "sqlite": "SELECT 'idle'",
+}
+
+
+class AddOne:
+    """A call that adds 1 to the account, and what became of it."""
+
+    def __init__(self, manager):
+        self._manager = manager
+        self.unit = None
+        self.hooks = 0
+        self.error = None
+
+    async def __call__(self):
+        try:
+            await transactional(using=self._manager, retries=2)(self.add_one)()
+        except BaseException as error:
+            self.error = error
+            raise
+
+    async def add_one(self):
+        self.unit = current_unit(self._manager)
+        self.unit.after_commit(self.hook)
+        account = await self.unit.session.get_one(Account, 1)
+        async with self._manager.begin(propagation="nested"):
+            account.balance += 1
+
+    async def hook(self):
+        await asyncio.sleep(0)
+        self.hooks += 1
+
+
+async def sweep(bank, way, *, twice=False, cold=False):
+    """Cancel a call at each suspension of it and of its helper tasks, in turn."""
+    outcomes = set()
+    for point in range(1, 200):
+        await AddOne(bank.manager)()
+        bank.balance += 1
+        if cold:
+            await bank.engine.dispose()
+        points, call = Suspensions(point, *[point + 1] * twice), AddOne(bank.manager)
+        with points.counted():
+            task = asyncio.get_running_loop().create_task(WAYS[way](call, points))
+            await asyncio.gather(task, return_exceptions=True)
+        await bank.check(call)
+        if not points.fired:
+            return outcomes
+        if isinstance(call.error, asyncio.CancelledError) and call.unit is not None:
+            outcomes.add(call.unit.status)
+            said = call.unit.status.value
+            assert call.error.__notes__ == [f"sqla_uow: cancelled; the outcome of AddOne.add_one() is: {said}"]
+        caught = way in CAUGHT
+        assert task.cancelled() is (not caught and call.error is not None)
+        assert task.cancelling() == (0 if caught else 1 + (twice and points.count > point))
+    raise AssertionError("the call never came to its end")
+
+
+EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+
+
+@EVERY_WAY
+async def test_cancelled_anywhere(bank, way):
+    """C3, T20, T21: status, row and hooks agree; no connection, transaction or lock is left; the pool of one works."""
+    assert await sweep(bank, way) == {Status.ROLLED_BACK, Status.COMMITTED}
+
+
+async def test_cancelled_twice(bank):
+    """C3: a second cancellation changes nothing, and each request still counts."""
+    assert await sweep(bank, "task", twice=True) == {Status.ROLLED_BACK, Status.COMMITTED}
+
+
+async def test_cancelled_while_connecting(bank):
+    """C3: the same when the pool has to make the connection first."""
+    assert await sweep(bank, "task", cold=True) == {Status.ROLLED_BACK, Status.COMMITTED}
+
+
+# Not on SQLite: aiosqlite 0.22 leaves a task that waits for ever when an anyio scope cuts off the close of a connection,
+# and one that is still being made is SQLAlchemy's to close.
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_cancelled_while_connecting_by_anyio(bank):
+    """C3: the same under anyio, which cancels again and again."""
+    assert await sweep(bank, "anyio scope", cold=True) == {Status.ROLLED_BACK, Status.COMMITTED}
