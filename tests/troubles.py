@@ -238,4 +238,5 @@ TROUBLES: dict[str, tuple[type[Trouble], ...]] = {
     "aiomysql": MARIADB,
     "sqlite": SQLITE,
 }
-QUICK: dict[str, type[Trouble]] = {"postgresql": ChangedSinceRead, "mysql": LockWaitTimeout, "sqlite": Busy}
+# At once, and again and again, whatever time a unit has left to wait for locks.
+QUICK: dict[str, type[Trouble]] = {"postgresql": ChangedSinceRead, "mysql": LockWaitTimeout, "sqlite": BusySnapshot}
