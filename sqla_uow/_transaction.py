@@ -216,8 +216,8 @@ class Transaction:
         if self._required is not None:
             try:
                 self._check_default(*self._required)
-            except IsolationConflictError as error:  # begun already: swallowed, the next statement would run all the same
-                self.damage.add(error, hard=True)
+            except IsolationConflictError as error:
+                self.damage.add(error, hard=True)  # it has begun: if this is swallowed, no other statement may run in it
                 raise
 
     def before_statement(self, *, writes: bool) -> None:
