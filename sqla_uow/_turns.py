@@ -15,6 +15,8 @@ from sqla_uow.errors import PropagationError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from sqla_uow._transaction import Transaction
+
 __all__ = ["Turns"]
 
 TURN_SECONDS = 30.0
@@ -28,12 +30,12 @@ class Turns:
 
     def __init__(self, *, everyone: bool) -> None:
         self.everyone = everyone
-        self.holder: object | None = None
+        self.holder: Transaction | None = None
         self._lock = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def take(self, unit: object, enclosing: Iterable[object]) -> None:
-        """Wait for the turn.
+    async def take(self, unit: Transaction, enclosing: Iterable[Transaction]) -> None:
+        """Wait for the turn, unless `unit` has it already: its connection may have failed, and its body tries again.
 
         Raises:
             PropagationError: a unit around this one has it, so that it would never come.
@@ -42,20 +44,32 @@ class Turns:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # an engine used by one loop after another, as in tests; an asyncio.Lock is not
             self._loop, self._lock, self.holder = loop, asyncio.Lock(), None
-        if self.holder is not None and any(one is self.holder for one in enclosing):
-            raise PropagationError(
-                "a unit was begun inside another that holds this SQLite database's only write lock, and would wait for "
-                "ever; join the outer unit, end it first, or make the inner one read_only=True"
-            )
-        if self._lock.locked():
+        holder = self.holder
+        if holder is unit:
+            return
+        if holder is not None and any(one is holder for one in enclosing):
+            raise PropagationError(self._never(unit, holder))
+        try:
             async with asyncio.timeout(TURN_SECONDS):
                 await self._lock.acquire()
-        else:
-            await self._lock.acquire()
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{unit.name} waited {TURN_SECONDS:g} s for its turn to write to SQLite; shorten the units before it"
+            ) from error
         self.holder = unit
 
-    def give_back(self, unit: object) -> None:
+    def give_back(self, unit: Transaction) -> None:
         """Let the next one in, if `unit` has the turn."""
         if self.holder is unit:
             self.holder = None
             self._lock.release()
+
+    def _never(self, unit: Transaction, holder: Transaction) -> str:
+        if self.everyone:
+            what, remedy = "in-memory SQLite database's only connection", "or end it first"
+        else:
+            what, remedy = "SQLite database's only write lock", "end it first, or make the inner one read_only=True"
+        return (
+            f"{unit.name} would wait for ever for this {what}, which {holder.name} around it holds; "
+            f"join the outer unit, {remedy}"
+        )
