@@ -59,6 +59,18 @@ async def test_the_calls_level_wins_over_the_managers(db):
         assert await characteristics(db, unit.session) == ("SERIALIZABLE", False)
 
 
+async def test_a_level_and_a_savepoint_go_together(db):
+    """T28: the level is not applied again in SAVEPOINT, neither before nor after the first statement."""
+    manager = UnitOfWorkManager(db.engine(), isolation="SERIALIZABLE")
+    async with manager.begin() as unit:
+        async with manager.begin(isolation="SERIALIZABLE", propagation="nested"):
+            await unit.session.execute(ADD, {"id": 1})
+        async with unit.session.begin_nested():
+            await unit.session.execute(ADD, {"id": 2})
+        assert await characteristics(db, unit.session) == ("SERIALIZABLE", False)
+    assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
+
+
 async def success(db, unit):
     """End with COMMIT."""
     await unit.session.execute(text("SELECT * FROM account"))
