@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import URL, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -46,9 +46,11 @@ class Database:
         self._engines: list[AsyncEngine] = []
         self._observer = create_async_engine(url, poolclass=NullPool)
 
-    def engine(self, *, port: int | None = None, wal: bool = True, **options: Any) -> AsyncEngine:
-        """Make an engine; `port` puts a proxy before the server."""
-        url = self.url
+    def engine(
+        self, *, url: URL | None = None, port: int | None = None, wal: bool = True, **options: Any
+    ) -> AsyncEngine:
+        """Make an engine; `port` puts a proxy before the server, `url` changes user or database."""
+        url = url or self.url
         if port is not None:
             assert self.server is not None
             url = self.server.url(self.driver, port=port, database=self.name)
