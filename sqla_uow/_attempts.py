@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sqla_uow._context import Scope
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._options import Options
+    from sqla_uow._verify import Witness
 
 __all__ = ["Attempt", "Attempts", "LoopedAttempts"]
 
@@ -223,9 +224,11 @@ class Attempt(Generic[S]):
         transaction, scope = unit._transaction, self._attempts.scope
         mark = transaction.damage.mark
         quiet = error is None and mark is not None and mark.quiet
+        witness: Witness | None = None
         if error is None and not quiet:
             try:
                 await prepare(unit, scope.refuse_unsaved if scope is not None else None)
+                witness = await self._attempts.manager._witness(transaction)
             except BaseException as raised:
                 error = raised
         if self._timeout is not None:
@@ -233,7 +236,6 @@ class Attempt(Generic[S]):
         pop(place)
         place.empty()
         if error is None and not quiet:
-            witness = await self._attempts.manager._witness(transaction)
             ended = await commit(unit, witness)
         else:
             self._taint(unit)

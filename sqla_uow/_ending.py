@@ -88,11 +88,13 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await _result(outcome.task)
+    failure = None if error is None else _failure_at_commit(transaction, error)
+    if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
+        return await _ambiguous(unit, error, witness, outcome.cancelled)
+    if witness is not None:
+        witness.settle(committed=error is None)
     if error is None:
         return await _committed(unit, outcome.cancelled)
-    failure = _failure_at_commit(transaction, error)
-    if failure is not None and failure.kind is Kind.AMBIGUOUS:
-        return await _ambiguous(unit, error, witness, outcome.cancelled)
     return await roll_back(unit, outcome.cancelled or error, failure)
 
 
@@ -149,6 +151,8 @@ async def _ambiguous(
         asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
         verdict = await _verdict(asked.task)
+        if verdict is not None:
+            witness.settle(committed=verdict)
     if verdict is True:
         return await _committed(unit, cancelled)
     if verdict is False:

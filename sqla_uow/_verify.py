@@ -12,14 +12,16 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, MetaData, String, Table, delete, insert, text
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from sqlalchemy.engine import Connection
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from sqla_uow._database import Database
     from sqla_uow._transaction import Transaction
@@ -38,19 +40,19 @@ MARKERS = Table("sqla_uow_commits", MetaData(), Column("token", String(36), prim
 
 
 class Notary:
-    """What verification needs per manager: the marker table, and which markers are done with."""
+    """What verification needs per manager: whether the marker table is there, and which markers are done with."""
 
-    __slots__ = ("_database", "_lock", "_ready", "settled")
+    __slots__ = ("_database", "_lock", "ready", "settled")
 
     def __init__(self, database: Database[Any]) -> None:
         self._database = database
-        self._ready = database.family == "postgresql"
         self._lock: asyncio.Lock | None = None
+        self.ready = database.family == "postgresql"
         self.settled: list[str] = []
 
     async def witness(self) -> Witness:
         """Return a fresh witness for one unit; makes the marker table where it is needed and missing."""
-        if not self._ready:
+        if not self.ready and self._database.family != "sqlite":
             await self._make_table()
         return Witness(self, self._database)
 
@@ -58,21 +60,28 @@ class Notary:
         if self._lock is None:
             self._lock = asyncio.Lock()
         async with self._lock:
-            if not self._ready:
-                # On a connection of its own: MariaDB's DDL commits whatever is open.
-                async with self._database.engine.begin() as connection:
-                    await connection.run_sync(MARKERS.metadata.create_all)
-                self._ready = True
+            if not self.ready:
+                # On a connection of its own, as MariaDB's DDL commits whatever is open; and not one of the pool, where
+                # units that wait for this table may hold them all.
+                engine = self._database.sync_engine
+                beside = AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
+                try:
+                    async with beside.begin() as connection:
+                        await connection.run_sync(MARKERS.metadata.create_all)
+                finally:
+                    await beside.dispose()
+                self.ready = True
 
 
 class Witness:
     """Signs one transaction before its COMMIT, and says afterwards whether it is there."""
 
-    __slots__ = ("_database", "_notary", "_token", "signed")
+    __slots__ = ("_database", "_notary", "_purged", "_token", "signed")
 
     def __init__(self, notary: Notary, database: Database[Any]) -> None:
         self._notary = notary
         self._database = database
+        self._purged: list[str] = []
         self._token: str | None = None
         self.signed = False
 
@@ -81,19 +90,25 @@ class Witness:
         if self._database.family == "postgresql":
             self._token = connection.exec_driver_sql("SELECT pg_current_xact_id()::text").scalar_one()
         else:
-            self._token = str(uuid.uuid4())
-            done, self._notary.settled = self._notary.settled, []
-            if len(done) >= _PURGE_AT:
-                connection.execute(delete(MARKERS).where(MARKERS.c.token.in_(done)))
-            else:
-                self._notary.settled = done
-            connection.execute(insert(MARKERS).values(token=self._token))
+            self._mark(connection)
         self.signed = True
 
-    def settle(self) -> None:
-        """The outcome is known; the marker may go."""
-        if self.signed and self._token is not None and self._database.family != "postgresql":
-            self._notary.settled.append(self._token)
+    def _mark(self, connection: Connection) -> None:
+        notary = self._notary
+        if not notary.ready:  # SQLite, whose one writer is this transaction; its DDL is part of it
+            MARKERS.create(connection, checkfirst=True)
+        if len(notary.settled) >= _PURGE_AT:
+            self._purged, notary.settled = notary.settled, []
+            connection.execute(delete(MARKERS).where(MARKERS.c.token.in_(self._purged)))
+        self._token = str(uuid.uuid4())
+        connection.execute(insert(MARKERS).values(token=self._token))
+
+    def settle(self, *, committed: bool) -> None:
+        """Take note of the outcome: the marker may go, or those that went with it are still there."""
+        if self._token is None or self._database.family == "postgresql":
+            return
+        self._notary.settled += [self._token] if committed else self._purged
+        self._notary.ready = self._notary.ready or committed
 
     async def verdict(self, transaction: Transaction) -> bool | None:
         """Ask until there is an answer.
@@ -125,6 +140,8 @@ class Witness:
 
     async def _ask_marker(self, connection: AsyncConnection) -> str:
         try:
+            if self._database.family == "sqlite":  # made by the transaction in question, if there was none before
+                await connection.run_sync(MARKERS.metadata.create_all)
             await connection.execute(insert(MARKERS).values(token=self._token))
         except IntegrityError:
             return "committed"
