@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from sqla_uow._classify import Failure, Kind, chain
+from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._context import UnitPlace, surroundings
 from sqla_uow._ending import Ended, commit, prepare, roll_back
 from sqla_uow._loops import Loop, leads_back, loop_of
@@ -150,6 +150,12 @@ class LoopedAttempts(Attempts[S]):
         return leads_back(frame, self._loop)
 
 
+def _is_timeout(error: Exception) -> bool:
+    """Say whether the server ended a statement for its time, or nothing answered in time."""
+    failure = classify(error)
+    return isinstance(error, TimeoutError) if failure is None else failure.kind is Kind.SERVER_TIMEOUT
+
+
 def _of(failure: Failure) -> str:
     return failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
 
@@ -248,14 +254,14 @@ class Attempt(Generic[S]):
             await timeout.__aexit__(type(error) if error is not None else None, error, None)
             if timeout.expired() and error is None:
                 await asyncio.sleep(0)  # its cancellation is on the way; take it here, not in the middle of COMMIT
-        except (TimeoutError, asyncio.CancelledError) as raised:
-            if isinstance(raised, asyncio.CancelledError) and not timeout.expired():
-                return raised
-        if timeout.expired() and not isinstance(error, asyncio.CancelledError | None):
+        except TimeoutError:
             return self._timed_out(error)
-        if timeout.expired():
-            return self._timed_out(error)
-        return error
+        except asyncio.CancelledError as cancelled:
+            return self._timed_out(cancelled)
+        # Cancelled by somebody else as well: asyncio leaves the task to them, and so do we.
+        if not timeout.expired() or isinstance(error, asyncio.CancelledError):
+            return error
+        return self._timed_out(error)
 
     def _timed_out(self, error: BaseException | None) -> TransactionTimeoutError:
         timed_out = self._attempts.timed_out("the deadline passed")
@@ -278,8 +284,12 @@ class Attempt(Generic[S]):
         if not isinstance(error, Exception) or isinstance(error, (AmbiguousCommitError, AfterCommitError)):
             return False
         attempts = self._attempts
+        if isinstance(error, TransactionTimeoutError):
+            return False
+        if attempts.deadline is not None and _is_timeout(error) and attempts.policy.clock() >= attempts.deadline:
+            raise self._timed_out(error)
         failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
-        if failure is None or isinstance(error, TransactionTimeoutError):
+        if failure is None:
             return False
         await attempts.go_on(failure, error, frame)
         return True

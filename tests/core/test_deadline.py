@@ -1,0 +1,42 @@
+"""R6: whoever notices first that the deadline has passed, the caller gets the same error."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from sqlalchemy import text
+
+from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
+
+SLEEP = {"postgresql": "SELECT pg_sleep(20)", "mysql": "SELECT 1 WHERE sleep(20) = 0"}
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_the_servers_own_limit_is_the_deadline_too(db, monkeypatch):
+    """A loop too busy to notice lets the server be first: its code becomes TransactionTimeoutError, not a retry."""
+
+    @transactional(timeout=0.3, retries=3)
+    async def work():
+        await current_session().execute(text(SLEEP[db.family]))
+
+    class Never:  # a timer that never fires stands for an event loop that is blocked
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            return None
+
+        def expired(self):
+            return False
+
+    monkeypatch.setattr("sqla_uow._attempts.asyncio.timeout", lambda _seconds: Never())
+    manager = UnitOfWorkManager(db.engine())
+    started = time.monotonic()
+    with manager.activate(), pytest.raises(errors.TransactionTimeoutError) as caught:
+        await work()
+    assert time.monotonic() - started < 10
+    assert caught.value.attempts == 1
+    assert str(caught.value) == (
+        "work() did not finish within 0.3 s: the deadline passed in attempt 1; raise the timeout, or shorten the transaction"
+    )
