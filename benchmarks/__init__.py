@@ -1,0 +1,1 @@
+"""What `sqla_uow` costs, measured: ``python -m benchmarks NAME --database ...``."""

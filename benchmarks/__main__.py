@@ -1,0 +1,65 @@
+"""Run one benchmark: ``python -m benchmarks overhead --database postgresql``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy
+
+from benchmarks.overhead import measure
+from tests.servers import MariaDB, PostgreSQL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVERS = {"postgresql": (PostgreSQL, "asyncpg"), "mariadb": (MariaDB, "asyncmy")}
+
+
+@contextlib.contextmanager
+def database(name: str) -> Iterator[str]:
+    """Yield the URL of a throwaway database."""
+    if name == "sqlite":
+        with tempfile.TemporaryDirectory() as folder:
+            yield f"sqlite+aiosqlite:///{Path(folder) / 'benchmark.db'}"
+        return
+    kind, driver = SERVERS[name]
+    reason = kind.unavailable()
+    if reason is not None:
+        raise SystemExit(f"benchmarks: {reason}")
+    with kind() as server:
+        yield server.url(driver, database=server.create_database())
+
+
+def main() -> None:
+    """Parse the command line, measure, print a table, and write the figures where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=["overhead"])
+    parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
+    parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds; default: 40")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} measures nothing; use 1 or more")
+    with database(arguments.database) as url:
+        figures = asyncio.run(measure(url, arguments.rounds))
+    print(f"{arguments.database}, Python {platform.python_version()}, SQLAlchemy {sqlalchemy.__version__}")
+    print(f"{'':28}{'by hand, us':>14}{'sqla_uow, us':>14}{'ratio':>8}")
+    for name, figure in figures.items():
+        print(f"{name:28}{figure['by_hand']:>14.1f}{figure['sqla_uow']:>14.1f}{figure['ratio']:>8.2f}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("benchmarks: interrupted")
