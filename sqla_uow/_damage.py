@@ -28,12 +28,13 @@ class Mark(NamedTuple):
 
 
 class _Savepoint:
-    __slots__ = ("hooks", "key", "undone")
+    __slots__ = ("hooks", "kept", "key", "undone")
 
     def __init__(self, key: object, hooks: tuple[int, int, int]) -> None:
         self.key = key
         self.hooks = hooks
         self.undone = False
+        self.kept = False  # the server released it, or was not asked to: what came after it is in the transaction
 
 
 class Damage:
@@ -72,6 +73,11 @@ class Damage:
         index = self._index(key)
         if index is None:
             return
+        if self._savepoints[index].kept:
+            # SQLAlchemy sends no ROLLBACK TO after a RELEASE that was refused or failed, though it says it rolled back.
+            self.add(None, reason="a savepoint in it could not be rolled back")
+            self._carry(index)
+            return
         self._savepoints[index].undone = True
         self._hooks.drop(self._savepoints[index].hooks)
         del self._savepoints[index + 1 :]
@@ -84,20 +90,32 @@ class Damage:
             return
         undone = self._savepoints[index].undone
         del self._savepoints[index:]
+        if isinstance(key, str):
+            self._tell_owner(kept=not undone)
         if undone:
             self._clear(index)
-        elif self.mark is not None and self.mark.depth > index:
-            self.mark = self.mark._replace(depth=index)
+        else:
+            self._carry(index)
 
     def top_of(self, kind: type) -> object | None:
         """Return the key of the innermost savepoint whose key is of this type."""
         return next((entry.key for entry in reversed(self._savepoints) if isinstance(entry.key, kind)), None)
+
+    def _tell_owner(self, *, kept: bool) -> None:
+        """Tell the ORM transaction that a savepoint on the server, known by name, belonged to."""
+        owner = next((entry for entry in reversed(self._savepoints) if not isinstance(entry.key, str)), None)
+        if owner is not None:
+            owner.kept = kept
 
     def _index(self, key: object) -> int | None:
         for index in range(len(self._savepoints) - 1, -1, -1):
             if self._savepoints[index].key == key:
                 return index
         return None
+
+    def _carry(self, depth: int) -> None:
+        if self.mark is not None and self.mark.depth > depth:
+            self.mark = self.mark._replace(depth=depth)
 
     def _clear(self, depth: int) -> None:
         if self.mark is not None and not self.mark.hard and self.mark.depth > depth:

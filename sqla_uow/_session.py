@@ -268,7 +268,7 @@ def _handle_error(context: ExceptionContext) -> None:
     sent = unit.owner.in_flight is not None
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
-    unit.failed(error, lost=context.is_disconnect, sent=sent)
+    unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:
         raise ReadOnlyError(unit.read_only_message("a write was sent"))

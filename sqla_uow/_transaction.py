@@ -170,7 +170,7 @@ class Transaction:
             return mark.reason
         code = f" {mark.failure.code}" if mark.failure is not None and mark.failure.code is not None else ""
         kind = f" ({mark.failure.kind.value}{code})" if mark.failure is not None else ""
-        return f"a {type(mark.cause).__name__}{kind} was raised in it"
+        return f"{type(mark.cause).__name__}{kind} was raised in it"
 
     # -- told by the connection
 
@@ -217,7 +217,9 @@ class Transaction:
             try:
                 self._check_default(*self._required)
             except IsolationConflictError as error:
-                self.damage.add(error, hard=True)  # it has begun: if this is swallowed, no other statement may run in it
+                self.damage.add(
+                    error, hard=True
+                )  # it has begun: if this is swallowed, no other statement may run in it
                 raise
 
     def before_statement(self, *, writes: bool) -> None:
@@ -235,14 +237,16 @@ class Transaction:
         self.rolling_back_to_savepoint = False
         self.owner.leave()
 
-    def failed(self, error: BaseException, *, lost: bool, sent: bool) -> None:
+    def failed(self, error: BaseException, shown: BaseException | None, *, lost: bool, sent: bool) -> None:
         """Take note of an error that the connection reported.
 
         Args:
             error: the driver's own exception, or a cancellation.
+            shown: what SQLAlchemy raises instead, None where it is the same.
             lost: the connection is gone.
             sent: a statement had been handed to the driver; else the server knows nothing of it.
         """
+        undoing = self.rolling_back_to_savepoint
         self.pending_savepoint = None
         self.rolling_back_to_savepoint = False
         self.owner.leave()
@@ -252,9 +256,9 @@ class Transaction:
         failure = hidden_conflict(error) or failure
         if lost and isinstance(error, Exception) and (failure is None or failure.kind not in HARD):
             failure = Failure(Kind.LOST, failure.code if failure else None, error)
-        hard = lost or (failure is not None and failure.kind in HARD)
+        hard = lost or undoing or (failure is not None and failure.kind in HARD)
         if sent or hard:
-            self.damage.add(error, failure=failure, hard=hard)
+            self.damage.add(shown or error, failure=failure, hard=hard)
 
     def rolled_back_outside(self, cause: BaseException | None) -> None:
         """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
