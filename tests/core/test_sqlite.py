@@ -7,7 +7,6 @@ import contextvars
 import random
 import sqlite3
 import sys
-import textwrap
 import time
 
 import pytest
@@ -106,36 +105,42 @@ async def test_as_sqlalchemy_ships_it_updates_are_lost(db):
     assert await balance(engine) < 40
 
 
-async def test_several_processes_lose_nothing(db):
-    """P5: where no queue of ours can reach, SQLite's own lock does it."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    program = textwrap.dedent(f"""
-        import asyncio
-        from sqlalchemy import text
-        from sqlalchemy.ext.asyncio import create_async_engine
-        from sqla_uow import UnitOfWorkManager, current_session, transactional
+PROCESS = """
+import asyncio, sys
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqla_uow import UnitOfWorkManager, current_session, transactional
 
-        @transactional(retries=20)
-        async def once():
-            value = await current_session().scalar(text({READ.text!r}))
-            await asyncio.sleep(0.001)
-            await current_session().execute(text({WRITE.text!r}), {{"balance": value + 1}})
+@transactional
+async def once():
+    value = await current_session().scalar(text(sys.argv[2]))
+    await asyncio.sleep(0.001)
+    await current_session().execute(text(sys.argv[3]), {"balance": value + 1})
 
-        async def main():
-            engine = create_async_engine({db.url!r})
-            with UnitOfWorkManager(engine).activate():
-                await asyncio.gather(*([once() for _ in range(8)]))
-            await engine.dispose()
-
+async def main():
+    engine = create_async_engine(sys.argv[1])
+    async with engine.connect():
+        print("ready", flush=True)
         input()
-        asyncio.run(main())
-    """)
-    start = [sys.executable, "-c", program]
+    with UnitOfWorkManager(engine).activate():
+        for _ in range(20):
+            await once()
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+async def test_several_processes_lose_nothing(db):
+    """P5: where no queue of ours can reach, SQLite's own lock does it, without a single retry."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
     pipe = asyncio.subprocess.PIPE
-    processes = [await asyncio.create_subprocess_exec(*start, stdin=pipe, stderr=pipe) for _ in range(3)]
+    start = [sys.executable, "-c", PROCESS, db.url, READ.text, WRITE.text]
+    processes = [await asyncio.create_subprocess_exec(*start, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(3)]
+    assert await asyncio.gather(*(process.stdout.readline() for process in processes)) == [b"ready\n"] * 3
     ends = await asyncio.gather(*(process.communicate(b"\n") for process in processes))
     assert [(process.returncode, end[1]) for process, end in zip(processes, ends, strict=True)] == [(0, b"")] * 3
-    assert await db.scalar("SELECT balance FROM account") == 24
+    assert await db.scalar("SELECT balance FROM account") == 60
 
 
 async def test_a_released_savepoint_is_not_durable(engine):
