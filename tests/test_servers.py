@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -83,8 +84,11 @@ def asleep(server, database, sql):
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:  # noqa: S603
         client.stdin.write(f"BEGIN; {sql}; {SLEEP[kind]};\n".encode())
         client.stdin.flush()
-        assert eventually(lambda: server.execute(SLEEPERS[kind].format(database)) == "1")
-        yield
+        try:
+            assert eventually(lambda: server.execute(SLEEPERS[kind].format(database)) == "1")
+            yield
+        finally:
+            client.kill()
 
 
 @pytest.fixture(scope="module", params=SERVERS, ids=lambda server: server.name)
@@ -104,10 +108,12 @@ def ground():
         assert eventually(lambda: not list(Path(folder).iterdir())), list(Path(folder).iterdir())
 
 
+@contextlib.contextmanager
 def python(*arguments, ground, **environment):
-    """Start an interpreter whose temporary files go to the ground."""
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "TMPDIR": str(ground), **environment}
-    return subprocess.Popen(  # noqa: S603
+    """Start an interpreter whose temporary files go to the ground; it does not outlive a failed test."""
+    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(ground), **environment}
+    with subprocess.Popen(  # noqa: S603
         [sys.executable, *arguments],
         cwd=CHECKOUT,
         env=environment,
@@ -115,7 +121,11 @@ def python(*arguments, ground, **environment):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )
+    ) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
 # ---- use
@@ -339,11 +349,14 @@ def test_command_leaves_nothing(signum, ground):
     kinds = [kind for kind in SERVERS if not kind.unavailable()]
     if not kinds:
         need(*SERVERS)
-    with python("-m", "tests.servers", *(kind.name.lower() for kind in kinds), ground=ground) as run:
-        urls = [run.stdout.readline().strip() for _ in kinds]
-        for kind, url in zip(kinds, urls, strict=True):
-            pytest.importorskip(kind.drivers[0])
-            assert scalar(url) == 1
+    drivers = [driver for kind in kinds for driver in kind.drivers if importlib.util.find_spec(driver)]
+    arguments = [kind.name.lower() for kind in kinds] + [f"--driver={driver}" for driver in drivers]
+    with python("-m", "tests.servers", *arguments, ground=ground) as run:
+        urls = [make_url(run.stdout.readline().strip()) for _ in kinds]
+        for url in urls:
+            assert is_listening(url.port)
+            if url.get_driver_name() in drivers:
+                assert scalar(url) == 1
         family = _descendants(run.pid)
         assert len(family) > len(kinds)
         run.send_signal(signum)

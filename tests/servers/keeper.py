@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -148,8 +149,10 @@ class _Custody:
     def run(self, argv: list[str], account: list[int] | None) -> dict[str, object]:
         pid = self._launch(argv, account)
         while pid not in self._ended:
+            # Nobody asks again before the answer: if there is something to read, it is the end.
+            if select.select([sys.stdin], [], [], _TICK)[0]:
+                sys.exit()
             self._reap()
-            time.sleep(_TICK)
         return {"status": self._ended[pid]}
 
     def spawn(self, argv: list[str], account: list[int] | None) -> dict[str, object]:

