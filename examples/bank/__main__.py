@@ -13,6 +13,10 @@ for _module, _what in _NEEDED.items():
         sys.exit(2)
 
 if __name__ == "__main__":
-    from examples.bank.run import main
+    try:
+        from examples.bank.run import main
 
-    sys.exit(main())
+        status = main()
+    except KeyboardInterrupt:  # before it could begin
+        status = 130
+    sys.exit(status)
