@@ -317,8 +317,11 @@ for _name, _listener in _LISTENERS.items():
 
 
 def install(engine: Engine) -> None:
-    """Listen for what is told to no connection's class, once for each engine and pool."""
-    if not event.contains(engine, "handle_error", _handle_error):
-        event.listen(engine, "handle_error", _handle_error)
-    if engine.dialect.name == "sqlite" and not event.contains(engine.pool, "reset", _reset):
+    """Listen for what is told to no connection's class, once for each engine and its copies.
+
+    `event.listen` itself ignores the same listener on the same target.  Asking `event.contains` first does not: it knows
+    targets by id(), and a new pool that got the id of a collected one was left without its listener.
+    """
+    event.listen(engine.dialect, "handle_error", _handle_error)
+    if engine.dialect.name == "sqlite":
         event.listen(engine.pool, "reset", _reset)
