@@ -47,8 +47,8 @@ class Attempts(Generic[S]):
     """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
 
     __slots__ = (
-        "_more", "attempt", "deadline",
-        "enclosing", "manager", "options", "policy", "retries", "scope", "started", "tainted", "timeout",
+        "_more", "attempt", "deadline", "enclosing",
+        "manager", "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout",
     )  # fmt: skip
 
     def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
@@ -62,7 +62,9 @@ class Attempts(Generic[S]):
         self.deadline = None if self.timeout is None else self.started + self.timeout
         self.attempt = 0
         self.scope: Scope | None
-        self.scope, self.enclosing = surroundings(manager)
+        self.scope, inside, self.enclosing = surroundings(manager)
+        # Only an outermost call ends the scope's reading; around an inner one the outer unit still guards its objects.
+        self.reading = None if inside else self.scope
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
         self._more = True
 
@@ -175,8 +177,8 @@ class Attempt(Generic[S]):
         attempts, options = self._attempts, self._attempts.options
         if self.unit is not None:
             raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
-        if attempts.scope is not None:
-            await attempts.scope.give_way()
+        if attempts.reading is not None:
+            await attempts.reading.give_way()
         manager = attempts.manager
         transaction = manager._transaction(
             options.who,
@@ -222,8 +224,8 @@ class Attempt(Generic[S]):
                 return False
             raise ended.error
         finally:
-            if final and attempts.scope is not None:
-                await attempts.scope.end_reading()
+            if final and attempts.reading is not None:
+                await attempts.reading.end_reading()
 
     async def _end(self, unit: UnitOfWork[S], place: UnitPlace, error: BaseException | None) -> Ended:
         """Commit or roll back, whatever happens; never raises."""

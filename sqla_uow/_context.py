@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, ParamSpec
 from weakref import WeakKeyDictionary
@@ -11,10 +12,10 @@ from sqlalchemy.orm import Session
 
 from sqla_uow._ending import roll_back
 from sqla_uow._session import changed_object
-from sqla_uow._tasks import Place, current_place, pop, push
+from sqla_uow._tasks import Place, check_loop, current_places, pop, push
 from sqla_uow._transaction import Phase, Transaction, describe
 from sqla_uow._unit import UnitOfWork
-from sqla_uow.errors import NoManagerError, NoUnitError, ReadOnlyError
+from sqla_uow.errors import NoManagerError, NoUnitError, PropagationError, ReadOnlyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,15 +42,18 @@ __all__ = [
 logger = logging.getLogger("sqla_uow")
 P = ParamSpec("P")
 
+_READER = "the read session of this scope"
+
 
 class ManagerPlace(Place):
     """A manager is known here; nothing is open."""
 
-    __slots__ = ("manager",)
+    __slots__ = ("manager", "name")
 
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
-        super().__init__(manager.name)
+        super().__init__(manager)
         self.manager = manager
+        self.name = manager.name
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""
@@ -102,14 +106,16 @@ class Scope:
         self.manager = manager
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
+        self._loop = asyncio.get_running_loop()
 
     def read_unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one where there is none."""
         reader = self.reader
+        check_loop(_READER, self._loop)
         if reader is not None and reader._transaction.phase is Phase.ENDED:
             reader = None
         if reader is None:
-            transaction = self.manager._transaction("the read session of this scope", read_only=True, scope_read=True)
+            transaction = self.manager._transaction(_READER, read_only=True, scope_read=True)
             reader = self.reader = UnitOfWork(transaction)
         else:
             reader._transaction.owner.check()
@@ -136,27 +142,24 @@ class Scope:
         transaction, session = reader._transaction, reader._session
         transaction.owner.check()
         self.refuse_unsaved()
-        if session is None:
-            self.reader = None
-            return
-        if transaction.connection is not None and transaction.damage.mark is None:
-            transaction.phase = Phase.COMMITTING
+        if session is not None and transaction.connection is not None:
+            if transaction.damage.mark is not None:
+                await self.end_reading()
+                return
+            transaction.end_here(Phase.COMMITTING)
             try:
                 # COMMIT, not ROLLBACK: a rollback expires the objects, and reading them would need the connection.
                 await session.run_sync(Session.commit)
-            except SQLAlchemyError as error:
-                logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
+            except BaseException as error:
                 await self.end_reading()
+                if not isinstance(error, SQLAlchemyError):
+                    raise
+                logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
                 return
-        elif transaction.connection is not None:
-            await self.end_reading()
-            return
         transaction.phase = Phase.YIELDED
         transaction.connection = None
         transaction.engine = None
-        turns = transaction.database.turns()
-        if turns is not None:
-            turns.give_back(transaction)
+        transaction.give_back_turn()
 
     async def end_reading(self) -> None:
         """Close the read session; its objects are detached, and refused by later units of this scope."""
@@ -189,35 +192,38 @@ class ScopePlace(ManagerPlace):
 class ScopeContext:
     """``async with manager.scope()``."""
 
-    __slots__ = ("_place", "_scope")
+    __slots__ = ("_manager", "_place")
 
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
-        self._scope = Scope(manager)
-        self._place = ScopePlace(self._scope)
+        self._manager = manager
+        self._place: ScopePlace | None = None
 
     async def __aenter__(self) -> Scope:
+        if self._place is not None:
+            raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
+        self._place = ScopePlace(Scope(self._manager))
         push(self._place)
-        return self._scope
+        return self._place.scope
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        assert self._place is not None
+        scope = self._place.scope
         pop(self._place)
         try:
             if error is None:
-                self._scope.refuse_unsaved()
+                scope.refuse_unsaved()
         finally:
-            await self._scope.end_reading()
+            await scope.end_reading()
 
 
 def _place(using: str | UnitOfWorkManager[Any]) -> ManagerPlace | None:
     """Return the innermost place of a manager."""
-    place = current_place()
-    while place is not None:
+    for place in current_places():
         assert isinstance(place, ManagerPlace)
         if place.name == using or place.manager is using:
             return place
-        place = place.outer
     return None
 
 
@@ -237,23 +243,28 @@ def locate(using: str | UnitOfWorkManager[Any], who: str) -> tuple[UnitOfWorkMan
     return using, None
 
 
-def surroundings(manager: UnitOfWorkManager[Any]) -> tuple[Scope | None, tuple[Transaction, ...]]:
-    """Return the open scope of this manager, whatever lies between, and the open transactions of every manager."""
+def surroundings(manager: UnitOfWorkManager[Any]) -> tuple[Scope | None, bool, tuple[Transaction, ...]]:
+    """Return what is open around here.
+
+    Returns:
+        the innermost scope of this manager, whatever lies between; whether a unit of it lies between; and the
+        transactions of every manager.
+    """
     scope: Scope | None = None
+    inside = False
     transactions: tuple[Transaction, ...] = ()
-    place = current_place()
-    while place is not None:
+    for place in current_places():
         if isinstance(place, UnitPlace):
             unit = place.open_unit()
             if unit is not None:
                 transactions += (unit._transaction,)
+                inside = inside or (scope is None and place.manager is manager)
         elif isinstance(place, ScopePlace) and not place.closed:
             if scope is None and place.manager is manager:
                 scope = place.scope
             elif place.scope.reader is not None:
                 transactions += (place.scope.reader._transaction,)  # holds a connection, and will not give way to us
-        place = place.outer
-    return scope, transactions
+    return scope, inside, transactions
 
 
 def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:

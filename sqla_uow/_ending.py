@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqla_uow._classify import Failure, Kind, classify
 from sqla_uow._hooks import run_best_effort, run_collecting
 from sqla_uow._session import has_changes
+from sqla_uow._settle import settle
 from sqla_uow._shield import shielded
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
@@ -65,6 +66,8 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
     if session is not None and has_changes(session.sync_session):
         await session.flush()
     transaction.owner.check()
+    # In the same step of the loop: from here on another task's statement would run under COMMIT.
+    transaction.end_here(Phase.COMMITTING)
 
 
 async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
@@ -112,7 +115,7 @@ async def _result(task: asyncio.Task[None]) -> BaseException | None:
 
 
 def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
-    transaction.phase = Phase.COMMITTING
+    transaction.end_here(Phase.COMMITTING)
     if witness is not None and transaction.wrote and transaction.connection is not None:
         witness.sign(transaction.connection)
     session.commit()
@@ -232,8 +235,9 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
         failure: what the database said at COMMIT.
     """
     transaction, session = unit._transaction, unit._session
+    transaction.end_here(Phase.ENDING)  # before the wait, or a sibling would send its next statement
     cancelled: asyncio.CancelledError | None = None
-    if session is None or (transaction.connection is None and transaction.owner.in_flight is None):
+    if session is None or (transaction.connection is None and transaction.owner.busy() is None):
         _close_unused(unit)
     else:
         cancelled = await _stop_and_roll_back(unit)
@@ -283,7 +287,7 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
 
 
 def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
-    transaction.phase = Phase.ENDING
+    transaction.end_here(Phase.ENDING)
     connection = transaction.connection
     try:
         if not discard:
@@ -298,6 +302,8 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
         discard = True
     try:
         if discard and connection is not None and not connection.closed:
+            if transaction.owner.busy() is not None:  # it would go on without us, with its locks
+                settle(connection, None)
             connection.invalidate()
     finally:
         session.close()
@@ -320,16 +326,15 @@ async def _discard(unit: UnitOfWork[Any]) -> None:
 
 def _close_unused(unit: UnitOfWork[Any]) -> None:
     """Close a session that holds no connection: nothing is sent, so nothing has to be awaited."""
-    unit._transaction.phase = Phase.ENDING
+    unit._transaction.end_here(Phase.ENDING)
     if unit._session is not None:
         unit._session.sync_session.close()
 
 
 def _release(transaction: Transaction) -> None:
-    turns = transaction.database.turns()
-    if turns is not None:
-        turns.give_back(transaction)
+    transaction.give_back_turn()
     transaction.phase = Phase.ENDED
+    transaction.closer = None
     transaction.connection = None
     transaction.engine = None
     transaction.enclosing = ()

@@ -1,6 +1,6 @@
 """The session of a unit, its engine and its connection: everything that SQLAlchemy tells us comes in here.
 
-`UnitSession` overrides public methods of `Session` and one private one.  The listeners are on the class of the units'
+`UnitSession` overrides public methods of `Session` and two private ones.  The listeners are on the class of the units'
 connections, so they cost nobody else anything; only ``handle_error`` has to be on the engine's dialect.
 """
 
@@ -62,6 +62,11 @@ class UnitEngine(OptionEngine):
             transaction.before_connect()
             _take_turn(transaction)
             connection = UnitConnection(self, transaction)
+            try:
+                transaction.check_usable()  # it may have ended meanwhile
+            except UnitOfWorkError:
+                connection.close()
+                raise
         except BaseException as error:
             transaction.connect_failed(error)
             raise
@@ -99,6 +104,9 @@ class UnitSession(Session):
             return
         if not has_changes(self):
             return
+        if transaction.is_ending_here():
+            super().flush(objects)
+            return
         try:
             transaction.check_usable()
             if transaction.read_only:
@@ -106,11 +114,14 @@ class UnitSession(Session):
         except UnitOfWorkError as error:
             transaction.damage.add(error)
             raise
+        before = transaction.owner.hold()
         try:
             super().flush(objects)
         except Exception as error:
             transaction.damage.add(error, failure=classify(error))
             raise
+        finally:
+            transaction.owner.let_go(before)
 
     def _refuse_changes(self, transaction: Transaction) -> None:
         changed = changed_object(self)
@@ -120,21 +131,56 @@ class UnitSession(Session):
     def commit(self) -> None:
         """Refuse: the unit commits at its end."""
         transaction = self.transaction_of_unit
-        if transaction is not None and transaction.phase is not Phase.COMMITTING:
+        if transaction is not None and not transaction.is_ending_here():
             transaction.before_commit()
         super().commit()
 
+    def rollback(self) -> None:
+        """Roll back; the unit is doomed by it, and not under another task's statement."""
+        transaction = self.transaction_of_unit
+        if transaction is None or transaction.is_ending_here() or transaction.is_over():
+            super().rollback()
+            return
+        before = transaction.hold_for_rollback()
+        try:
+            super().rollback()
+        finally:
+            transaction.owner.let_go(before)
+
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """Refuse, but for a savepoint: the unit has begun."""
+        if not nested:
+            self._refuse("begin", "has begun already; remove the begin(), or use begin_nested() for a savepoint")
+        return super().begin(nested)
+
     def close(self) -> None:
         """Refuse inside the unit: objects would be detached and later SQL would begin a second transaction."""
-        transaction = self.transaction_of_unit
-        if transaction is not None and transaction.phase in (Phase.NEW, Phase.ACTIVE, Phase.COMMITTING):
-            error = PropagationError(
-                f"close() was called on the session of {transaction.name}, which closes it at its own end; "
-                "remove the close(), or the 'async with' around the session"
-            )
-            transaction.damage.add(error, hard=True)
-            raise error
+        self._refuse("close", "closes it at its own end; remove the close(), or the 'async with' around the session")
         super().close()
+
+    def reset(self) -> None:
+        """Refuse inside the unit, as `close`."""
+        self._refuse("reset", "closes it at its own end; remove the reset(), and call doom() to roll back")
+        super().reset()
+
+    def invalidate(self) -> None:
+        """Refuse inside the unit, as `close`."""
+        self._refuse("invalidate", "closes it at its own end; remove the invalidate(), and call doom() to roll back")
+        super().invalidate()
+
+    def _refuse(self, method: str, why: str) -> None:
+        transaction = self.transaction_of_unit
+        if transaction is None or transaction.is_ending_here() or transaction.phase is Phase.ENDED:
+            return
+        error = PropagationError(f"{method}() was called on the session of {transaction.name}, which {why}")
+        transaction.damage.add(error, hard=True)
+        raise error
+
+    def _merge(self, state: InstanceState[Any], *args: Any, **kwargs: Any) -> Any:
+        # merge(), merge_all() and the cascades of both come by here.
+        if self.transaction_of_unit is not None:
+            self.transaction_of_unit.check_merge(state)
+        return super()._merge(state, *args, **kwargs)
 
     def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
         # The before_attach event comes too late: after SQLAlchemy's own "already attached to session".
@@ -279,7 +325,7 @@ def _commit(connection: UnitConnection) -> None:
 
 
 def _rollback(connection: UnitConnection) -> None:
-    connection.unit.rolled_back_outside(sys.exception())
+    connection.unit.before_rollback(sys.exception())
 
 
 def _savepoint(connection: UnitConnection, _name: str | None) -> None:
@@ -288,6 +334,7 @@ def _savepoint(connection: UnitConnection, _name: str | None) -> None:
 
 def _rollback_savepoint(connection: UnitConnection, name: str, _context: None) -> None:
     unit = connection.unit
+    unit.check_not_ending()
     unit.damage.roll_back(name)
     unit.damage.leave(name)
     unit.rolling_back_to_savepoint = True

@@ -1,7 +1,7 @@
 """The only ContextVar, and who may use a unit.
 
-The variable holds a `Frame`: the innermost *place* (an activated manager, a scope or a unit, each linked to the one
-around it) and the task that saw it last.  A child task copies the variable; as soon as it looks, it records itself
+The variable holds a `Frame`: the *places* (activated managers, scopes and units, innermost first) and the task that saw
+them last.  A child task copies the variable; as soon as it looks, it records itself
 above the frame it inherited.  So the frames of a task are its ancestry, without patching asyncio.
 """
 
@@ -18,35 +18,32 @@ from sqla_uow.errors import TaskBoundaryError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Frame", "Owner", "Place", "current_place", "pop", "push"]
+__all__ = ["Frame", "Owner", "Place", "check_loop", "current_places", "pop", "push", "running_task"]
 
 Task = asyncio.Task[Any]
 
 
 class Place:
-    """Where a unit is looked up.  `closed` is set at its end, so that a copied context cannot use it any more."""
+    """Where a unit is looked up.  `closed` is set at its end, so that a copied context cannot use it any more.
 
-    __slots__ = ("closed", "name", "outer")
+    Args:
+        key: what it belongs to; an ended place hides those of the same key around it.
+    """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    __slots__ = ("closed", "key")
+
+    def __init__(self, key: object) -> None:
+        self.key = key
         self.closed = False
-        self.outer: Place | None = None
-
-    def __iter__(self) -> Iterator[Place]:
-        place: Place | None = self
-        while place is not None:
-            yield place
-            place = place.outer
 
 
 class Frame:
-    """One task's view: the innermost place, the task, and the frame it inherited from its parent."""
+    """One task's view: the places, innermost first, the task, and the frame it inherited from its parent."""
 
-    __slots__ = ("place", "task", "up")
+    __slots__ = ("places", "task", "up")
 
-    def __init__(self, place: Place | None, task: weakref.ref[Task] | None, up: Frame | None) -> None:
-        self.place = place
+    def __init__(self, places: tuple[Place, ...], task: weakref.ref[Task] | None, up: Frame | None) -> None:
+        self.places = places
         self.task = task
         self.up = up
 
@@ -63,17 +60,32 @@ class Frame:
 _frame: ContextVar[Frame | None] = ContextVar("sqla_uow.frame", default=None)
 
 
-def _running_task() -> Task | None:
+def running_task() -> Task | None:
     try:
         return asyncio.current_task()
     except RuntimeError:  # a thread without an event loop
         return None
 
 
-def current_place() -> Place | None:
-    """Return the innermost place of this context; an ended one too, so that nobody falls through to the one around."""
+def check_loop(name: str, loop: asyncio.AbstractEventLoop) -> Task:
+    """Return the running task if it runs on `loop`.
+
+    Raises:
+        TaskBoundaryError: this is a thread, with or without an event loop of its own.
+    """
+    task = running_task()
+    if task is None or task.get_loop() is not loop:
+        raise TaskBoundaryError(
+            f"{name} was used from a thread other than the one of its event loop; "
+            "read what the thread needs before, or open a unit inside it"
+        )
+    return task
+
+
+def current_places() -> tuple[Place, ...]:
+    """Return the places of this context, innermost first; ended ones too, so that nobody falls through them."""
     frame = _frame.get()
-    return None if frame is None else frame.place
+    return () if frame is None else frame.places
 
 
 def _here(task: Task | None) -> Frame:
@@ -83,7 +95,7 @@ def _here(task: Task | None) -> Frame:
         return frame
     ref = None if task is None else weakref.ref(task)
     if frame is None:
-        return Frame(None, ref, None)
+        return Frame((), ref, None)
     # Ended parents are left out, else a task that starts its successor for ever would grow the chain for ever.
     up: Frame | None = frame
     while up is not None and (up.task is None or (parent := up.task()) is None or parent.done()):
@@ -91,33 +103,45 @@ def _here(task: Task | None) -> Frame:
     if up is not None:
         while up.up is not None and (up.up.task is None or (parent := up.up.task()) is None or parent.done()):
             up.up = up.up.up
-    mine = Frame(frame.place, ref, up)
+    mine = Frame(frame.places, ref, up)
     _frame.set(mine)
     return mine
 
 
 def push(place: Place) -> None:
     """Make `place` the innermost one of this task's context."""
-    frame = _here(_running_task())
-    outer = frame.place
-    if outer is not None and outer.closed:
-        # Left in this context by an exit elsewhere.  Keep one of a run of ended places, or they would pile up.
-        while outer.outer is not None and outer.outer.closed:
-            outer.outer = outer.outer.outer
-    place.outer = outer
-    _frame.set(Frame(place, frame.task, frame.up))
+    frame = _here(running_task())
+    _frame.set(Frame((place, *_without_hidden(frame.places)), frame.task, frame.up))
+
+
+def _without_hidden(places: tuple[Place, ...]) -> tuple[Place, ...]:
+    """Leave out ended places behind an ended one of the same key.
+
+    A task that starts its successor inside its own scope for ever would pile them up for ever.
+    """
+    if not any(place.closed for place in places):
+        return places
+    ended: set[int] = set()
+    kept: list[Place] = []
+    for place in places:
+        if not place.closed:
+            kept.append(place)
+        elif id(place.key) not in ended:
+            ended.add(id(place.key))
+            kept.append(place)
+    return tuple(kept)
 
 
 def pop(place: Place) -> None:
-    """End `place`, and take it off this context if it is the innermost one here.
+    """End `place`, and take it off this context if it is here.
 
     It may not be: an async generator can be closed in another context than the one it was begun in.  There nothing is
     touched, and whoever still sees the place sees that it has ended.
     """
     place.closed = True
     frame = _frame.get()
-    if frame is not None and frame.place is place:
-        _frame.set(Frame(place.outer, frame.task, frame.up))
+    if frame is not None and place in frame.places:
+        _frame.set(Frame(tuple(one for one in frame.places if one is not place), frame.task, frame.up))
 
 
 def _anyio_ancestors(task: Task) -> Iterator[int]:
@@ -142,10 +166,10 @@ def _descends(task: Task, frame: Frame, ancestor: Task) -> bool:
 class Owner:
     """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
 
-    __slots__ = ("_frame", "_loop", "_lost", "_refused", "idle", "in_flight", "last", "name")
+    __slots__ = ("_frame", "_held", "_loop", "_lost", "_refused", "idle", "in_flight", "last", "name")
 
     def __init__(self, name: str, refused: Callable[[TaskBoundaryError], None]) -> None:
-        task = asyncio.current_task()
+        task = running_task()
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
         self.name = name
@@ -154,6 +178,7 @@ class Owner:
         self._frame = _here(task)
         self._lost: weakref.WeakSet[Task] | None = None
         self._refused = refused
+        self._held: Task | None = None
         self.in_flight: Task | None = None
         self.idle: asyncio.Future[None] | None = None
 
@@ -163,10 +188,10 @@ class Owner:
         Raises:
             TaskBoundaryError: another live task uses it, or this is a thread; the unit is doomed.
         """
-        task = _running_task()
+        task = running_task()
         if task is not None and task is self.last and (self.in_flight is None or self.in_flight is task):
-            return task
-        return self._admit(task)
+            return task  # who holds is the last one, too
+        return self._admit()
 
     def enter(self) -> None:
         """Begin an operation on the connection."""
@@ -175,12 +200,32 @@ class Owner:
     def leave(self) -> None:
         """End the operation, and wake the end of the unit if it waits for that."""
         self.in_flight = None
-        if self.idle is not None and not self.idle.done():
+        if self.idle is not None and self._held is None and not self.idle.done():
             self.idle.set_result(None)
+
+    def hold(self) -> Task | None:
+        """Make one operation of all that follows: a flush with the ROLLBACK that SQLAlchemy sends when it fails.
+
+        Returns:
+            what `let_go` wants to be given.
+        """
+        before, self._held = self._held, self.check()
+        return before
+
+    def let_go(self, before: Task | None) -> None:
+        """End what `hold` began."""
+        self._held = before
+        self.leave()
+
+    def busy(self) -> Task | None:
+        """Return the task whose operation is in flight."""
+        busy = self._held or self.in_flight
+        return None if busy is None or busy.done() else busy
 
     def busy_elsewhere(self) -> asyncio.Future[None] | None:
         """Return what to wait for while another task's operation is in flight."""
-        if self.in_flight is None or self.in_flight is _running_task():
+        busy = self.busy()
+        if busy is None or busy is running_task():
             return None
         self.idle = self._loop.create_future()
         return self.idle
@@ -189,14 +234,15 @@ class Owner:
         """Keep no task alive."""
         self.last = None
 
-    def _admit(self, task: Task | None) -> Task:
-        if task is None or task.get_loop() is not self._loop:
-            raise self._refuse(
-                f"{self.name} was used from a thread other than the one of its event loop; "
-                "read what the thread needs before, or open a unit inside it"
-            )
-        if self.in_flight is not None and self.in_flight is not task:
-            raise self._sibling(task, self.in_flight, "has a statement in flight")
+    def _admit(self) -> Task:
+        try:
+            task = check_loop(self.name, self._loop)
+        except TaskBoundaryError as error:
+            self._refused(error)
+            raise
+        busy = self.busy()
+        if busy is not None and busy is not task:
+            raise self._sibling(task, busy, "has a statement in flight")
         frame = _here(task)
         lost = self._lost
         if lost and any(one in lost for one in frame.tasks()):

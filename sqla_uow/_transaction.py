@@ -14,7 +14,7 @@ from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
 from sqla_uow._hooks import Hooks
 from sqla_uow._isolation import is_weaker_or_same
-from sqla_uow._tasks import Owner
+from sqla_uow._tasks import Owner, running_task
 from sqla_uow.errors import (
     InstanceReuseError,
     IsolationConflictError,
@@ -26,6 +26,7 @@ from sqla_uow.errors import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Iterable
     from weakref import WeakKeyDictionary, WeakSet
 
@@ -72,6 +73,7 @@ class Transaction:
         "_required",
         "attached",
         "clock",
+        "closer",
         "connect_failure",
         "connection",
         "damage",
@@ -119,6 +121,7 @@ class Transaction:
         self.damage = Damage(self.hooks)
         self.owner = Owner(name, self._task_refused)
         self.phase = Phase.NEW
+        self.closer: asyncio.Task[Any] | None = None
         self.engine: Engine | None = None
         self.connection: Connection | None = None
         self.connect_failure: Failure | None = None
@@ -137,6 +140,7 @@ class Transaction:
     def check_usable(self) -> None:
         """Let the running task send SQL, or raise why not."""
         if self.phase in _OURS:
+            self.check_not_ending()
             return
         if self.phase is Phase.YIELDED:
             raise NoUnitError(
@@ -147,6 +151,33 @@ class Transaction:
             raise NoUnitError(f"{self.name} has ended and its session is closed; open a new unit for more SQL")
         self.owner.check()
         self.check_sound()
+
+    def end_here(self, phase: Phase) -> None:
+        """Let nobody but the running task use the session and its connection any more: it ends the transaction."""
+        self.phase = phase
+        self.closer = running_task()
+
+    def is_ending_here(self) -> bool:
+        """Say whether this is the task that ends the transaction."""
+        return self.phase in _OURS and running_task() is self.closer
+
+    def check_not_ending(self) -> None:
+        """Refuse SQL of other tasks while one ends the transaction."""
+        if self.phase in _OURS and not self.is_ending_here():
+            raise NoUnitError(f"{self.name} is ending and takes no more SQL; open a new unit for it")
+
+    def is_over(self) -> bool:
+        """Say whether there is nothing left to roll back here."""
+        return self.phase in (Phase.YIELDED, Phase.ENDED)
+
+    def hold_for_rollback(self) -> asyncio.Task[Any] | None:
+        """Doom, because user code calls ``rollback()``; keep the cause that it had."""
+        self.check_not_ending()
+        before = self.owner.hold()
+        mark = self.damage.mark
+        cause, failure = (None, None) if mark is None else (mark.cause, mark.failure)
+        self.damage.add(cause, failure=failure, hard=True, reason="rollback() was called on its session")
+        return before
 
     def check_sound(self) -> None:
         """Raise if the unit can only be rolled back.
@@ -187,10 +218,17 @@ class Transaction:
 
     def connect_failed(self, error: BaseException) -> None:
         self.owner.leave()
+        if self.phase is Phase.ENDED:  # while this waited; the end could not give back what was not taken yet
+            self.give_back_turn()
         if isinstance(error, Exception) and not isinstance(error, UnitOfWorkError):
             self.connect_failure = classify(error, connecting=True)
             # A failed statement like any other: swallowed, it must not end in a commit of the rest.
             self.damage.add(error, failure=self.connect_failure)
+
+    def give_back_turn(self) -> None:
+        turns = self.database.turns()
+        if turns is not None:
+            turns.give_back(self)
 
     def begun_at(self) -> str | None:
         """Return the isolation level that the unit's engine sets, None where the database's default stands."""
@@ -223,7 +261,7 @@ class Transaction:
                 raise
 
     def before_statement(self, *, writes: bool) -> None:
-        if self.phase in _OURS or self.rolling_back_to_savepoint:
+        if self.is_ending_here() or self.rolling_back_to_savepoint:
             return
         self.check_usable()
         if self.read_only and writes:
@@ -260,6 +298,12 @@ class Transaction:
         if sent or hard:
             self.damage.add(shown or error, failure=failure, hard=hard)
 
+    def before_rollback(self, cause: BaseException | None) -> None:
+        """A ROLLBACK is about to be sent: not under another task's statement."""
+        if self.phase in (Phase.NEW, Phase.ACTIVE):
+            self.owner.check()
+        self.rolled_back_outside(cause)
+
     def rolled_back_outside(self, cause: BaseException | None) -> None:
         """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
         if self.phase in _OURS or self.phase is Phase.ENDED or self.phase is Phase.YIELDED:
@@ -272,7 +316,7 @@ class Transaction:
 
     def before_commit(self) -> None:
         """The engine is about to send COMMIT: only ours, only a sound one."""
-        if self.phase is not Phase.COMMITTING:
+        if self.phase is not Phase.COMMITTING or not self.is_ending_here():
             error = PropagationError(
                 f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
                 "or use propagation='requires_new' for a part that must be durable earlier"
@@ -292,10 +336,26 @@ class Transaction:
             error_class = ReadOnlyError if reason == "read" else InstanceReuseError
             raise error_class(self._attach_message(state, reason))
         other: Session | None = state.session
-        if other is not None and getattr(getattr(other, "transaction_of_unit", None), "scope_read", False):
+        theirs: Transaction | None = getattr(other, "transaction_of_unit", None)
+        if theirs is not None and theirs.scope_read:
             raise ReadOnlyError(self._attach_message(state, "read"))
+        if theirs is not None and self.scope_read:
+            raise ReadOnlyError(theirs.pull_message(state))
         if self.attached is not None:
             self.attached.add(state)
+
+    def check_merge(self, state: InstanceState[Any]) -> None:
+        """Refuse to copy an object of the scope's read session: `merge` would write its older state over newer data."""
+        theirs: Transaction | None = getattr(state.session, "transaction_of_unit", None)
+        tainted = self.tainted is not None and self.tainted.get(state) == "read"
+        if tainted or (theirs is not None and theirs is not self and theirs.scope_read):
+            raise ReadOnlyError(self._attach_message(state, "read"))
+
+    def pull_message(self, state: InstanceState[Any]) -> str:
+        return (
+            f"{describe(state.obj())} of {self.name} was put into an object of the read session of this scope, where "
+            "nothing is written; pass that object's key and get_one() it inside"
+        )
 
     def _attach_message(self, state: InstanceState[Any], reason: str) -> str:
         what = describe(state.obj())
