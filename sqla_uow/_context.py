@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from sqla_uow._ending import roll_back
+from sqla_uow._hooks import Hook, being_run
 from sqla_uow._session import changed_object
 from sqla_uow._tasks import Place, check_loop, current_places, pop, push
 from sqla_uow._transaction import Phase, Transaction, describe
@@ -313,12 +314,21 @@ def _unit_for_hooks(what: str) -> UnitOfWork[Any]:
 def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` once after the current unit has committed; see `UnitOfWork.after_commit`.
 
-    It is for the manager named "default"; for another one use ``current_unit("name").after_commit(...)``.
+    In an `after_commit` hook, outside any unit, it adds to the hooks that are being run.  It is for the manager named
+    "default"; for another one use ``current_unit("name").after_commit(...)``.
 
     Raises:
         NoUnitError: no unit is open here.
     """
-    _unit_for_hooks("after_commit").after_commit(hook, *args, **kwargs)
+    try:
+        unit = _unit_for_hooks("after_commit")
+    except NoUnitError:
+        hooks = being_run()
+        if hooks is None:
+            raise
+        hooks.append(Hook.of(hook, args, kwargs))
+    else:
+        unit.after_commit(hook, *args, **kwargs)
 
 
 def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:

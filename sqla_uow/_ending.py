@@ -201,7 +201,9 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
         cancelled = cancelled or outcome.cancelled
         failures = await _hook_failures(outcome.task, transaction.name)
     if hooks.undone:
-        await shielded(run_best_effort(hooks.undone), grace=HOOK_SECONDS)
+        hooks.after_rollback.clear()
+        after = await shielded(run_best_effort(hooks.due_after_rollback()), grace=HOOK_SECONDS)
+        cancelled = cancelled or after.cancelled
     if cancelled is not None:
         for failure in failures:
             logger.error("after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure)
@@ -243,9 +245,7 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
         cancelled = await _stop_and_roll_back(unit)
     unit._final = unit._final or Status.ROLLED_BACK
     _release(transaction)
-    hooks = transaction.hooks
-    due = hooks.undone + hooks.after_rollback
-    if due:
+    if due := transaction.hooks.due_after_rollback():
         outcome = await shielded(run_best_effort(due), grace=HOOK_SECONDS)
         cancelled = cancelled or outcome.cancelled
     if cancelled is not None and not isinstance(error, asyncio.CancelledError):

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqla_uow.errors import UnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Hook", "Hooks", "run_best_effort", "run_collecting"]
+__all__ = ["Hook", "Hooks", "being_run", "run_best_effort", "run_collecting"]
 
 logger = logging.getLogger("sqla_uow")
 
 
+_numbers = itertools.count()
+
+
 class Hook(NamedTuple):
-    """A function, sync or async, and what to call it with."""
+    """A function, sync or async, what to call it with, and its place in the order of registration."""
 
     function: Callable[..., object]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    number: int
+
+    @classmethod
+    def of(cls, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+        return cls(function, args, kwargs, next(_numbers))
 
     async def run(self) -> None:
         result = self.function(*self.args, **self.kwargs)
@@ -45,6 +58,11 @@ class Hooks:
     def mark(self) -> tuple[int, int, int]:
         return len(self.after_commit), len(self.before_commit), len(self.after_rollback)
 
+    def due_after_rollback(self) -> list[Hook]:
+        """Return the rollback hooks of the unit and of the savepoints undone before, in order of registration."""
+        # A savepoint on the server may begin later than the session's own, and is undone first.
+        return sorted(self.undone + self.after_rollback, key=lambda hook: hook.number)
+
     def drop(self, mark: tuple[int, int, int]) -> None:
         """Forget what was registered since `mark`; its rollback hooks are due."""
         del self.after_commit[mark[0] :]
@@ -53,22 +71,52 @@ class Hooks:
         del self.after_rollback[mark[2] :]
 
 
+_running: WeakKeyDictionary[asyncio.Task[Any], list[Hook]] = WeakKeyDictionary()
+
+
+def being_run() -> list[Hook] | None:
+    """Return the hooks that this task is running, to which a hook may add."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # a thread without an event loop
+        return None
+    return None if task is None else _running.get(task)
+
+
 async def run_collecting(hooks: list[Hook]) -> list[Exception]:
-    """Run all, also those that are registered meanwhile, and return what they raised."""
+    """Run all, also those that are registered meanwhile, and return what they raised; in a task of its own."""
+    task = asyncio.current_task()
+    assert task is not None
+    _running[task] = hooks
     failures: list[Exception] = []
-    while hooks:
-        try:
-            await hooks.pop(0).run()
-        except Exception as error:
-            failures.append(error)
-    return failures
-
-
-async def run_best_effort(hooks: list[Hook]) -> None:
-    """Run all and log what they raise: the exception that rolled the unit back is what the caller must see."""
     while hooks:
         hook = hooks.pop(0)
         try:
             await hook.run()
-        except Exception:
+        except Exception as error:
+            failures.append(error)
+        except asyncio.CancelledError as error:
+            if task.cancelling():  # the time for hooks is up
+                raise
+            failures.append(_cancelled(hook, error))
+    return failures
+
+
+def _cancelled(hook: Hook, error: asyncio.CancelledError) -> Exception:
+    """Make an exception of a cancellation that is the hook's own, such as that of a task it awaited."""
+    failure = UnitOfWorkError(f"after_commit hook {hook.function!r} awaited what was cancelled; let it catch that")
+    failure.__cause__ = error
+    return failure
+
+
+async def run_best_effort(hooks: list[Hook]) -> None:
+    """Run all and log what they raise: the exception that rolled the unit back is what the caller must see."""
+    task = asyncio.current_task()
+    while hooks:
+        hook = hooks.pop(0)
+        try:
+            await hook.run()
+        except (Exception, asyncio.CancelledError):
+            if task is not None and task.cancelling():
+                raise
             logger.exception("after_rollback hook %r failed; the rollback itself is done", hook.function)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from sqla_uow._hooks import Hook
+from sqla_uow._hooks import Hook, being_run
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import NoUnitError
 from sqla_uow.typing import IsolationLevel, Status
@@ -71,7 +71,8 @@ class UnitOfWork(Generic[S]):
     def after_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` once after this unit has committed, in order of registration, with no transaction open.
 
-        It is dropped with a failed attempt, and with the savepoint it was registered under.
+        It is dropped with a failed attempt, and with the savepoint it was registered under.  A hook may open a unit of
+        its own, and register further hooks, which run after those that wait already.
 
         Args:
             hook: sync or async; what it returns is ignored, what it raises ends in `AfterCommitError`.
@@ -81,7 +82,10 @@ class UnitOfWork(Generic[S]):
         Raises:
             NoUnitError: the unit has ended.
         """
-        self._open_hooks().after_commit.append(Hook(hook, args, kwargs))
+        hooks = self._transaction.hooks.after_commit
+        if being_run() is not hooks:  # a hook of this unit may register further ones
+            hooks = self._open_hooks().after_commit
+        hooks.append(Hook.of(hook, args, kwargs))
 
     def before_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` inside the transaction, at its end, in each attempt; it may write, and its errors roll back.
@@ -89,7 +93,7 @@ class UnitOfWork(Generic[S]):
         Raises:
             NoUnitError: the unit has ended.
         """
-        self._open_hooks().before_commit.append(Hook(hook, args, kwargs))
+        self._open_hooks().before_commit.append(Hook.of(hook, args, kwargs))
 
     def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
@@ -97,7 +101,7 @@ class UnitOfWork(Generic[S]):
         Raises:
             NoUnitError: the unit has ended.
         """
-        self._open_hooks().after_rollback.append(Hook(hook, args, kwargs))
+        self._open_hooks().after_rollback.append(Hook.of(hook, args, kwargs))
 
     def doom(self, reason: str | None = None) -> None:
         """Roll back at the end; SQL is refused from now on.
