@@ -18,7 +18,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
 from sqla_uow._isolation import limit_statement, opening, restore_sqlite
-from sqla_uow._settle import settle
+from sqla_uow._settle import remember, settle
 from sqla_uow._transaction import Phase, Transaction, describe
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
@@ -224,6 +224,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         return
     asked = connection.get_execution_options().get("isolation_level")
     unit.begun(connection, foreign=asked if asked != unit.begun_at() else None)
+    remember(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
     opening(connection, unit.database.family, unit.isolation, read_only=unit.read_only, seconds=seconds)
 

@@ -17,9 +17,8 @@ from sqla_uow._shield import shielded
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
-    from sqlalchemy.pool import Pool
 
-__all__ = ["settle"]
+__all__ = ["remember", "settle"]
 
 logger = logging.getLogger("sqla_uow")
 
@@ -27,6 +26,16 @@ SETTLE_SECONDS = 5.0
 """How long a cancellation may be held up by stopping its statement on the server."""
 INTERRUPT_SECONDS = 0.05
 """How often SQLite is told to stop."""
+
+
+_CANCEL = "sqla_uow.cancel"
+
+
+def remember(connection: Connection) -> None:
+    """Keep what a cancel request needs: psycopg 3.3 forgets it when it is interrupted again, as anyio does."""
+    if connection.dialect.driver == "psycopg" and _CANCEL not in connection.info:
+        raw: Any = connection.connection.driver_connection
+        connection.info[_CANCEL] = raw.pgconn.get_cancel()
 
 
 def settle(connection: Connection, cursor: Any) -> None:
@@ -41,7 +50,7 @@ def settle(connection: Connection, cursor: Any) -> None:
     work = _STOP.get(driver)
     if work is None:
         return
-    stopping = work(raw, connection.engine.pool, cursor)
+    stopping = work(raw, connection, cursor)
     outcome = await_only(shielded(stopping, grace=SETTLE_SECONDS, limit=SETTLE_SECONDS))
     task = outcome.task
     if not task.done():
@@ -54,15 +63,18 @@ def settle(connection: Connection, cursor: Any) -> None:
         logger.debug("stopping a cancelled statement failed (%s); the connection is discarded", type(error).__name__)
 
 
-async def _asyncpg(raw: Any, _pool: Pool, _cursor: Any) -> None:
+async def _asyncpg(raw: Any, _connection: Connection, _cursor: Any) -> None:
     await raw.close(timeout=SETTLE_SECONDS / 2)  # waits for its own cancel request, then says goodbye
 
 
-async def _psycopg(raw: Any, _pool: Pool, _cursor: Any) -> None:
-    await raw.cancel_safe(timeout=SETTLE_SECONDS / 2)
+async def _psycopg(raw: Any, connection: Connection, _cursor: Any) -> None:
+    if raw.closed:
+        await asyncio.to_thread(connection.info[_CANCEL].cancel)
+    else:
+        await raw.cancel_safe(timeout=SETTLE_SECONDS / 2)
 
 
-async def _aiosqlite(raw: Any, _pool: Pool, cursor: Any) -> None:
+async def _aiosqlite(raw: Any, _connection: Connection, cursor: Any) -> None:
     if cursor is not None:
         # A SELECT that has not been reset keeps the lock, and SQLite interrupts whatever begins before that: ROLLBACK too.
         reset = asyncio.ensure_future(greenlet_spawn(cursor.close))
@@ -73,8 +85,8 @@ async def _aiosqlite(raw: Any, _pool: Pool, cursor: Any) -> None:
     await raw.close()  # here, where nothing cancels it: aiosqlite cannot finish a close that was cut off
 
 
-async def _mysql(raw: Any, pool: Pool, _cursor: Any) -> None:
-    thread_id = raw.thread_id()
+async def _mysql(raw: Any, connection: Connection, _cursor: Any) -> None:
+    pool, thread_id = connection.engine.pool, raw.thread_id()
 
     def kill() -> None:
         # The pool may be exhausted by this very connection, so not from it; its twin connects in the same way.

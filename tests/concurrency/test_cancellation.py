@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+import time
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
 from tests.cancelling import WAYS, Suspensions
@@ -49,8 +51,14 @@ class Bank:
         self.engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=3, connect_args=connect_args)
         self.manager = UnitOfWorkManager(self.engine)
         self.balance = 0
-        self._db = db
+        self.started = threading.Event()
+        self.family = db.family
         self._outside = outside
+        if db.family == "sqlite":
+            event.listen(self.engine.sync_engine, "connect", self._define_started)
+
+    def _define_started(self, dbapi_connection, _record):
+        dbapi_connection.create_function("started", 0, lambda: self.started.set() or 1)
 
     async def check(self, call):
         """Assert that what the unit says is what the database says, and that nothing of it is left anywhere."""
@@ -65,8 +73,14 @@ class Bank:
             while not await self._is_quiet():  # noqa: ASYNC110  # the server tells nobody
                 await asyncio.sleep(0.01)
 
+    async def long_statement(self):
+        """Return when the database works on it."""
+        async with asyncio.timeout(5):
+            while not (self.started.is_set() or await self._outside.scalar(text(WORKING[self.family]))):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
     async def _is_quiet(self):
-        states = await self._outside.execute(text(OTHERS[self._db.family]))
+        states = await self._outside.execute(text(OTHERS[self.family]))
         return all(state == "idle" for (state,) in states)
 
 
@@ -80,11 +94,24 @@ OTHERS = {
 }
 
 
+WORKING = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%pg\\_sleep(3%' AND state = 'active'",
+    "mysql": "SELECT count(*) FROM information_schema.processlist WHERE info LIKE '%SELECT sleep%' AND id <> connection_id()",
+    "sqlite": "SELECT 0",
+}
+LONG = {
+    "postgresql": "SELECT pg_sleep(30)",
+    "mysql": "SELECT sleep(30)",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT started() UNION ALL SELECT i + 1 FROM n WHERE i < 1e9) SELECT count(*) FROM n",
+}
+
+
 class AddOne:
     """A call that adds 1 to the account, and what became of it."""
 
-    def __init__(self, manager):
+    def __init__(self, manager, also=None):
         self._manager = manager
+        self._also = also
         self.unit = None
         self.hooks = 0
         self.error = None
@@ -102,6 +129,8 @@ class AddOne:
         account = await self.unit.session.get_one(Account, 1)
         async with self._manager.begin(propagation="nested"):
             account.balance += 1
+        if self._also is not None:
+            await self.unit.session.execute(text(self._also))
 
     async def hook(self):
         await asyncio.sleep(0)
@@ -158,3 +187,19 @@ async def test_cancelled_while_connecting(bank):
 async def test_cancelled_while_connecting_by_anyio(bank):
     """C3: the same under anyio, which cancels again and again."""
     assert await sweep(bank, "anyio scope", cold=True) == {Status.ROLLED_BACK, Status.COMMITTED}
+
+
+@EVERY_WAY
+async def test_a_cancelled_statement_is_stopped_in_the_database(bank, way):
+    """C3, drivers D: the server stops working on it at once, and its locks are free."""
+    points, call = Suspensions(), AddOne(bank.manager, LONG[bank.family])
+    task = asyncio.create_task(WAYS[way](call, points))
+    await bank.long_statement()
+    began = time.monotonic()
+    points.fire()
+    await asyncio.gather(task, return_exceptions=True)
+    assert isinstance(call.error, asyncio.CancelledError)
+    assert call.unit.status is Status.ROLLED_BACK
+    await bank.check(call)
+    assert time.monotonic() - began < 2  # of 30 s
+    await AddOne(bank.manager)()
