@@ -191,7 +191,7 @@ async def by_return_through_finally(loop):
     raise AssertionError
 
 
-async def by_return_behind(loop):  # noqa: RET503  # it ends below
+async def by_return_behind(loop):  # noqa: RET503  # it does end with one
     """Leave the loop behind the block."""
     async for attempt in loop.attempts():
         async with attempt as unit:
