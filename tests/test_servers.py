@@ -78,17 +78,23 @@ def scalar(url, sql="SELECT 1"):
 
 
 @contextlib.contextmanager
-def asleep(server, database, sql):
-    """Leave a transaction open and a backend busy in a client that may end as it likes."""
-    argv, kind = server._client(database), type(server)
+def client_of(server, database, sql, is_there):
+    """Leave a client at the SQL, which need not end, once a query finds it there."""
+    argv = server._client(database)
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:  # noqa: S603
-        client.stdin.write(f"BEGIN; {sql}; {SLEEP[kind]};\n".encode())
+        client.stdin.write(f"{sql};\n".encode())
         client.stdin.flush()
         try:
-            assert eventually(lambda: server.execute(SLEEPERS[kind].format(database)) == "1")
+            assert eventually(lambda: server.execute(is_there) == "1")
             yield
         finally:
             client.kill()
+
+
+def asleep(server, database, sql):
+    """Leave a transaction open and a backend asleep in it."""
+    kind = type(server)
+    return client_of(server, database, f"BEGIN; {sql}; {SLEEP[kind]}", SLEEPERS[kind].format(database))
 
 
 @pytest.fixture(scope="module", params=SERVERS, ids=lambda server: server.name)
@@ -121,6 +127,7 @@ def python(*arguments, ground, **environment):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        process_group=0,  # as a terminal's: Ctrl-C goes to all of it
     ) as run:
         try:
             yield run
@@ -216,6 +223,18 @@ def test_kill_ends_every_process_and_restart_keeps_what_was_committed(server):
     assert not is_listening(server.port)
     server.restart()
     assert server.execute("SELECT x FROM t", database=name) == "42"
+
+
+def test_restart_after_a_crash():
+    """A postmaster that dies alone leaves a backend too busy to notice, which would not let the next one start."""
+    need(PostgreSQL)
+    busy, is_there = "DO $$ BEGIN LOOP END LOOP; END $$", "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'DO%'"
+    with PostgreSQL() as server, client_of(server, server.database, busy, is_there):
+        family = [server.pid, *_descendants(server.pid)]
+        os.kill(server.pid, signal.SIGKILL)
+        server.restart()
+        assert server.execute("SELECT 1") == "1"
+        assert not [pid for pid in family if is_alive(pid)]
 
 
 def test_restart_while_running(server):
@@ -338,9 +357,9 @@ os.wait()
 print(server.execute("SELECT 1"))
 """
     with python("-c", code, ground=ground) as run:
-        output, errors = run.communicate()
-    assert (output, errors) == ("1\n", "")
-    assert not list(ground.iterdir())  # at once: the exit waits
+        assert run.wait() == 0
+        assert not list(ground.iterdir())  # at once: the exit waits
+        assert run.communicate() == ("1\n", "")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda signum: signum.name)
@@ -359,7 +378,7 @@ def test_command_leaves_nothing(signum, ground):
                 assert scalar(url) == 1
         family = _descendants(run.pid)
         assert len(family) > len(kinds)
-        run.send_signal(signum)
+        os.killpg(run.pid, signum)
         output, errors = run.communicate()
     assert (run.returncode, output, errors) == (-9 if signum == signal.SIGKILL else 0, "", "")
     assert eventually(lambda: not [pid for pid in family if is_alive(pid)])
@@ -584,6 +603,25 @@ def test_cut(proxy, client, echo):
     with socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as again:
         exchange(again, b"again")
         assert proxy.connections == 1
+
+
+def test_cut_before_the_server_accepts():
+    """A connection that was cut while the server was slow is reset when the server comes round to it."""
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as server,
+        socket.create_connection(server.getsockname()),  # all that fits into the queue; the next waits for 1 s
+        Proxy(*server.getsockname()) as proxy,
+        socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as client,
+    ):
+        server.settimeout(10)
+        assert eventually(lambda: proxy.connections == 1)
+        proxy.cut()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        server.accept()[0].close()
+        late, _address = server.accept()
+        with late, pytest.raises(ConnectionResetError):
+            late.recv(1)
 
 
 def test_refuse_and_accept(proxy, client):

@@ -54,9 +54,7 @@ class Lane:
         """Take what has arrived and pass on what is due."""
         if self._rule.dropping and data is not None:
             return
-        due = self._loop.time() + self._rule.delay
-        # A delay that was shortened meanwhile must not let the new bytes overtake the old ones.
-        self._queue.append((max(due, self._queue[-1][0]) if self._queue else due, data))
+        self._queue.append((self._loop.time() + self._rule.delay, data))
         self.pump()
 
     def pump(self) -> None:
@@ -69,7 +67,7 @@ class Lane:
             self._queue.popleft()
             if data is None:
                 self.sink.close()
-            elif not self.sink.is_closing():
+            elif not self.sink.is_closing():  # as it is after a cut
                 self.sink.write(data)
 
     def release(self) -> None:
@@ -81,10 +79,6 @@ class Lane:
         """End all holds and delays; the rule has to be reset before."""
         self._queue = deque((0.0, data) for _due, data in self._queue)
         self.release()
-
-    def clear(self) -> None:
-        """Forget what is under way."""
-        self._queue.clear()
 
 
 class Link:
@@ -145,7 +139,6 @@ class Link:
         """Reset both connections; what is under way is lost."""
         self._is_cut = True
         for lane in self.lanes.values():
-            lane.clear()
             if lane.sink:
                 _reset(lane.sink)
 
@@ -202,8 +195,7 @@ class Link:
             self.cut()
         # Before the client can see anything of it: who has seen its error finds that the trigger has fired.
         trigger.done()
-        if not self._is_cut:
-            lane.feed(data)
+        lane.feed(data)  # after a cut, to nobody
 
 
 class _End(asyncio.Protocol):
