@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
 
 from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._context import UnitPlace, surroundings
@@ -30,17 +31,18 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from types import FrameType, TracebackType
 
-    from sqlalchemy.orm import InstanceState
+    from sqlalchemy.orm import InstanceState, Session
 
     from sqla_uow._context import Scope
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._options import Options
+    from sqla_uow._transaction import Transaction
     from sqla_uow._verify import Witness
 
 __all__ = ["Attempt", "Attempts", "LoopedAttempts"]
 
 logger = logging.getLogger("sqla_uow")
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 
 class Attempts(Generic[S]):
@@ -71,7 +73,10 @@ class Attempts(Generic[S]):
     def __aiter__(self) -> Attempts[S]:
         return self
 
-    async def __anext__(self) -> Attempt[S]:
+    def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:
+        return self._next()
+
+    async def _next(self) -> Attempt[S]:
         if not self._more:
             raise StopAsyncIteration
         return self.next()
@@ -108,6 +113,12 @@ class Attempts(Generic[S]):
         )  # fmt: skip
         await self.policy.sleep(wait)
         self._more = True
+
+    def remember(self, transaction: Transaction, session: Session) -> None:
+        """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
+        if self.tainted is None or self.tainted is (self.scope and self.scope.tainted):
+            self.tainted = WeakKeyDictionary(self.tainted or {})
+        transaction.taint(session, self.tainted, "attempt")
 
     def gave_up(self, failure: Failure) -> ConflictError:
         """Return the error for a failure that has outlived its retries."""
@@ -189,8 +200,9 @@ class Attempt(Generic[S]):
             tainted=attempts.tainted,
             enclosing=attempts.enclosing,
         )
-        if attempts.retries:
+        if attempts.attempt <= attempts.retries:
             transaction.attached = WeakSet()
+            transaction.on_rollback = attempts.remember
         unit = self.unit = UnitOfWork(
             transaction, attempt=attempts.attempt, is_last_attempt=attempts.attempt > attempts.retries
         )
@@ -246,7 +258,6 @@ class Attempt(Generic[S]):
         if error is None and not quiet:
             ended = await commit(unit, witness)
         else:
-            self._taint(unit)
             ended = await roll_back(unit, error)
         return ended
 
@@ -269,15 +280,6 @@ class Attempt(Generic[S]):
         timed_out = self._attempts.timed_out("the deadline passed")
         timed_out.__cause__ = error
         return timed_out
-
-    def _taint(self, unit: UnitOfWork[S]) -> None:
-        """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
-        attempts = self._attempts
-        if unit.is_last_attempt or unit._session is None:
-            return
-        if attempts.tainted is None or attempts.tainted is (attempts.scope and attempts.scope.tainted):
-            attempts.tainted = WeakKeyDictionary(attempts.tainted or {})
-        unit._transaction.taint(unit._session.sync_session, attempts.tainted, "attempt")
 
     async def _retry(self, unit: UnitOfWork[S], ended: Ended, frame: FrameType) -> bool:
         """Wait for the next attempt if there is one; raise what a failure becomes if there is none."""

@@ -149,6 +149,7 @@ async def _ambiguous(
 ) -> Ended:
     transaction = unit._transaction
     verdict: bool | None = None
+    _remember(unit)
     await _discard(unit)
     if witness is not None and witness.signed and cancelled is None:
         asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
@@ -238,6 +239,7 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
     """
     transaction, session = unit._transaction, unit._session
     transaction.end_here(Phase.ENDING)  # before the wait, or a sibling would send its next statement
+    _remember(unit)
     cancelled: asyncio.CancelledError | None = None
     if session is None or (transaction.connection is None and transaction.owner.busy() is None):
         _close_unused(unit)
@@ -322,6 +324,14 @@ async def _discard(unit: UnitOfWork[Any]) -> None:
         outcome.task.cancel()
     elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
         logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
+
+
+def _remember(unit: UnitOfWork[Any]) -> None:
+    """Let the attempts look at the session's objects; a rollback, and closing, let go of them."""
+    transaction, session = unit._transaction, unit._session
+    on_rollback, transaction.on_rollback = transaction.on_rollback, None
+    if on_rollback is not None and session is not None:
+        on_rollback(transaction, session.sync_session)
 
 
 def _close_unused(unit: UnitOfWork[Any]) -> None:

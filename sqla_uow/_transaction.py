@@ -85,6 +85,7 @@ class Transaction:
         "isolation",
         "joined",
         "name",
+        "on_rollback",
         "owner",
         "pending_savepoint",
         "phase",
@@ -108,26 +109,27 @@ class Transaction:
         enclosing: Iterable[Transaction] = (),
         scope_read: bool = False,
     ) -> None:
-        self.name = name
-        self.database = database
+        self.name: str = name
+        self.database: Database[Any] = database
         self.isolation: IsolationLevel | None = isolation
-        self.read_only = read_only
-        self.deadline = deadline
-        self.clock = clock
-        self.tainted = tainted
-        self.enclosing = enclosing
-        self.scope_read = scope_read
-        self.hooks = Hooks()
-        self.damage = Damage(self.hooks)
-        self.owner = Owner(name, self._task_refused)
+        self.read_only: bool = read_only
+        self.deadline: float | None = deadline
+        self.clock: Callable[[], float] = clock
+        self.tainted: WeakKeyDictionary[Any, str] | None = tainted
+        self.enclosing: Iterable[Transaction] = enclosing
+        self.scope_read: bool = scope_read
+        self.hooks: Hooks = Hooks()
+        self.damage: Damage = Damage(self.hooks)
+        self.owner: Owner = Owner(name, self._task_refused)
         self.phase = Phase.NEW
         self.closer: asyncio.Task[Any] | None = None
         self.engine: Engine | None = None
         self.connection: Connection | None = None
         self.connect_failure: Failure | None = None
         self.attached: WeakSet[InstanceState[Any]] | None = None
-        self.joined = 0
-        self.wrote = False
+        self.on_rollback: Callable[[Transaction, Session], None] | None = None
+        self.joined: int = 0
+        self.wrote: bool = False
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint = False
         self._required: tuple[str, IsolationLevel] | None = None
@@ -286,7 +288,7 @@ class Transaction:
         """
         undoing = self.rolling_back_to_savepoint
         self.pending_savepoint = None
-        self.rolling_back_to_savepoint = False
+        self.rolling_back_to_savepoint: bool = False
         self.owner.leave()
         if self.phase in _OURS and self.phase is not Phase.COMMITTING:
             return
@@ -325,7 +327,7 @@ class Transaction:
             raise error
         self.check_sound()
         if self.database.is_open(self.connection):
-            self.phase = Phase.SENT
+            self.phase: Phase = Phase.SENT
 
     # -- told by the session
 
