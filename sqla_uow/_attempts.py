@@ -122,8 +122,9 @@ class Attempts(Generic[S]):
 
     def gave_up(self, failure: Failure) -> ConflictError:
         """Return the error for a failure that has outlived its retries."""
-        who, runs = self.options.who, self.attempt
-        logger.warning("%s: gave up after %d attempts and %.3f s (%s)", who, runs, self.elapsed, _of(failure))
+        who, runs, elapsed = self.options.who, self.attempt, self.elapsed
+        plural = "attempt" if runs == 1 else "attempts"
+        logger.warning("%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, _of(failure))
         attempts = "its only attempt" if runs == 1 else f"each of {runs} attempts"
         remedy = "give it retries" if self.retries == 0 else "call it again later, or shorten the transaction"
         if runs <= self.retries:
@@ -131,8 +132,8 @@ class Attempts(Generic[S]):
             remedy = "let the block come to its end, return or break behind the loop, or use @transactional"
         error_class = StaleVersionError if failure.kind is Kind.STALE else ConflictError
         return error_class(
-            f"{who} failed in {attempts} within {self.elapsed:.3f} s, last by {_of(failure)}; {remedy}",
-            attempts=runs, elapsed=self.elapsed, reason=failure.kind.value, code=failure.code,
+            f"{who} failed in {attempts} within {elapsed:.3f} s, last by {_of(failure)}; {remedy}",
+            attempts=runs, elapsed=elapsed, reason=failure.kind.value, code=failure.code,
         )  # fmt: skip
 
     def timed_out(self, why: str) -> TransactionTimeoutError:
