@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
+from typing_extensions import TypeVar
 
 from sqla_uow._isolation import engine_options, family_of
 from sqla_uow._session import UnitEngine, UnitSession, install, unit_session_class
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Database"]
 
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 _turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
 
@@ -40,9 +41,10 @@ class Database(Generic[S]):
     """
 
     def __init__(self, bind: AsyncEngine | async_sessionmaker[S]) -> None:
-        self.engine, self._maker = _engine_and_maker(bind)
+        engine, self._maker = _engine_and_maker(bind)
+        self.engine: AsyncEngine = engine
         self.sync_engine: Engine = self.engine.sync_engine
-        self.family = family_of(self.sync_engine.dialect)
+        self.family: str = family_of(self.sync_engine.dialect)
         configured = self.sync_engine.get_execution_options().get("isolation_level")
         # create_engine(isolation_level=) is kept in no public place.
         configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)

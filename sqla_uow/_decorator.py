@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from sqla_uow._attempts import Attempts
 from sqla_uow._context import locate
@@ -104,10 +104,9 @@ def transactional(
 
 
 def _unwrap(function: Any) -> tuple[Any, Any]:
-    """Return the descriptor's class and the function inside it, for @transactional above @classmethod."""
-    for kind in (classmethod, staticmethod):
-        if type(function) is kind:
-            return kind, function.__func__
+    """Return the class of a classmethod or staticmethod and the function inside, for @transactional above it."""
+    if type(function) in (classmethod, staticmethod):
+        return cast("Any", type(function)), function.__func__
     return None, function
 
 

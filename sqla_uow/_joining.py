@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
 
 from sqla_uow._session import has_changes
 from sqla_uow._shield import shielded
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Joined", "Nested", "join"]
 
 logger = logging.getLogger("sqla_uow")
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 SAVEPOINT_SECONDS = 5.0
 """How long rolling back a savepoint may take after a cancellation; the unit's own end cleans up what is left."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from typing_extensions import TypeVar
 
 from sqla_uow._attempts import Attempt, Attempts, LoopedAttempts
 from sqla_uow._context import ManagerPlace, ScopeContext, locate
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UnitOfWorkManager"]
 
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 _ON_AMBIGUOUS = Literal["raise", "verify"]
 

@@ -172,7 +172,7 @@ class Owner:
         task = running_task()
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
-        self.name = name
+        self.name: str = name
         self._loop = task.get_loop()
         self.last: Task | None = task
         self._frame = _here(task)

@@ -68,6 +68,8 @@ class Transaction:
         enclosing: the transactions of the units around this one, in this task.
     """
 
+    phase: Phase
+    rolling_back_to_savepoint: bool
     __slots__ = (
         "__weakref__",
         "_required",
@@ -288,7 +290,7 @@ class Transaction:
         """
         undoing = self.rolling_back_to_savepoint
         self.pending_savepoint = None
-        self.rolling_back_to_savepoint: bool = False
+        self.rolling_back_to_savepoint = False
         self.owner.leave()
         if self.phase in _OURS and self.phase is not Phase.COMMITTING:
             return
@@ -327,7 +329,7 @@ class Transaction:
             raise error
         self.check_sound()
         if self.database.is_open(self.connection):
-            self.phase: Phase = Phase.SENT
+            self.phase = Phase.SENT
 
     # -- told by the session
 

@@ -29,7 +29,7 @@ class Turns:
     __slots__ = ("_lock", "_loop", "everyone", "holder")
 
     def __init__(self, *, everyone: bool) -> None:
-        self.everyone = everyone
+        self.everyone: bool = everyone
         self.holder: Transaction | None = None
         self._lock = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None

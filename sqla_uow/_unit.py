@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
 
 from sqla_uow._hooks import Hook, being_run
 from sqla_uow._transaction import Phase, Transaction
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UnitOfWork"]
 
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 P = ParamSpec("P")
 
 
@@ -36,8 +37,8 @@ class UnitOfWork(Generic[S]):
         self._transaction = transaction
         self._session: S | None = None
         self._final: Status | None = None
-        self.attempt = attempt
-        self.is_last_attempt = is_last_attempt
+        self.attempt: int = attempt
+        self.is_last_attempt: bool = is_last_attempt
 
     @property
     def session(self) -> S:
