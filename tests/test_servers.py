@@ -139,15 +139,14 @@ def python(*arguments, ground, **environment):
 
 
 @on_servers
-def test_url_connects(driver):
+def test_url_connects(driver, databases):
     """The URL of every driver opens a connection, to another database too."""
-    kind = next(kind for kind in SERVERS if driver in kind.drivers)
-    need(kind)
-    with kind() as server:
-        name = server.create_database()
-        current = {PostgreSQL: "SELECT current_database()", MariaDB: "SELECT database()"}[kind]
-        assert scalar(server.url(driver), current) == server.database
-        assert scalar(server.url(driver, database=name), current) == name
+    server = databases.server(driver)
+    name = server.create_database()
+    current = {PostgreSQL: "SELECT current_database()", MariaDB: "SELECT database()"}[type(server)]
+    assert scalar(server.url(driver), current) == server.database
+    assert scalar(server.url(driver, database=name), current) == name
+    server.drop_database(name)
 
 
 def test_execute_returns_rows(server):
