@@ -42,16 +42,18 @@ __all__ = ["Phase", "Transaction", "describe"]
 class Phase(enum.Enum):
     """Where the transaction stands; the order is the order of life."""
 
-    NEW = "new"
-    ACTIVE = "active"
-    COMMITTING = "committing"  # ours to commit: flushes and the COMMIT itself pass
-    SENT = "sent"  # COMMIT has been handed to the driver
-    ENDING = "ending"  # rolling back or closing
-    YIELDED = "yielded"  # a read session that gave way: objects readable, SQL refused
-    ENDED = "ended"
+    NEW = "new", False
+    ACTIVE = "active", False
+    COMMITTING = "committing", True  # ours to commit: flushes and the COMMIT itself pass
+    SENT = "sent", True  # COMMIT has been handed to the driver
+    ENDING = "ending", True  # rolling back or closing
+    YIELDED = "yielded", False  # a read session that gave way: objects readable, SQL refused
+    ENDED = "ended", False
 
-
-_OURS = frozenset({Phase.COMMITTING, Phase.SENT, Phase.ENDING})
+    def __init__(self, label: str, ending: bool) -> None:  # noqa: FBT001  # a column of the table above
+        self.label: str = label
+        # An attribute, not a set of members: hashing a member runs Python code, several times a statement.
+        self.is_ending: bool = ending
 
 
 class Transaction:
@@ -143,7 +145,7 @@ class Transaction:
 
     def check_usable(self) -> None:
         """Let the running task send SQL, or raise why not."""
-        if self.phase in _OURS:
+        if self.phase.is_ending:
             self.check_not_ending()
             return
         if self.phase is Phase.YIELDED:
@@ -163,11 +165,11 @@ class Transaction:
 
     def is_ending_here(self) -> bool:
         """Say whether this is the task that ends the transaction."""
-        return self.phase in _OURS and running_task() is self.closer
+        return self.phase.is_ending and running_task() is self.closer
 
     def check_not_ending(self) -> None:
         """Refuse SQL of other tasks while one ends the transaction."""
-        if self.phase in _OURS and not self.is_ending_here():
+        if self.phase.is_ending and not self.is_ending_here():
             raise NoUnitError(f"{self.name} is ending and takes no more SQL; open a new unit for it")
 
     def is_over(self) -> bool:
@@ -212,6 +214,8 @@ class Transaction:
     def before_connect(self) -> None:
         """Refuse to wait for a connection that can only come from this very task."""
         self.owner.enter()
+        if not self.enclosing:
+            return
         capacity = self.database.capacity()
         held = sum(1 for other in self.enclosing if other.database.pool is self.database.pool and other.connection)
         if capacity is not None and held >= capacity:
@@ -292,7 +296,7 @@ class Transaction:
         self.pending_savepoint = None
         self.rolling_back_to_savepoint = False
         self.owner.leave()
-        if self.phase in _OURS and self.phase is not Phase.COMMITTING:
+        if self.phase.is_ending and self.phase is not Phase.COMMITTING:
             return
         failure = classify(error) if isinstance(error, Exception) else None
         failure = hidden_conflict(error) or failure
@@ -310,7 +314,7 @@ class Transaction:
 
     def rolled_back_outside(self, cause: BaseException | None) -> None:
         """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
-        if self.phase in _OURS or self.phase is Phase.ENDED or self.phase is Phase.YIELDED:
+        if self.phase.is_ending or self.phase is Phase.ENDED or self.phase is Phase.YIELDED:
             return
         failure = classify(cause) if isinstance(cause, Exception) else None
         if cause is None or (failure is None and self.damage.mark is None):

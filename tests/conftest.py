@@ -20,6 +20,11 @@ if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `
 from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs the line above
 from tests.troubles import TROUBLES  # noqa: E402  # likewise
 
+# The servers have tests of their own; one run for each kind of server is enough of a matrix.
+collect_ignore = (
+    [] if os.environ.get("SQLA_UOW_DRIVER", "asyncpg") in ("asyncpg", "asyncmy") else ["test_servers.py", "servers"]
+)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "drivers(*names): the drivers that this test is about; all without it")
