@@ -27,6 +27,7 @@ collect_ignore = (
 
 
 def pytest_configure(config):
+    """Register the markers."""
     config.addinivalue_line("markers", "drivers(*names): the drivers that this test is about; all without it")
     config.addinivalue_line("markers", "other_driver: set here, on tests that are about none of the selected drivers")
 
@@ -41,6 +42,7 @@ def _selected() -> list[str]:
 
 
 def pytest_generate_tests(metafunc):
+    """Run a test that asks for a driver once for each selected driver that it is about."""
     if "driver" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("drivers")
         wanted = marker.args if marker else DRIVERS
@@ -64,6 +66,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def databases():
+    """Provide the servers of this run."""
     databases = Databases()
     yield databases
     databases.stop()
