@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import URL, event, text
@@ -14,7 +13,11 @@ from sqlalchemy.pool import NullPool
 
 from tests.models import Base
 from tests.servers import MariaDB, PostgreSQL
-from tests.servers.server import Server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.servers.server import Server
 
 DRIVERS = ("sqlite", "asyncpg", "psycopg", "asyncmy", "aiomysql")
 MODULES = {"sqlite": "aiosqlite"} | {name: name for name in DRIVERS[1:]}

@@ -25,7 +25,7 @@ async def test_an_exception_rolls_back_and_is_the_callers_own(db):
     """Roll back on an exception, and give that very exception back."""
     manager = UnitOfWorkManager(db.engine())
     failure = ValueError("mine")
-    with pytest.raises(ValueError, match="^mine$") as caught:
+    with pytest.raises(ValueError, match=r"^mine$") as caught:
         async with manager.begin() as unit:
             unit.session.add(Account(id=1))
             await unit.session.flush()
