@@ -169,7 +169,9 @@ class Scope:
             return
         if reader._session is not None:
             reader._transaction.taint(reader._session.sync_session, self.tainted, "read")
-        await roll_back(reader, None)
+        ended = await roll_back(reader, None)
+        if ended.error is not None:  # cancelled meanwhile
+            raise ended.error
 
 
 class ScopePlace(ManagerPlace):

@@ -254,7 +254,7 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
         if error is not None:
             cancelled.__context__ = error
         error, failure = cancelled, None
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, asyncio.CancelledError) and not transaction.scope_read:  # a read session has no outcome
         _noted(error, unit)
     return Ended(error, failure)
 
@@ -289,10 +289,15 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
 
 
 def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
-    transaction.end_here(Phase.ENDING)
+    # A read session has nothing to undo, and a rollback would expire what was read in it.
+    keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
+    transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
     connection = transaction.connection
     try:
         if not discard:
+            if keeps:
+                session.commit()
+                transaction.end_here(Phase.ENDING)
             # Explicitly: close() alone hands an open transaction to the pool if a refused COMMIT ended SQLAlchemy's own.
             session.rollback()
             if connection is not None and not connection.closed and connection.in_transaction():

@@ -419,7 +419,7 @@ async def test_eager_tasks_are_siblings_too(db):
         for via in ("current_session", "closure"):
             unit, error = await two_calls(manager, Gathered(), via=via, between=False)
             assert unit.status is Status.ROLLED_BACK
-            assert "'second' while task 'first' uses it and has a statement in flight" in str(error)
+            assert "while task 'first' uses it and has a statement in flight" in str(error)  # 3.12 names it after its start
         async with manager.begin() as unit:
             await asyncio.create_task(unit.session.execute(row(1)))
             await asyncio.wait_for(unit.session.execute(row(2)), 5)
