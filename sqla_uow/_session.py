@@ -195,24 +195,6 @@ def has_changes(session: Session) -> bool:
     return not session._is_clean()
 
 
-class UnitSavepoint(SessionTransaction):
-    """The `SessionTransaction` of ``begin_nested()`` in a unit: left normally, but damaged, it is rolled back and says so.
-
-    SQLAlchemy would release it with half of its work, or, where a flush has failed, end it without a word.
-    """
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """Release or roll back."""
-        unit = getattr(self.session, "transaction_of_unit", None)
-        if kind is None and unit is not None:
-            try:
-                unit.check_sound()
-            except UnitOfWorkError as refused:
-                super().__exit__(type(refused), refused, refused.__traceback__)
-                raise
-        super().__exit__(kind, error, traceback)
-
-
 def changed_object(session: Session) -> object | None:
     """Return one object that a flush would write, or None."""
     pending: list[object] = [*session.new, *session.deleted]

@@ -177,25 +177,41 @@ async def test_the_first_cause_stays(run):
     assert isinstance((await run(body)).refused(), IntegrityError)
 
 
+@pytest.mark.parametrize("step", [violate, violate_in_flush])
 @pytest.mark.parametrize("frame", [nested, begin_nested])
-async def test_a_swallowed_error_inside_a_savepoint_does_not_end_with_it(run, frame):
-    """D3: returning normally from the savepoint is no recovery: the savepoint would be released with half its work."""
-    outcome = await run(lambda: frame(swallowing(violate)))
+async def test_a_swallowed_error_inside_a_savepoint_does_not_end_with_it(run, frame, step):
+    """D3: returning normally from the savepoint is no recovery: half its work would be released, or all of it lost."""
+    outcome = await run(lambda: frame(swallowing(step)))
     assert isinstance(outcome.refused(), IntegrityError)
 
 
+@pytest.mark.parametrize("step", [violate, violate_in_flush])
 @pytest.mark.parametrize("frame", [nested, begin_nested])
-async def test_swallowing_that_refusal_too_makes_nothing_durable(run, frame):
-    """D3: either the savepoint was really rolled back, or the unit is; never half of it."""
+async def test_that_refusal_is_recovered_by_the_savepoint_too(run, frame, step):
+    """D3: it left the savepoint by an exception, which was rolled back for that; never half of it."""
 
     async def body():
         await write("around")
-        with contextlib.suppress(errors.RollbackOnlyError):
-            await frame(swallowing(violate))
+        with pytest.raises(errors.RollbackOnlyError):
+            await frame(swallowing(step))
+        await write("afterwards")
 
-    outcome = await run(body)
-    assert outcome.rows in ([], ["around"])
-    assert (outcome.rows == []) is isinstance(outcome.error, errors.RollbackOnlyError)
+    (await run(body)).committed("around", "afterwards")
+
+
+async def test_a_savepoint_that_is_released_by_hand_carries_its_mark_up(run):
+    """D3: SQLAlchemy sends no ROLLBACK TO once a RELEASE was refused; nothing of it may become durable."""
+
+    async def body():
+        await write("around")
+        savepoint = await current_session().begin_nested()
+        await swallowing(violate)()
+        with pytest.raises(errors.RollbackOnlyError):
+            await savepoint.commit()
+        with contextlib.suppress(SQLAlchemyError, errors.UnitOfWorkError):
+            await savepoint.rollback()
+
+    assert isinstance((await run(body)).refused(), IntegrityError)
 
 
 async def test_a_core_savepoint_is_one_too(run):
