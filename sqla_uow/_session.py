@@ -18,6 +18,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
 from sqla_uow._isolation import limit_statement, opening, restore_sqlite
+from sqla_uow._savepoint import UnitSavepoint
 from sqla_uow._settle import remember, settle
 from sqla_uow._transaction import Phase, Transaction, describe
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
