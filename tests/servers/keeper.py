@@ -34,6 +34,9 @@ _TICK = 0.005  # s, between two looks at a process
 ENVIRONMENT = {"LC_ALL": "C.UTF-8", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 
+LAST_LINES = 40  # mariadb-install-db closes with a page of general advice
+
+
 class KeeperError(RuntimeError):
     """Say why a keeper could not do what it was asked."""
 
@@ -88,10 +91,10 @@ class Keeper:
         self._ask("end", pid=pid, signum=int(signum), timeout=timeout)
 
     def last_words(self) -> str:
-        """Return the last line the programs have printed, or `nothing`."""
+        """Return the last lines the programs have printed, in one, or `nothing`."""
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.folder / "log").read_text(errors="replace").splitlines()
-            return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+            lines = [line.strip() for line in (self.folder / "log").read_text(errors="replace").splitlines()]
+            return " | ".join([line for line in lines if line][-LAST_LINES:]) or "nothing"
         return "nothing"
 
     @property
