@@ -75,14 +75,22 @@ async def _psycopg(raw: Any, connection: Connection, _cursor: Any) -> None:
 
 
 async def _aiosqlite(raw: Any, _connection: Connection, cursor: Any) -> None:
+    undo = asyncio.ensure_future(_roll_back_sqlite(raw, cursor))
+    # Interrupt what is still running, and nothing else: SQLite goes on interrupting, ROLLBACK too, until every SELECT that
+    # has begun is reset, and SQLAlchemy 2.0 gives us no way to its cursor.
+    while not (await asyncio.wait({undo}, timeout=INTERRUPT_SECONDS))[0]:
+        await raw.interrupt()
+    try:
+        await undo
+    finally:
+        await raw.close()  # here, where nothing cancels it: aiosqlite cannot finish a close that was cut off
+
+
+async def _roll_back_sqlite(raw: Any, cursor: Any) -> None:
+    """Wait in the driver's queue for the statement to end, and free the write lock."""
     if cursor is not None:
-        # A SELECT that has not been reset keeps the lock, and SQLite interrupts whatever begins before that: ROLLBACK too.
-        reset = asyncio.ensure_future(greenlet_spawn(cursor.close))
-        while not reset.done():  # queued behind the statement, which may not have begun when it is first interrupted
-            await raw.interrupt()
-            await asyncio.wait({reset}, timeout=INTERRUPT_SECONDS)
+        await greenlet_spawn(cursor.close)
     await raw.rollback()
-    await raw.close()  # here, where nothing cancels it: aiosqlite cannot finish a close that was cut off
 
 
 async def _mysql(raw: Any, connection: Connection, _cursor: Any) -> None:
