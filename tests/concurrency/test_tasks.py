@@ -198,7 +198,7 @@ async def test_the_end_waits_for_a_siblings_statement(db):
     await assert_pool_is_whole(manager)
 
 
-async def test_the_end_waits_for_a_siblings_flush(db):
+async def test_the_end_waits_for_a_siblings_flush(db, caplog):
     """S3: the statements of one flush, and the ROLLBACK that SQLAlchemy sends when it fails, are one operation."""
     manager = pool_of_three(db)
     with pytest.raises(ValueError, match=r"^mine$"):
@@ -211,6 +211,9 @@ async def test_the_end_waits_for_a_siblings_flush(db):
     with pytest.raises(Exception):  # noqa: B017, PT011  # a unique violation, or refused behind the first INSERT
         await sibling
     assert await db.rows("SELECT id FROM account") == []
+    assert [
+        record.getMessage() for record in caplog.records if record.name == "sqla_uow"
+    ] == []  # no trouble in ROLLBACK
     await assert_pool_is_whole(manager)
 
 
@@ -288,6 +291,10 @@ async def test_rollback_by_a_sibling_is_no_way_around(db):
 async def insert(number):
     """Insert a row in the unit of the context."""
     await current_session().execute(row(number))
+
+
+async def nothing():
+    """Send no SQL."""
 
 
 async def in_anyio_group(number):
@@ -389,8 +396,8 @@ async def test_no_read_session_in_a_thread(db, look, read_before):
 async def test_a_thread_may_not_join_nor_use_a_held_session(db):
     """S5: `@transactional` and a session from a closure in another loop are refused as well."""
     manager = UnitOfWorkManager(db.engine())
-    joining = transactional(insert)
-    for use in (lambda _session: joining(1), lambda session: session.execute(row(2))):
+    joining, idle = transactional(insert), transactional(nothing)
+    for use in (lambda _session: joining(1), lambda _session: idle(), lambda session: session.execute(row(2))):
         with pytest.raises(errors.TaskBoundaryError):
             async with manager.begin() as unit:
                 session = unit.session
@@ -419,7 +426,9 @@ async def test_eager_tasks_are_siblings_too(db):
         for via in ("current_session", "closure"):
             unit, error = await two_calls(manager, Gathered(), via=via, between=False)
             assert unit.status is Status.ROLLED_BACK
-            assert "while task 'first' uses it and has a statement in flight" in str(error)  # 3.12 names it after its start
+            assert "while task 'first' uses it and has a statement in flight" in str(
+                error
+            )  # 3.12 names it after its start
         async with manager.begin() as unit:
             await asyncio.create_task(unit.session.execute(row(1)))
             await asyncio.wait_for(unit.session.execute(row(2)), 5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from sqlalchemy import create_engine, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
 from sqla_uow import Status, UnitOfWorkManager, _session
@@ -212,15 +214,23 @@ async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
 
 
 @one_driver
-async def test_no_engine_is_taken_for_an_earlier_one(db):
-    """S8: SQLAlchemy knows targets by id(), and ids come again; every engine gets its listeners all the same."""
-    for _ in range(200):
-        engine = db.engine()
-        UnitOfWorkManager(engine)
-        assert _session._reset in list(engine.sync_engine.pool.dispatch.reset)
-        assert _session._handle_error in list(engine.dialect.dispatch.handle_error)
-        db._engines.remove(engine)
-        del engine
+async def test_no_pool_is_taken_for_an_earlier_one(db):
+    """S8: SQLAlchemy knows targets by id(), and ids come again; every pool gets its listener all the same."""
+    earlier, kept = set(), []
+    for _ in range(100):
+        engines = [create_async_engine(db.url) for _ in range(20)]
+        for engine in engines:
+            UnitOfWorkManager(engine)
+            listeners = engine.sync_engine.pool.dispatch.reset
+            assert _session._reset in list(listeners)
+            kept.append(listeners)  # these outlive their pools now and then; here always
+        ids = {id(engine.sync_engine.pool) for engine in engines}
+        if earlier & ids:
+            return
+        earlier |= ids
+        del engine, engines
+        gc.collect()
+    pytest.fail("no id came again")
 
 
 async def test_plain_sessions_on_the_same_engine(db):
