@@ -59,10 +59,7 @@ async def test_a_new_object_that_a_failed_attempt_flushed(run, db):
 
     error, runs = await run(body)
     assert type(error) is errors.InstanceReuseError
-    assert (
-        str(error)
-        == f"Note(new) was attached in a failed attempt of work() and was put into the next one; {REMEDY}"
-    )
+    assert str(error) == f"Note(new) was attached in a failed attempt of work() and was put into the next one; {REMEDY}"
     assert runs == 2
     assert await db.rows("SELECT * FROM note") == []
 
