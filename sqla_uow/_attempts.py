@@ -177,12 +177,13 @@ def _of(failure: Failure) -> str:
 class Attempt(Generic[S]):
     """One run of the body in a unit of its own."""
 
-    __slots__ = ("_attempts", "_place", "_timeout", "unit")
+    __slots__ = ("_attempts", "_place", "_timeout", "_witness", "unit")
 
     def __init__(self, attempts: Attempts[S]) -> None:
         self._attempts = attempts
         self._place: UnitPlace | None = None
         self._timeout: asyncio.Timeout | None = None
+        self._witness: Witness | None = None
         self.unit: UnitOfWork[S] | None = None
 
     async def __aenter__(self) -> UnitOfWork[S]:
@@ -207,6 +208,7 @@ class Attempt(Generic[S]):
         unit = self.unit = UnitOfWork(
             transaction, attempt=attempts.attempt, is_last_attempt=attempts.attempt > attempts.retries
         )
+        self._witness = manager._witness(transaction)
         self._place = UnitPlace(manager, unit)
         push(self._place)
         if attempts.deadline is not None:
@@ -245,11 +247,12 @@ class Attempt(Generic[S]):
         transaction, scope = unit._transaction, self._attempts.scope
         mark = transaction.damage.mark
         quiet = error is None and mark is not None and mark.quiet
-        witness: Witness | None = None
+        witness = self._witness
         if error is None and not quiet:
             try:
                 await prepare(unit, scope.refuse_unsaved if scope is not None else None)
-                witness = await self._attempts.manager._witness(transaction)
+                if witness is not None and transaction.wrote:
+                    await witness.get_ready()
             except BaseException as raised:
                 error = raised
         if self._timeout is not None:
@@ -260,6 +263,8 @@ class Attempt(Generic[S]):
             ended = await commit(unit, witness)
         else:
             ended = await roll_back(unit, error)
+        if witness is not None:
+            witness.settle(unit.status)
         return ended
 
     async def _disarm(self, timeout: asyncio.Timeout, error: BaseException | None) -> BaseException | None:

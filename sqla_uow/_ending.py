@@ -94,8 +94,6 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     failure = None if error is None else _failure_at_commit(transaction, error)
     if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
         return await _ambiguous(unit, error, witness, outcome.cancelled)
-    if witness is not None:
-        witness.settle(committed=error is None)
     if error is None:
         return await _committed(unit, outcome.cancelled)
     return await roll_back(unit, outcome.cancelled or error, failure)
@@ -155,8 +153,6 @@ async def _ambiguous(
         asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
         verdict = await _verdict(asked.task)
-        if verdict is not None:
-            witness.settle(committed=verdict)
     if verdict is True:
         return await _committed(unit, cancelled)
     if verdict is False:

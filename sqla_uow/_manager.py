@@ -233,11 +233,9 @@ class UnitOfWorkManager(Generic[S]):
             scope_read=scope_read,
         )
 
-    async def _witness(self, transaction: Transaction) -> Witness | None:
-        """Return what can settle this transaction's COMMIT, if it needs any."""
-        if self._notary is None or transaction.read_only or not transaction.wrote:
-            return None
-        return await self._notary.witness()
+    def _witness(self, transaction: Transaction) -> Witness | None:
+        """Return what can settle this transaction's COMMIT, if it may need any."""
+        return None if self._notary is None or transaction.read_only else self._notary.witness()
 
     def __repr__(self) -> str:
         # Not the engine: its repr has the URL.

@@ -11,11 +11,13 @@ import logging
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, MetaData, String, Table, delete, insert, text
+from sqlalchemy import Column, MetaData, String, Table, insert, text, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,30 +35,44 @@ logger = logging.getLogger("sqla_uow")
 VERIFY_SECONDS = 30.0
 """How long an outcome without a deadline is asked for, while the server may be restarting."""
 POLL_SECONDS = 0.05
-_PURGE_AT = 100
 
 MARKERS = Table("sqla_uow_commits", MetaData(), Column("token", String(36), primary_key=True))
-"""The marker rows.  Made on first need; rows whose outcome is known are deleted in batches."""
+"""The marker rows.  Made on first need; each transaction takes over a free one, so there are as many as units at a time."""
+
+
+# PostgreSQL: an id is not durable before something of its transaction is. After a crash it can be given again, and the
+# status is somebody else's (seen on 18.6). Statistics are reset by a crash, so the time of their reset tells one.
+_SIGN = "SELECT pg_current_xact_id()::text, stats_reset::text FROM pg_stat_bgwriter"
+_LIFE = text("SELECT pg_is_in_recovery(), stats_reset::text FROM pg_stat_bgwriter")
+_STATUS = text("SELECT pg_xact_status(CAST(:xid AS text)::xid8)")
+_FUTURE = "22023"
+# The checkpoint at the end of recovery has the next id as recovery found it; only such a one is where its redo begins.
+_SURVIVED = text(
+    "SELECT CASE WHEN CAST(:xid AS text)::numeric >= next THEN 'aborted' WHEN redo_lsn = checkpoint_lsn THEN 'committed' END "
+    "FROM (SELECT split_part(next_xid, ':', 1)::numeric * 4294967296 + split_part(next_xid, ':', 2)::numeric AS next, "
+    "redo_lsn, checkpoint_lsn FROM pg_control_checkpoint()) AS control"
+)
 
 
 class Notary:
-    """What verification needs per manager: whether the marker table is there, and which markers are done with."""
+    """What verification needs per manager: whether the marker table is there, and which markers are free."""
 
-    __slots__ = ("_database", "_lock", "ready", "settled")
+    __slots__ = ("_database", "_lock", "free", "ready")
 
     def __init__(self, database: Database[Any]) -> None:
         self._database = database
         self._lock: asyncio.Lock | None = None
         self.ready = database.family == "postgresql"
-        self.settled: list[str] = []
+        self.free: list[str] = []
 
-    async def witness(self) -> Witness:
-        """Return a fresh witness for one unit; makes the marker table where it is needed and missing."""
-        if not self.ready and self._database.family != "sqlite":
-            await self._make_table()
+    def witness(self) -> Witness:
+        """Return a witness for a unit that begins."""
         return Witness(self, self._database)
 
-    async def _make_table(self) -> None:
+    async def make_table(self) -> None:
+        """Make the marker table where it is needed and missing."""
+        if self.ready or self._database.family == "sqlite":
+            return
         if self._lock is None:
             self._lock = asyncio.Lock()
         async with self._lock:
@@ -76,38 +92,47 @@ class Notary:
 class Witness:
     """Signs one transaction before its COMMIT, and says afterwards whether it is there."""
 
-    __slots__ = ("_database", "_notary", "_purged", "_token", "signed")
+    __slots__ = ("_database", "_life", "_notary", "_old", "_token", "signed")
 
     def __init__(self, notary: Notary, database: Database[Any]) -> None:
         self._notary = notary
         self._database = database
-        self._purged: list[str] = []
+        # Before the transaction's snapshot: a row that is younger would be a conflict (innodb_snapshot_isolation).
+        self._old = notary.free.pop() if notary.free else None
         self._token: str | None = None
+        self._life: str | None = None
         self.signed = False
+
+    async def get_ready(self) -> None:
+        """See that `sign` will work; not in SQLAlchemy's greenlet."""
+        await self._notary.make_table()
 
     def sign(self, connection: Connection) -> None:
         """Make the transaction recognisable; in SQLAlchemy's greenlet, just before COMMIT."""
         if self._database.family == "postgresql":
-            self._token = connection.exec_driver_sql("SELECT pg_current_xact_id()::text").scalar_one()
+            self._token, self._life = connection.exec_driver_sql(_SIGN).one()
         else:
             self._mark(connection)
         self.signed = True
 
     def _mark(self, connection: Connection) -> None:
-        notary = self._notary
-        if not notary.ready:  # SQLite, whose one writer is this transaction; its DDL is part of it
+        if not self._notary.ready:  # SQLite, whose one writer is this transaction; its DDL is part of it
             MARKERS.create(connection, checkfirst=True)
-        if len(notary.settled) >= _PURGE_AT:
-            self._purged, notary.settled = notary.settled, []
-            connection.execute(delete(MARKERS).where(MARKERS.c.token.in_(self._purged)))
         self._token = str(uuid.uuid4())
+        if self._old is not None:
+            taken_over = update(MARKERS).where(MARKERS.c.token == self._old).values(token=self._token)
+            if connection.execute(taken_over).rowcount:
+                return
         connection.execute(insert(MARKERS).values(token=self._token))
 
-    def settle(self, *, committed: bool) -> None:
-        """Take note of the outcome: the marker may go, or those that went with it are still there."""
-        if self._token is None or self._database.family == "postgresql":
+    def settle(self, status: Status) -> None:
+        """Take note of the outcome: the marker that is there now is free for another transaction."""
+        if status is Status.AMBIGUOUS or self._database.family == "postgresql":
             return
-        self._notary.settled += [self._token] if committed else self._purged
+        committed = self.signed and status is Status.COMMITTED
+        marker = self._token if committed else self._old
+        if marker is not None:
+            self._notary.free.append(marker)
         self._notary.ready = self._notary.ready or committed
 
     async def verdict(self, transaction: Transaction) -> bool | None:
@@ -122,9 +147,9 @@ class Witness:
             try:
                 async with asyncio.timeout(max(0.01, until - transaction.clock())):
                     answer = await _on_fresh_connection(self._database.engine, ask)
-            except (OSError, DBAPIError) as error:  # TimeoutError is an OSError
-                if isinstance(error, ProgrammingError):
-                    raise
+            except ProgrammingError:
+                raise
+            except Exception as error:  # of the server, the network, or a pool that others hold: not for ever
                 logger.debug("asking for the outcome of a COMMIT failed (%s); asking again", type(error).__name__)
                 answer = "again"
             if answer != "again":
@@ -133,10 +158,18 @@ class Witness:
         return None
 
     async def _ask_status(self, connection: AsyncConnection) -> str:
-        status = await connection.scalar(text("SELECT pg_xact_status(CAST(:xid AS text)::xid8)"), {"xid": self._token})
-        if status == "in progress":
+        standby, life = (await connection.execute(_LIFE)).one()
+        if standby:  # it may not have heard of the transaction yet
             return "again"
-        return str(status)  # None is an id too old to be known: undecidable
+        try:
+            status = await connection.scalar(_STATUS, {"xid": self._token})
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != _FUTURE:
+                raise
+            return "aborted"  # a server that crashed has forgotten it
+        if status == "committed" and life != self._life:
+            return str(await connection.scalar(_SURVIVED, {"xid": self._token}))
+        return "again" if status == "in progress" else str(status)  # None is an id too old to be known: undecidable
 
     async def _ask_marker(self, connection: AsyncConnection) -> str:
         try:

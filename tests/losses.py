@@ -24,6 +24,7 @@ class Wire:
         self.db = db
         self.proxy = proxy
         self.engine = db.engine(port=proxy.port, pool_size=1, max_overflow=0, pool_timeout=5)
+        self._managers = {mode: UnitOfWorkManager(self.engine, ambiguous_commit=mode) for mode in ("raise", "verify")}
         self.connected = 0
         self.units: list[Any] = []
         self.hooks: list[str] = []
@@ -38,7 +39,7 @@ class Wire:
 
     async def add_one(self, *, ambiguous_commit: Any = "raise", **options: Any) -> None:
         """Run the function with these options, and five retries."""
-        manager = UnitOfWorkManager(self.engine, ambiguous_commit=ambiguous_commit)
+        manager = self._managers[ambiguous_commit]
         await transactional(using=manager, **({"retries": 5} | options))(self._body)(manager)
 
     async def _body(self, manager: UnitOfWorkManager[Any]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import IntegrityError
 
-from sqla_uow import Status, UnitOfWorkManager, _verify
-from tests.models import Account, Note
+from sqla_uow import Status, UnitOfWorkManager
+from tests.models import Account
 
 MARKED = ("sqlite", "asyncmy", "aiomysql")
 COUNT = "SELECT count(*) FROM sqla_uow_commits"
@@ -31,39 +30,80 @@ async def test_the_first_unit_makes_the_marker_table(unmarked):
             unit.session.add(Account(id=key))
         assert unit.status is Status.COMMITTED
     assert await unmarked.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
-    assert await unmarked.scalar(COUNT) == 2
+    assert await unmarked.scalar(COUNT) == 1
 
 
 @pytest.mark.drivers(*MARKED)
-async def test_markers_whose_outcome_is_known_are_deleted(unmarked, monkeypatch):
-    """They go in batches, with a later unit's transaction."""
-    monkeypatch.setattr(_verify, "_PURGE_AT", 2)
+async def test_a_marker_serves_one_unit_after_the_other(unmarked):
+    """The table has as many rows as there were units at a time, and each unit a token of its own."""
     manager = UnitOfWorkManager(unmarked.engine(), ambiguous_commit="verify")
-    counts = []
-    for key in range(1, 6):
+    tokens = set()
+    for key in range(1, 4):
         async with manager.begin() as unit:
             unit.session.add(Account(id=key))
-        counts.append(await unmarked.scalar(COUNT))
-    assert counts == [1, 2, 1, 2, 1]
+        tokens.update(await unmarked.rows("SELECT token FROM sqla_uow_commits"))
+        assert await unmarked.scalar(COUNT) == 1
+    assert len(tokens) == 3
+    if unmarked.family == "mysql":
+        async with manager.begin() as unit, manager.begin(propagation="requires_new") as inner:
+            unit.session.add(Account(id=5))
+            inner.session.add(Account(id=6))
+        assert await unmarked.scalar(COUNT) == 2
 
 
-@pytest.mark.drivers("sqlite")
-async def test_markers_stay_due_when_their_deletion_is_rolled_back(unmarked, monkeypatch):
-    """A unit that fails at its COMMIT deleted nothing; the next one does."""
-    monkeypatch.setattr(_verify, "_PURGE_AT", 1)
-    engine = unmarked.engine()
-    manager = UnitOfWorkManager(engine, ambiguous_commit="verify")
-    event.listen(engine.sync_engine, "connect", lambda raw, _: raw.cursor().execute("PRAGMA foreign_keys=ON"))
+@pytest.mark.drivers(*MARKED)
+async def test_a_marker_stays_free_when_the_unit_that_takes_it_fails(unmarked):
+    """In the body, at its COMMIT, or by somebody who emptied the table: the next unit has one."""
+    manager = UnitOfWorkManager(unmarked.engine(), ambiguous_commit="verify")
     async with manager.begin() as unit:
         unit.session.add(Account(id=1))
-    with pytest.raises(IntegrityError):
-        async with manager.begin() as unit:
-            await unit.session.execute(text("PRAGMA defer_foreign_keys=ON"))
-            unit.session.add(Note(account_id=99))
-    assert await unmarked.scalar(COUNT) == 1
+    for failing in (failing_body, failing_end):
+        with pytest.raises(ValueError, match="mine"):
+            async with manager.begin() as unit:
+                await failing(unit)
     async with manager.begin() as unit:
         unit.session.add(Account(id=2))
     assert await unmarked.scalar(COUNT) == 1
+    await unmarked.run("DELETE FROM sqla_uow_commits")
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=3))
+    assert await unmarked.scalar(COUNT) == 1
+    assert await unmarked.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,), (3,)]
+
+
+async def failing_body(unit):
+    """Fail before anything was marked."""
+    unit.session.add(Account(id=9))
+    await unit.session.flush()
+    raise ValueError("mine")
+
+
+async def failing_end(unit):
+    """Fail behind the marker, just before COMMIT is sent."""
+    unit.session.add(Account(id=9))
+
+    @event.listens_for(unit.session.sync_session, "before_commit", once=True)
+    def fail(_session):
+        raise ValueError("mine")
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_a_marker_is_no_conflict_of_its_own(unmarked):
+    """innodb_snapshot_isolation: a unit may touch no row that is younger than its snapshot, its marker neither."""
+    engine = unmarked.engine()
+    event.listen(
+        engine.sync_engine, "connect", lambda raw, _: raw.cursor().execute("SET SESSION innodb_snapshot_isolation = ON")
+    )
+    manager = UnitOfWorkManager(engine, ambiguous_commit="verify")
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=1))
+    async with manager.begin() as early:
+        await early.session.scalar(text("SELECT count(*) FROM account"))
+        async with manager.begin(propagation="requires_new") as late:
+            late.session.add(Account(id=2))
+        early.session.add(Account(id=3))
+    assert early.status is late.status is Status.COMMITTED
+    assert await unmarked.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,), (3,)]
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")

@@ -1,0 +1,118 @@
+"""C2: what became of a COMMIT whose answer was lost, found out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from sqla_uow import Status
+from sqla_uow.errors import AmbiguousCommitError
+from tests.losses import Wire
+from tests.servers import Proxy
+
+pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+
+APPLIED = pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
+
+
+@pytest.fixture
+async def wire(db):
+    """An account behind a proxy."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
+    with Proxy("127.0.0.1", db.server.port) as proxy:
+        wire = Wire(db, proxy)
+        await wire.add_one(ambiguous_commit="verify")  # makes MariaDB's marker table, with a COMMIT of its own
+        await db.run("UPDATE account SET balance = 0")
+        wire.units.clear()
+        wire.hooks.clear()
+        yield wire
+        proxy.forward_all()
+        await wire.engine.dispose()
+
+
+async def has_added_once(wire, *, applied):
+    """The counter is exactly 1: the first run was committed, or it was not and the second one is."""
+    ended = [Status.COMMITTED] if applied else [Status.ROLLED_BACK, Status.COMMITTED]
+    hooks = ["after commit"] if applied else ["after rollback", "after commit"]
+    await wire.until_left()
+    return await wire.balance() == 1 and [unit.status for unit in wire.units] == ended and wire.hooks == hooks
+
+
+@APPLIED
+async def test_a_lost_answer_is_found_out(wire, applied):
+    """C2: committed is success, with its hooks; not committed is retried."""
+    lost = wire.on_commit("cut", applied=applied)
+    await wire.add_one(ambiguous_commit="verify")
+    assert lost.fired
+    assert await has_added_once(wire, applied=applied)
+
+
+@APPLIED
+async def test_the_server_may_crash_meanwhile(wire, applied):
+    """C2: kill -9 at COMMIT, and a server that comes back: asked until it answers, and answered rightly."""
+    server = wire.db.server
+
+    def crash():
+        wire.proxy.refuse()
+        wire.proxy.cut()
+        server.kill()
+
+    crashed = wire.on_commit(crash, applied=applied)
+    task = asyncio.create_task(wire.add_one(ambiguous_commit="verify", timeout=30))
+    assert await asyncio.to_thread(crashed.wait)
+    await asyncio.to_thread(server.restart)
+    await wire.db.run("INSERT INTO note (text) VALUES ('by somebody else, before anybody asks')")
+    wire.proxy.accept()
+    await task
+    assert await has_added_once(wire, applied=applied)
+
+
+@pytest.mark.drivers("asyncpg", "aiomysql")
+async def test_a_pool_that_others_hold_is_waited_for(wire, caplog):
+    """C2: asked again until the deadline, also where the pool itself gives up."""
+    wire.engine.pool._timeout = 0.2
+    caplog.set_level(logging.DEBUG, "sqla_uow")
+    held = wire.on_commit("hold", applied=True)
+    task = asyncio.create_task(wire.add_one(ambiguous_commit="verify", timeout=10))
+    assert await asyncio.to_thread(held.wait)
+    other = asyncio.ensure_future(wire.engine.connect().__aenter__())  # next in line for the only connection
+    await asyncio.sleep(0)
+    wire.proxy.cut()
+    connection = await other
+    async with asyncio.timeout(5):
+        while "asking for the outcome of a COMMIT failed (TimeoutError)" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await connection.close()
+    await task
+    assert await has_added_once(wire, applied=True)
+
+
+@APPLIED
+async def test_undecidable_by_the_deadline_is_the_error(wire, applied):
+    """C2: nobody can be asked in time; not retried, no hooks."""
+
+    def vanish():
+        wire.proxy.refuse()
+        wire.proxy.cut()
+
+    wire.on_commit(vanish, applied=applied)
+    with pytest.raises(AmbiguousCommitError) as caught:
+        await wire.add_one(ambiguous_commit="verify", timeout=0.5)
+    assert caught.value.unit is wire.units[0]
+    assert [unit.status for unit in wire.units] == [Status.AMBIGUOUS]
+    assert wire.hooks == []
+    assert wire.engine.pool.checkedout() == 0
+    assert await wire.balance() == applied
+
+
+async def test_the_answer_is_not_given_too_early(wire, monkeypatch):
+    """C2: while the lost transaction still lives, nobody can tell; it is asked until it has ended."""
+    held = wire.on_commit("hold", applied=False)
+    monkeypatch.setattr("sqla_uow._ending.IDLE_SECONDS", 0.2)
+    task = asyncio.create_task(wire.add_one(ambiguous_commit="verify", timeout=0.5))
+    assert await asyncio.to_thread(held.wait)
+    with pytest.raises(AmbiguousCommitError):
+        await task
+    assert wire.hooks == []
