@@ -61,7 +61,7 @@ class Damage:
         quiet: bool = False,
     ) -> None:
         """Mark; the first cause stays, unless the new one is hard and it was not."""
-        if self.mark is None or (hard and not self.mark.hard) or (self.mark.quiet and not quiet):
+        if self.mark is None or (hard and not self.mark.hard):
             self.mark = Mark(self.depth, hard, cause, failure, reason, quiet)
 
     def savepoint(self, key: object) -> None:
@@ -88,11 +88,12 @@ class Damage:
         index = self._index(key)
         if index is None:
             return
-        undone = self._savepoints[index].undone
+        entry = self._savepoints[index]
         del self._savepoints[index:]
         if isinstance(key, str):
-            self._tell_owner(kept=not undone)
-        if undone:
+            self._tell_owner(kept=not entry.undone)
+        if entry.undone:
+            self._hooks.drop(entry.hooks)  # a failed flush undoes it at once; what came after is no better
             self._clear(index)
         else:
             self._carry(index)

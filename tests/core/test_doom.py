@@ -341,6 +341,23 @@ async def test_doom_in_an_inner_frame_is_news_to_the_owner(run, frame):
     )
 
 
+@pytest.mark.parametrize("frame", [nested, begin_nested])
+async def test_doom_stands_whatever_a_savepoint_takes_back_afterwards(run, frame):
+    """`doom()` is hard, also where an inner frame fails later and is recovered."""
+
+    async def fail_unsent():
+        raise KeyError
+
+    async def body():
+        await write()
+        current_unit().doom()
+        with contextlib.suppress(KeyError):
+            await frame(lambda: joined(fail_unsent))
+
+    outcome = await run(body)
+    assert (outcome.error, outcome.rows, outcome.hooks) == (None, [], ["rolled back"])
+
+
 async def test_doom_does_not_hide_an_exception(run):
     """D4: the body's own exception is what its caller gets."""
 
