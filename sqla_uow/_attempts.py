@@ -240,7 +240,7 @@ class Attempt(Generic[S]):
             raise ended.error
         finally:
             if final and attempts.reading is not None:
-                await attempts.reading.end_reading()
+                await attempts.reading.end_what_gave_way()
 
     async def _end(self, unit: UnitOfWork[S], place: UnitPlace, error: BaseException | None) -> Ended:
         """Commit or roll back, whatever happens; never raises."""

@@ -108,6 +108,7 @@ class Scope:
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
         self._loop = asyncio.get_running_loop()
+        self._giving_way = asyncio.Lock()
 
     def read_unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one where there is none."""
@@ -137,6 +138,10 @@ class Scope:
 
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
+        async with self._giving_way:  # once for all units that sibling tasks begin: they do not use the read session
+            await self._give_way()
+
+    async def _give_way(self) -> None:
         reader = self.reader
         if reader is None or reader._transaction.phase in (Phase.YIELDED, Phase.ENDED):
             return
@@ -161,6 +166,11 @@ class Scope:
         transaction.connection = None
         transaction.engine = None
         transaction.give_back_turn()
+
+    async def end_what_gave_way(self) -> None:
+        """Close the read session that gave way; not one that was begun since, beside a unit in a child task."""
+        if self.reader is not None and self.reader._transaction.phase is Phase.YIELDED:
+            await self.end_reading()
 
     async def end_reading(self) -> None:
         """Close the read session; its objects are detached, and refused by later units of this scope."""

@@ -592,3 +592,42 @@ async def test_the_cure(manager, db):
         account = await read()
         await add_one(account.id)
     assert await db.scalar("SELECT balance FROM account WHERE id = 1") == 11
+
+
+async def test_it_gives_way_once_to_units_of_siblings(db):
+    """S7: units that sibling tasks begin share nothing, so that the second is not refused for the first."""
+    manager = UnitOfWorkManager(db.engine())
+
+    @transactional
+    async def add(key):
+        current_session().add(Account(id=key))
+
+    with manager.activate():
+        async with manager.scope():
+            await current_session().scalar(select(Account.id))
+            await asyncio.gather(add(1), add(2))
+            assert sorted(await current_session().scalars(select(Account.id))) == [1, 2]
+    assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
+
+
+async def test_a_unit_of_a_child_closes_no_read_session_begun_beside_it(db):
+    """S7: closed is what gave way to the unit; what the parent reads meanwhile goes on."""
+    manager = UnitOfWorkManager(db.engine())
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @transactional
+    async def add(key):
+        current_session().add(Account(id=key))
+        begun.set()
+        await go_on.wait()
+
+    with manager.activate():
+        async with manager.scope():
+            child = asyncio.create_task(add(1))
+            await begun.wait()
+            session = current_session()
+            assert await session.scalar(select(Account.id)) is None
+            go_on.set()
+            await child
+            assert await session.scalar(text("SELECT 7")) == 7
+    assert await db.rows("SELECT id FROM account") == [(1,)]
