@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._classify import Failure, Kind, classify
-from sqla_uow._hooks import run_best_effort, run_collecting
+from sqla_uow._hooks import Hook, run_best_effort, run_collecting
 from sqla_uow._session import has_changes
 from sqla_uow._settle import settle
 from sqla_uow._shield import shielded
@@ -116,12 +116,22 @@ def _commit_and_close(session: Session, transaction: Transaction, witness: Witne
     transaction.end_here(Phase.COMMITTING)
     if witness is not None and transaction.wrote and transaction.connection is not None:
         witness.sign(transaction.connection)
-    session.commit()
+    try:
+        session.commit()
+    except Exception as error:
+        if transaction.phase is not Phase.ENDING:
+            raise
+        # Committed: a listener of the user failed, as an after_commit hook may.
+        transaction.hooks.after_commit.insert(0, Hook.of(_raise, (error,), {}))
     transaction.phase = Phase.ENDING
     try:
         session.close()
     except Exception as error:  # committed: trouble with the connection must not look like trouble with the data
         logger.warning("closing a session after its COMMIT failed (%s); the work is committed", type(error).__name__)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failure | None:

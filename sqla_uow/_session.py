@@ -218,7 +218,8 @@ def unit_session_class(base: type[Session]) -> type[Session]:
 # -- the session's events
 
 
-@event.listens_for(UnitSession, "after_begin")
+# First, whatever the user's listeners on Session do: those registered before this module was imported would precede it.
+@event.listens_for(UnitSession, "after_begin", insert=True)
 def _after_begin(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
     unit = session.transaction_of_unit
     if unit is None or transaction.nested or unit.connection is connection:
@@ -228,6 +229,13 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     remember(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
     opening(connection, unit.database.family, unit.isolation, read_only=unit.read_only, seconds=seconds)
+
+
+@event.listens_for(UnitSession, "after_commit", insert=True)
+def _after_commit(session: UnitSession) -> None:
+    unit = session.transaction_of_unit
+    if unit is not None and unit.phase is Phase.SENT:  # else it is the release of a savepoint
+        unit.phase = Phase.ENDING  # answered: what listeners of the user raise now is no trouble of COMMIT
 
 
 @event.listens_for(UnitSession, "after_transaction_create")
@@ -314,7 +322,9 @@ def _handle_error(context: ExceptionContext) -> None:
         return
     if isinstance(error, OSError) and not isinstance(error, TimeoutError):
         context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
-    sent = unit.owner.in_flight is not None
+    # It comes without its statement where rows were being fetched.
+    fetching = context.statement is None and context.execution_context is not None
+    sent = fetching or unit.owner.in_flight is not None
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
     unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import sys
 
 import pytest
 from sqlalchemy import create_engine, event, func, insert, select, text
@@ -327,3 +329,41 @@ async def test_a_users_own_begin_is_respected(db, recipe, read_only):
     async with engine.begin() as connection:
         await connection.execute(insert(Account).values(id=2))
     assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+EARLY_LISTENER = """
+import asyncio, sys
+from sqlalchemy import event, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
+
+@event.listens_for(Session, "after_begin")
+def fail_once(*_args):
+    event.remove(Session, "after_begin", fail_once)
+    raise ValueError
+
+from sqla_uow import UnitOfWorkManager
+
+async def main():
+    engine = create_async_engine(sys.argv[1])
+    async with UnitOfWorkManager(engine).begin() as unit:
+        for _attempt in range(2):
+            try:
+                await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (1, 0)"))
+            except ValueError:
+                print("failed")
+    print(unit.status, engine.pool.checkedout())
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_listener_that_was_there_before_the_library(db):
+    """S8: the unit hears of its connection first; a listener on every Session that fails costs it nothing."""
+    program = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", EARLY_LISTENER, db.url, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await program.communicate()
+    assert output.decode().split() == ["failed", "Status.COMMITTED", "0"], output.decode()
+    assert await db.rows("SELECT id FROM account") == [(1,)]

@@ -45,3 +45,19 @@ async def test_a_maker_without_autobegin_still_makes_units(db):
     async with manager.begin() as unit:
         unit.session.add(Account(id=1))
     assert await db.rows("SELECT id FROM account") == [(1,)]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_swallowed_error_while_rows_are_fetched_dooms(db):
+    """D3: PostgreSQL would answer the COMMIT by a ROLLBACK, whether the statement failed at once or in its tenth row."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+    with pytest.raises(errors.RollbackOnlyError) as caught:
+        async with manager.begin() as unit:
+            await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (1, 0)"))
+            rows = await unit.session.stream(text("SELECT 1 / (2000 - g) FROM generate_series(1, 9999) g"))
+            # Of asyncpg's own class: SQLAlchemy wraps none here.
+            with pytest.raises(Exception, match="division by zero") as failed:
+                await anext(rows.partitions(9999))
+    assert caught.value.__cause__ is failed.value
+    assert unit.status is Status.ROLLED_BACK
+    assert await db.rows("SELECT * FROM account") == []

@@ -7,7 +7,10 @@ import contextlib
 import functools
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session
 
 from sqla_uow import (
     RetryPolicy,
@@ -434,3 +437,33 @@ async def test_in_a_task_that_a_hook_left_behind(manager):
     await work()
     with pytest.raises(errors.NoUnitError):
         await tasks[0]
+
+
+@pytest.mark.parametrize("code", [None, "40001"])
+async def test_a_listener_that_fails_behind_the_commit(db, code):
+    """H2: SQLAlchemy's own after_commit comes when COMMIT is answered: never ambiguous, and nothing is done twice."""
+
+    class ListenedSession(Session):
+        """A class of this test alone."""
+
+    class DriverError(Exception):
+        sqlstate = code
+
+    runs = []
+    trouble = DBAPIError("SELECT 1", {}, DriverError())
+    event.listen(ListenedSession, "after_commit", lambda _session: (_ for _ in ()).throw(trouble))
+    manager = UnitOfWorkManager(async_sessionmaker(db.engine(pool_size=1), sync_session_class=ListenedSession))
+
+    @transactional(retries=2, retry=AT_ONCE, using=manager)
+    async def work():
+        runs.append(current_unit(manager))
+        current_session(manager).add(Note(text="once"))
+        current_unit(manager).after_commit(runs.append, "hook")
+
+    with pytest.raises(errors.AfterCommitError) as caught:
+        await work()
+    assert caught.value.exceptions == (trouble,)
+    assert runs[1:] == ["hook"]
+    assert runs[0].status is Status.COMMITTED
+    assert await db.rows("SELECT text FROM note") == [("once",)]
+    assert manager.engine.pool.checkedout() == 0
