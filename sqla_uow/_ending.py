@@ -91,6 +91,9 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await _result(outcome.task)
+    if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
+        await _discard(unit)
+        error = None
     failure = None if error is None else _failure_at_commit(transaction, error)
     if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
         return await _ambiguous(unit, error, witness, outcome.cancelled)

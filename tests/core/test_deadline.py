@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.util import await_only
 
-from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
+from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 
 SLEEP = {"postgresql": "SELECT pg_sleep(20)", "mysql": "SELECT 1 WHERE sleep(20) = 0"}
 
@@ -40,3 +42,25 @@ async def test_the_servers_own_limit_is_the_deadline_too(db, monkeypatch):
     assert str(caught.value) == (
         "work() did not finish within 0.3 s: the deadline passed in attempt 1; raise the timeout, or shorten the transaction"
     )
+
+
+async def test_a_deadline_that_passes_behind_the_commit(db):
+    """R6, C3: COMMIT was answered; that giving the connection back took too long does not make it undone."""
+    engine = db.engine(pool_size=1, max_overflow=0)
+    manager = UnitOfWorkManager(engine)
+
+    def linger(_connection, _record, state):
+        if state.asyncio_safe:
+            slow.append(await_only(asyncio.sleep(30)))
+
+    slow = []
+    async with manager.begin(timeout=0.5) as unit:
+        await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (1, 0)"))
+        event.listen(engine.sync_engine.pool, "reset", linger)
+    event.remove(engine.sync_engine.pool, "reset", linger)
+    assert slow == []  # it was cut off
+    assert unit.status is Status.COMMITTED
+    assert engine.pool.checkedout() == 0
+    assert await db.rows("SELECT id FROM account") == [(1,)]
+    async with manager.begin() as unit:
+        assert await unit.session.scalar(text("SELECT 7")) == 7
