@@ -107,6 +107,9 @@ class Deadlock(Trouble):
         waiting = asyncio.create_task(other.execute(text(UPDATE), {"id": 1}))
         self._outside.push_async_callback(asyncio.wait, {waiting})
         await self.db.until_waiting()
+        await self.hit(session)
+
+    async def hit(self, session):
         await session.execute(text(UPDATE), {"id": 2})
 
     async def prefer_victim(self, session, other):
@@ -127,6 +130,15 @@ class MariaDBDeadlock(Deadlock):
     async def prefer_victim(self, session, other):
         # InnoDB rolls back the one that has done less
         await other.execute(text("INSERT INTO note (text) SELECT 'weight' FROM seq_1_to_10"))
+
+
+class UnseenDeadlock(MariaDBDeadlock):
+    """A deadlock met past SQLAlchemy: only the 1305 of the savepoint that is gone tells of it."""
+
+    async def hit(self, session):
+        raw = await (await session.connection()).get_raw_connection()
+        async with raw.driver_connection.cursor() as cursor:
+            await cursor.execute(UPDATE.replace(":id", "2"))
 
 
 class LockNotAvailable(Trouble):

@@ -474,14 +474,17 @@ NAMES = ("InterfaceError", "OperationalError", "DBAPIError")
 
 
 @SERVERS
-async def test_a_session_that_the_server_ended_is_never_a_success(run, db):
-    """D3, R2: swallowed, then returned normally: it ends in `ConflictError`, from the loss."""
+@pytest.mark.parametrize("in_savepoint", [False, True])
+async def test_a_session_that_the_server_ended_is_never_a_success(run, db, in_savepoint):
+    """D3, R2: swallowed, it ends in `ConflictError`; also where SQLAlchemy answers a RELEASE without naming the loss."""
 
     async def body():
+        connection = await current_session().connection()
         await write()
-        await db.kill(current_session())
-        with contextlib.suppress(DBAPIError):
-            await write("afterwards")
+        async with connection.begin_nested() if in_savepoint else contextlib.nullcontext():
+            await db.kill(current_session())
+            with contextlib.suppress(DBAPIError):
+                await write("afterwards")
 
     outcome = await run(body)
     assert isinstance(outcome.error, errors.ConflictError)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_unit, errors, transactional
-from tests.troubles import LOST, STALE
+from tests.troubles import LOST, STALE, UnseenDeadlock
 
 AT_ONCE = RetryPolicy(base=0, cap=0)
 
@@ -144,3 +144,21 @@ async def test_that_outlives_its_retries_is_a_conflict_error(trouble):
     assert isinstance(error.__cause__, SQLAlchemyError)
     assert job.hooks == []
     assert await job.rows() == (0, 0)
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_a_deadlock_that_only_a_missing_savepoint_tells_of(db):
+    """D3, T22: MariaDB rolled back everything, so the savepoint is gone: 1305, with the 1213 in its context."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
+    trouble = UnseenDeadlock(db)
+    job = Job(trouble, [swallow_everything_around_begin_nested], retries=1)
+    await job()
+    assert [unit.status for unit in job.units] == [Status.ROLLED_BACK, Status.COMMITTED]
+    assert await job.rows() == (1, 1)
+
+
+async def swallow_everything_around_begin_nested(trouble, session):
+    """Catch whatever it is outside the session's own savepoint."""
+    with contextlib.suppress(Exception):
+        async with session.begin_nested():
+            await trouble.strike(session)
