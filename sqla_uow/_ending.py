@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqla_uow._classify import Failure, Kind, classify
 from sqla_uow._hooks import Hook, run_best_effort, run_collecting
 from sqla_uow._session import has_changes
-from sqla_uow._settle import settle
+from sqla_uow._settle import cut, settle
 from sqla_uow._shield import shielded
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
@@ -90,7 +90,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
         return await _committed(unit, None)
     limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
-    error = await _result(outcome.task)
+    error = await _result(outcome.task, transaction)
     if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
         await _discard(unit)
         error = None
@@ -102,17 +102,19 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     return await roll_back(unit, outcome.cancelled or error, failure)
 
 
-async def _result(task: asyncio.Task[None]) -> BaseException | None:
-    """Return what the task raised; cancel it first if its time was up."""
-    if not task.done():
+async def _result(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
+    """Return what the task raised; stop it first if its time was up."""
+    if task.done():
+        return task.exception()
+    if not cut(transaction.connection):
         task.cancel("the time for COMMIT is up")
-        stopped = await shielded(asyncio.wait({task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
-        if not stopped.task.done():
-            stopped.task.cancel()
-            return TimeoutError("COMMIT was not answered in time, and could not be stopped either")
-    if task.cancelled():
-        return TimeoutError("COMMIT was not answered in time")
-    return task.exception()
+    stopped = await shielded(asyncio.wait({task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+    if not stopped.task.done():
+        stopped.task.cancel()
+        return TimeoutError("COMMIT was not answered in time, and could not be stopped either")
+    if not task.cancelled() and task.exception() is None:
+        return None
+    return TimeoutError("COMMIT was not answered in time")
 
 
 def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
@@ -278,7 +280,10 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
         # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
         waited = await shielded(asyncio.wait({idle}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
         cancelled = waited.cancelled
-        discard = not idle.done()
+        if not idle.done():
+            cut(transaction.connection)
+            await shielded(asyncio.wait({idle}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+            discard = True
         if not waited.task.done():
             waited.task.cancel()
     outcome = await shielded(

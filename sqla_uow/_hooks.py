@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import itertools
 import logging
@@ -33,6 +34,14 @@ class Hook(NamedTuple):
     @classmethod
     def of(cls, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
         return cls(function, args, kwargs, next(_numbers))
+
+    @property
+    def name(self) -> str:
+        """What messages call it: not its repr, which would show the arguments of a partial, or the object of a method."""
+        function: Any = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return str(getattr(function, "__qualname__", type(function).__qualname__))
 
     async def run(self) -> None:
         result = self.function(*self.args, **self.kwargs)
@@ -104,7 +113,7 @@ async def run_collecting(hooks: list[Hook]) -> list[Exception]:
 
 def _cancelled(hook: Hook, error: asyncio.CancelledError) -> Exception:
     """Make an exception of a cancellation that is the hook's own, such as that of a task it awaited."""
-    failure = UnitOfWorkError(f"after_commit hook {hook.function!r} awaited what was cancelled; let it catch that")
+    failure = UnitOfWorkError(f"after_commit hook {hook.name} awaited what was cancelled; let it catch that")
     failure.__cause__ = error
     return failure
 
@@ -119,4 +128,4 @@ async def run_best_effort(hooks: list[Hook]) -> None:
         except (Exception, asyncio.CancelledError):
             if task is not None and task.cancelling():
                 raise
-            logger.exception("after_rollback hook %r failed; the rollback itself is done", hook.function)
+            logger.exception("after_rollback hook %s failed; the rollback itself is done", hook.name)

@@ -320,11 +320,12 @@ def _handle_error(context: ExceptionContext) -> None:
     error = context.original_exception
     if isinstance(error, UnitOfWorkError):
         return
-    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-        context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
     # It comes without its statement where rows were being fetched.
     fetching = context.statement is None and context.execution_context is not None
     sent = fetching or unit.owner.in_flight is not None
+    # With a statement that was not sent it is one of a column type or of another listener.
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError) and (sent or context.statement is None):
+        context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
     unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)
