@@ -6,8 +6,8 @@ import asyncio
 import logging
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import String, TypeDecorator, literal, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from tests.models import Note, Unique
@@ -392,3 +392,26 @@ def test_a_policy_that_cannot_wait_is_refused(base, cap):
         ValueError, match=r"^RetryPolicy\(base=.*, cap=.*\) cannot wait; use seconds with 0 <= base <= cap$"
     ):
         RetryPolicy(base=base, cap=cap)
+
+
+async def test_an_oserror_of_the_users_code_is_no_lost_connection(db):
+    """R2: only what the connection reported counts; a column type that asks a service is not it."""
+
+    class Sealed(TypeDecorator):
+        impl = String
+        cache_ok = True
+
+        def process_bind_param(self, value, dialect):
+            raise ConnectionRefusedError(value)
+
+    runs = []
+
+    @transactional(retries=2)
+    async def seal():
+        runs.append(current_session())
+        await runs[-1].execute(text("SELECT 1"))
+        await runs[-1].scalar(select(literal("sealing", Sealed)))
+
+    with UnitOfWorkManager(db.engine()).activate(), pytest.raises(StatementError, match="sealing"):
+        await seal()
+    assert len(runs) == 1
