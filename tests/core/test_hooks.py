@@ -386,7 +386,7 @@ async def test_after_rollback_is_best_effort(manager, caplog):
         await work()
     assert calls == ["ran"]
     [record] = caplog.records
-    assert record.getMessage() == f"after_rollback hook {fail!r} failed; the rollback itself is done"
+    assert record.getMessage() == f"after_rollback hook {fail.__qualname__} failed; the rollback itself is done"
     assert record.exc_info[0] is ValueError
 
 
@@ -467,3 +467,17 @@ async def test_a_listener_that_fails_behind_the_commit(db, code):
     assert runs[0].status is Status.COMMITTED
     assert await db.rows("SELECT text FROM note") == [("once",)]
     assert manager.engine.pool.checkedout() == 0
+
+
+async def test_what_a_hook_was_bound_to_is_not_said(manager):
+    """H2: a partial's arguments and a method's object may be secret."""
+
+    async def send(_token):
+        raise asyncio.CancelledError
+
+    with pytest.raises(errors.AfterCommitError) as caught:
+        async with manager.begin() as unit:
+            unit.after_commit(functools.partial(send, "secret"))
+    (failure,) = caught.value.exceptions
+    assert str(failure).endswith("send awaited what was cancelled; let it catch that")
+    assert "secret" not in str(failure)
