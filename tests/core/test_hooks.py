@@ -27,6 +27,8 @@ from sqla_uow import (
 from tests.models import Note
 from tests.troubles import QUICK
 
+# One of each database: the driver has no part in it.
+pytestmark = pytest.mark.drivers("sqlite", "psycopg", "asyncmy")
 AT_ONCE = RetryPolicy(base=0, cap=0)
 
 

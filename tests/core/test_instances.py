@@ -9,6 +9,8 @@ from tests.models import Account, Note
 from tests.troubles import BusyAtCommit, ChangedSinceRead, LockWaitTimeout
 
 AFTER_WRITES = {"postgresql": ChangedSinceRead, "mysql": LockWaitTimeout, "sqlite": BusyAtCommit}
+# One of each database: the driver has no part in it.
+pytestmark = pytest.mark.drivers("sqlite", "psycopg", "asyncmy")
 AT_ONCE = RetryPolicy(base=0, cap=0)
 REMEDY = "make or load the object inside the function, so that each attempt has its own"
 
