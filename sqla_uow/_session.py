@@ -7,6 +7,7 @@ connections, so they cost nobody else anything; only ``handle_error`` has to be 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,16 @@ class UnitSession(Session):
 
     transaction_of_unit: Transaction | None = None
 
-    def get_bind(self, *_args: Any, **_kwargs: Any) -> Engine | Connection:
+    def get_bind(self, *args: Any, bind: Engine | Connection | None = None, **kwargs: Any) -> Engine | Connection:
         """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""
         transaction = self.transaction_of_unit
         if transaction is None:
-            return super().get_bind()
+            return super().get_bind(*args, bind=bind, **kwargs)
+        if bind is not None and bind is not self.bind and bind is not transaction.engine:
+            raise PropagationError(
+                f"a statement in {transaction.name} was sent to another bind, but a unit is one transaction on one engine; "
+                "begin a unit of the other engine's manager"
+            )
         transaction.check_usable()
         if transaction.engine is None:
             assert isinstance(self.bind, UnitEngine)
@@ -277,6 +283,8 @@ def _before_cursor_execute(
     unit = connection.unit
     writes = _writes(context)
     unit.before_statement(writes=writes)
+    if _ENDS.match(statement) is not None and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
+        unit.refuse_control(statement.split(maxsplit=1)[0].upper())
     if unit.pending_savepoint is not None:
         unit.pending_savepoint = statement.rpartition(" ")[2]
     elif not unit.wrote and (writes or not _reads(context, statement)):
@@ -284,6 +292,13 @@ def _before_cursor_execute(
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
+
+
+# SQLite's BEGIN is ours, or the user's own recipe; MariaDB's commits what is open, but for its BEGIN NOT ATOMIC blocks.
+_ENDS = re.compile(
+    r"\s*(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
+    re.IGNORECASE,
+)
 
 
 def _writes(context: Any) -> bool:

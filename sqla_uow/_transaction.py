@@ -6,7 +6,7 @@ Synchronous throughout: `_session` calls in from inside SQLAlchemy, `_ending` fi
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import inspect
 
@@ -275,6 +275,16 @@ class Transaction:
         if self.read_only and writes:
             raise ReadOnlyError(self.read_only_message("an INSERT, UPDATE or DELETE was sent"))
         self.owner.in_flight = self.owner.last
+
+    def refuse_control(self, word: str) -> NoReturn:
+        """Refuse SQL that would end the transaction behind SQLAlchemy's back, and ours."""
+        self.owner.leave()
+        error = PropagationError(
+            f"{word} was sent as SQL inside {self.name}, which begins and ends its transaction itself; leave it to the unit, "
+            "call doom() to roll back, or use propagation='nested' for a part"
+        )
+        self.damage.add(error, hard=True)
+        raise error
 
     def after_statement(self) -> None:
         if self.pending_savepoint:

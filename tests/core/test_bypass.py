@@ -61,3 +61,36 @@ async def test_a_swallowed_error_while_rows_are_fetched_dooms(db):
     assert caught.value.__cause__ is failed.value
     assert unit.status is Status.ROLLED_BACK
     assert await db.rows("SELECT * FROM account") == []
+
+
+@pytest.mark.parametrize("sql", ["COMMIT", " rollback", "START TRANSACTION", "End"])
+async def test_ending_the_transaction_as_sql_is_refused(db, sql):
+    """D3: the server would end it without a word to SQLAlchemy, and the unit would report a commit."""
+    manager = UnitOfWorkManager(db.engine())
+    with pytest.raises(errors.PropagationError, match=r"was sent as SQL inside begin\(\), which begins and ends"):
+        async with manager.begin() as unit:
+            await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (1, 0)"))
+            await unit.session.execute(text(sql))
+    assert unit.status is Status.ROLLED_BACK
+    assert await db.rows("SELECT * FROM account") == []
+
+
+async def test_rolling_back_to_a_savepoint_as_sql_is_not(db):
+    """A savepoint of one's own is no end of the transaction."""
+    manager = UnitOfWorkManager(db.engine())
+    async with manager.begin() as unit:
+        await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (1, 0)"))
+        await unit.session.execute(text("SAVEPOINT mine"))
+        await unit.session.execute(text("INSERT INTO account (id, balance) VALUES (2, 0)"))
+        await unit.session.execute(text("ROLLBACK TO SAVEPOINT mine"))
+    assert await db.rows("SELECT id FROM account") == [(1,)]
+
+
+@pytest.mark.drivers("sqlite")
+async def test_another_bind_is_refused(db):
+    """S8: a statement that is meant for another database does not run in this one."""
+    manager, other = UnitOfWorkManager(db.engine()), db.engine()
+    async with manager.begin() as unit:
+        with pytest.raises(errors.PropagationError, match="was sent to another bind"):
+            await unit.session.execute(text("SELECT 1"), bind_arguments={"bind": other.sync_engine})
+        assert await unit.session.scalar(text("SELECT 1")) == 1
