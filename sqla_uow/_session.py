@@ -341,6 +341,10 @@ def _handle_error(context: ExceptionContext) -> None:
     # With a statement that was not sent it is one of a column type or of another listener.
     if isinstance(error, OSError) and not isinstance(error, TimeoutError) and (sent or context.statement is None):
         context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
+    if context.statement is None and not fetching and unit.phase in (Phase.ACTIVE, Phase.ENDING):
+        # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend it on as it is.
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
     unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)

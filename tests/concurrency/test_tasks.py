@@ -251,6 +251,31 @@ async def test_the_wait_for_a_sibling_is_bounded(db, monkeypatch, caplog):
     await assert_pool_is_whole(manager)
 
 
+@pytest.mark.drivers("asyncpg", "asyncmy", "aiomysql")  # psycopg complains of the cursor that the sibling leaves behind
+async def test_the_end_under_a_siblings_stream(db):
+    """S3: rows that another task is fetching are no statement that could be waited for; the pool stays whole all the same."""
+    manager, rows = pool_of_three(db), []
+    statement = {
+        "postgresql": "SELECT n, pg_sleep(0.01) FROM generate_series(1, 200) n",
+        "mysql": "SELECT seq, sleep(0.01) FROM seq_1_to_40",
+    }[db.family]
+
+    async def fetch(session):
+        async for one in await session.stream(text(statement), execution_options={"yield_per": 5}):
+            rows.append(one)  # noqa: PERF401  # seen while they come
+
+    with pytest.raises(ValueError, match=r"^mine$"):
+        async with manager.begin() as unit:
+            await unit.session.execute(row(1))
+            sibling = asyncio.create_task(fetch(unit.session))
+            await until(lambda: len(rows) > 6)
+            raise ValueError("mine")
+    async with asyncio.timeout(5):
+        await asyncio.wait([sibling])
+    assert await db.rows("SELECT id FROM account") == []
+    await assert_pool_is_whole(manager)
+
+
 async def test_a_connection_that_comes_after_the_end_goes_back(db, monkeypatch):
     """S3: a sibling that still waits for the pool when the unit ends leaks neither connection nor turn."""
     monkeypatch.setattr(_ending, "IDLE_SECONDS", 0.02)
