@@ -69,13 +69,17 @@ def settle(connection: Connection, cursor: Any) -> None:
 def cut(connection: Connection | None) -> bool:
     """Break the link of a connection that will be discarded while an operation waits on it, and say whether that was done.
 
-    Only for psycopg: closed under an operation, its C code reads freed memory when that wakes up (SIGSEGV with 3.3.9), and
-    a cancelled one may wait for ever.  With its socket shut down the operation fails by itself.  The others may be closed.
+    The operation then fails by itself.  asyncpg would first wait for an answer, and be left unclosed by who does not wait;
+    psycopg must not be closed under an operation: its C code reads freed memory when that wakes up (SIGSEGV with 3.3.9).
+    The other drivers may be closed.
     """
-    if connection is None or connection.dialect.driver != "psycopg" or connection.closed or connection.invalidated:
+    if connection is None or connection.closed or connection.invalidated:
         return False
     raw: Any = connection.connection.driver_connection
-    if raw.closed:
+    if connection.dialect.driver == "asyncpg":
+        raw.terminate()
+        return True
+    if connection.dialect.driver != "psycopg" or raw.closed:
         return False
     with socket.socket(fileno=os.dup(raw.fileno())) as link, contextlib.suppress(OSError):  # gone already
         link.shutdown(socket.SHUT_RDWR)
@@ -94,22 +98,23 @@ async def _psycopg(raw: Any, connection: Connection, _cursor: Any) -> None:
 
 
 async def _aiosqlite(raw: Any, _connection: Connection, cursor: Any) -> None:
-    undo = asyncio.ensure_future(_roll_back_sqlite(raw, cursor))
+    over = asyncio.ensure_future(_end_of_statement(raw, cursor))
     # Interrupt what is still running, and nothing else: SQLite goes on interrupting, ROLLBACK too, until every SELECT that
-    # has begun is reset, and SQLAlchemy 2.0 gives us no way to its cursor.
-    while not (await asyncio.wait({undo}, timeout=INTERRUPT_SECONDS))[0]:
+    # has begun is reset, and SQLAlchemy 2.0 gives us no way to its cursor.  A ROLLBACK that fails leaves the lock behind.
+    while not (await asyncio.wait({over}, timeout=INTERRUPT_SECONDS))[0]:
         await raw.interrupt()
     try:
-        await undo
+        await over
+        await raw.rollback()
     finally:
         await raw.close()  # here, where nothing cancels it: aiosqlite cannot finish a close that was cut off
 
 
-async def _roll_back_sqlite(raw: Any, cursor: Any) -> None:
-    """Wait in the driver's queue for the statement to end, and free the write lock."""
+async def _end_of_statement(raw: Any, cursor: Any) -> None:
+    """Wait in the driver's queue, with what runs nothing, for the statement to end."""
     if cursor is not None:
         await greenlet_spawn(cursor.close)
-    await raw.rollback()
+    await raw.execute("")
 
 
 async def _mysql(raw: Any, connection: Connection, _cursor: Any) -> None:
