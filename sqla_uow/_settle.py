@@ -38,7 +38,10 @@ def remember(connection: Connection) -> None:
     """Keep what a cancel request needs: psycopg 3.3 forgets it when it is interrupted again, as anyio does."""
     if connection.dialect.driver == "psycopg" and _CANCEL not in connection.info:
         raw: Any = connection.connection.driver_connection
-        connection.info[_CANCEL] = raw.pgconn.get_cancel()
+        try:
+            connection.info[_CANCEL] = raw.pgconn.cancel_conn()
+        except raw.NotSupportedError:  # libpq before 17; its way to cancel would block the loop
+            connection.info[_CANCEL] = None
 
 
 def settle(connection: Connection, cursor: Any) -> None:
@@ -91,10 +94,14 @@ async def _asyncpg(raw: Any, _connection: Connection, _cursor: Any) -> None:
 
 
 async def _psycopg(raw: Any, connection: Connection, _cursor: Any) -> None:
-    if raw.closed:
-        await asyncio.to_thread(connection.info[_CANCEL].cancel)
-    else:
+    request = connection.info[_CANCEL]
+    if not raw.closed:
         await raw.cancel_safe(timeout=SETTLE_SECONDS / 2)
+    elif request is not None:
+        from psycopg import generators, waiting  # noqa: PLC0415  # loaded, as this is its connection
+
+        request.start()
+        await waiting.wait_conn_async(generators.cancel(request), interval=0.1)
 
 
 async def _aiosqlite(raw: Any, _connection: Connection, cursor: Any) -> None:
