@@ -144,19 +144,24 @@ async def locked(db, password):
         await db.run("SELECT pg_reload_conf()")
         url = guest.set(password=password)
         async with asyncio.timeout(10):
-            while await lets_in(url):  # noqa: ASYNC110  # the server tells nobody
+            while await lets_in(url, refusals(db.driver)):  # noqa: ASYNC110  # the server tells nobody
                 await asyncio.sleep(0.01)
         yield url
         rules.write_text(before)
 
 
-async def lets_in(url):
+def refusals(driver):
+    """Return what a refused login raises: SQLAlchemy 2.0 hands asyncpg's errors at connect on as they are."""
+    return (DBAPIError, pytest.importorskip("asyncpg").PostgresError) if driver == "asyncpg" else (DBAPIError,)
+
+
+async def lets_in(url, refused):
     """Say whether a user can log in."""
     engine = create_async_engine(url)
     try:
         async with engine.connect():
             return True
-    except DBAPIError:
+    except refused:
         return False
     finally:
         await engine.dispose()
@@ -166,9 +171,7 @@ async def fails_with(db, url, caplog):
     """Run a function that cannot connect, with two retries; return its error, its runs, and all that was said."""
     caplog.set_level(logging.DEBUG)
     runs = []
-    raised = (errors.ConflictError, DBAPIError)
-    if db.driver == "asyncpg":  # SQLAlchemy 2.0 hands its errors at connect on as they are
-        raised += (pytest.importorskip("asyncpg").PostgresError,)
+    raised = (errors.ConflictError, *refusals(db.driver))
     with UnitOfWorkManager(db.engine(url=url)).activate(), pytest.raises(raised) as caught:
         await writer(runs, retries=2, retry=doing(lambda: None))()
     said = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + caplog.text
