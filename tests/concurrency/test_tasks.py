@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from sqlalchemy import insert as insert_into
-from sqlalchemy import text
+from sqlalchemy import literal_column, select, text
 
 from sqla_uow import Status, UnitOfWorkManager, _ending, current_session, current_unit, errors, transactional
 from sqla_uow._tasks import Frame, Place
@@ -204,7 +204,9 @@ async def test_the_end_waits_for_a_siblings_flush(db, caplog):
     with pytest.raises(ValueError, match=r"^mine$"):
         async with manager.begin() as unit:
             await unit.session.execute(row(3))
-            unit.session.add_all([Account(id=1), Account(id=3), Account(id=2, notes=[])])
+            # psycopg runs a short flush through in one turn of the loop, where nobody can meet it in flight
+            slowly = select(literal_column("1")).select_from(slow(db, 0.05).columns().subquery()).scalar_subquery()
+            unit.session.add_all([Account(id=1, balance=slowly), Account(id=3), Account(id=2, notes=[])])
             sibling = asyncio.create_task(unit.session.flush())
             assert await in_flight(unit) is sibling
             raise ValueError("mine")
