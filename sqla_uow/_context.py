@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from sqla_uow._ending import roll_back
 from sqla_uow._hooks import Hook, being_run
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import InstanceState
+    from sqlalchemy.orm import InstanceState, Session
 
     from sqla_uow._manager import UnitOfWorkManager
 
@@ -152,10 +151,9 @@ class Scope:
             if transaction.damage.mark is not None:
                 await self.end_reading()
                 return
-            transaction.end_here(Phase.COMMITTING)
+            transaction.seal(Phase.COMMITTING)
             try:
-                # COMMIT, not ROLLBACK: a rollback expires the objects, and reading them would need the connection.
-                await session.run_sync(Session.commit)
+                await session.run_sync(_commit_reading, transaction)
             except BaseException as error:
                 await self.end_reading()
                 if not isinstance(error, SQLAlchemyError):
@@ -182,6 +180,12 @@ class Scope:
         ended = await roll_back(reader, None)
         if ended.error is not None:  # cancelled meanwhile
             raise ended.error
+
+
+def _commit_reading(session: Session, transaction: Transaction) -> None:
+    """Commit, not roll back: a rollback expires the objects, and reading them would need the connection."""
+    transaction.end_here(Phase.COMMITTING)
+    session.commit()
 
 
 class ScopePlace(ManagerPlace):

@@ -67,7 +67,7 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
         await session.flush()
     transaction.owner.check()
     # In the same step of the loop: from here on another task's statement would run under COMMIT.
-    transaction.end_here(Phase.COMMITTING)
+    transaction.seal(Phase.COMMITTING)
 
 
 async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
@@ -249,7 +249,7 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
         failure: what the database said at COMMIT.
     """
     transaction, session = unit._transaction, unit._session
-    transaction.end_here(Phase.ENDING)  # before the wait, or a sibling would send its next statement
+    transaction.seal(Phase.ENDING)  # before the wait, or a sibling would send its next statement
     _remember(unit)
     cancelled: asyncio.CancelledError | None = None
     if session is None or (transaction.connection is None and transaction.owner.busy() is None):

@@ -145,7 +145,7 @@ class UnitSession(Session):
     def rollback(self) -> None:
         """Roll back; the unit is doomed by it, and not under another task's statement."""
         transaction = self.transaction_of_unit
-        if transaction is None or transaction.is_ending_here() or transaction.is_over():
+        if transaction is None or transaction.is_ending_here() or transaction.phase.is_over:
             super().rollback()
             return
         before = transaction.hold_for_rollback()

