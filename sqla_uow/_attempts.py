@@ -8,8 +8,9 @@ import sys
 from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm.exc import StaleDataError
 from typing_extensions import TypeVar
 
 from sqla_uow._classify import Failure, Kind, chain, classify
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from sqla_uow._options import Options
     from sqla_uow._transaction import Transaction
     from sqla_uow._verify import Witness
+    from sqla_uow._versions import Versions
 
 __all__ = ["Attempt", "Attempts", "LoopedAttempts"]
 
@@ -299,10 +301,38 @@ class Attempt(Generic[S]):
         if attempts.deadline is not None and _is_timeout(error) and attempts.policy.clock() >= attempts.deadline:
             raise self._timed_out(error)
         failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
+        if unit._transaction.versions is not None and unit._transaction.versions.expectations:
+            await self._check_expectations(unit._transaction.versions, failure, error)
         if failure is None:
             return False
         await attempts.go_on(failure, error, frame)
         return True
+
+    async def _check_expectations(self, versions: Versions, failure: Failure | None, error: Exception) -> None:
+        """Raise where a client's version is stale: running the body again cannot make it fresh.
+
+        Under snapshot isolation the database reports the same race as a conflict (40001; MariaDB 1020), so then the
+        versions are read afresh.
+        """
+        attempts = self._attempts
+        if isinstance(error, StaleVersionError):
+            error.attempts, error.elapsed = attempts.attempt, attempts.elapsed
+            raise error
+        surely = any(isinstance(link, StaleDataError) for link in chain(error))
+        if not surely and (failure is None or failure.kind not in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)):
+            return
+        stale: StaleVersionError | None = None
+        try:
+            stale = await versions.find_stale(attempts.manager.engine)
+        except (SQLAlchemyError, OSError) as trouble:
+            logger.warning(
+                "the expected versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__
+            )
+        if stale is None and surely:
+            stale = versions.stale(attempts.options.who)
+        if stale is not None:
+            stale.attempts, stale.elapsed = attempts.attempt, attempts.elapsed
+            raise stale from error
 
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""

@@ -65,6 +65,8 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
     session = unit._session
     if session is not None and has_changes(session.sync_session):
         await session.flush()
+    if session is not None and transaction.versions is not None and not transaction.read_only:
+        await session.run_sync(transaction.versions.check_unwritten)
     transaction.owner.check()
     # In the same step of the loop: from here on another task's statement would run under COMMIT.
     transaction.seal(Phase.COMMITTING)

@@ -129,6 +129,8 @@ class UnitSession(Session):
             raise
         finally:
             transaction.owner.let_go(before)
+        if transaction.versions is not None:
+            transaction.versions.flushed()
 
     def _refuse_changes(self, transaction: Transaction) -> None:
         changed = changed_object(self)

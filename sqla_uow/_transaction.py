@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, Session
 
     from sqla_uow._database import Database
+    from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
 __all__ = ["Phase", "Transaction", "describe"]
@@ -102,6 +103,7 @@ class Transaction:
         "rolling_back_to_savepoint",
         "scope_read",
         "tainted",
+        "versions",
         "wrote",
     )
 
@@ -141,6 +143,7 @@ class Transaction:
         self.wrote: bool = False
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint = False
+        self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
 
     # -- may SQL be sent?

@@ -112,7 +112,35 @@ class ConflictError(UnitOfWorkError):
 
 
 class StaleVersionError(ConflictError, StaleDataError):
-    """The row changed, or vanished, since it was read; the version column says so."""
+    """The row changed, or vanished, since it was read; the version column says so.
+
+    Where a version was expected of the object (`sqla_uow.mixins.expect_version`) it is never retried and names the object.
+
+    Attributes:
+        model: the object's class; None where several rows were written and the database does not say which was stale.
+        key: its primary key, a tuple.
+        expected: the version that the client had seen.
+        found: the version of the row, None where it is gone.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        model: type[Any] | None = None,
+        key: tuple[Any, ...] | None = None,
+        expected: Any = None,
+        found: Any = None,
+        attempts: int = 1,
+        elapsed: float = 0.0,
+        reason: str = "stale version",
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, attempts=attempts, elapsed=elapsed, reason=reason, code=code)
+        self.model = model
+        self.key = key
+        self.expected = expected
+        self.found = found
 
 
 class TransactionTimeoutError(UnitOfWorkError, TimeoutError):

@@ -1,0 +1,30 @@
+"""Version columns that nothing in the ORM bypasses.
+
+::
+
+    class Order(Versioned, Base): ...
+
+    @transactional
+    async def rename(order_id: int, name: str, seen: int) -> None:
+        order = await get_versioned(current_session(), Order, order_id, version=seen)
+        order.name = name
+
+* `Versioned`, `VersionedByUUID`, `VersionedByTimestamp` and `VersionedByXmin` are mixins for models.
+* `expect_version` and `get_versioned` hold a unit to the version that a client has seen.
+* `touch` counts a change that is in none of the object's columns.
+"""
+
+from sqla_uow._expecting import expect_version, get_versioned, touch
+from sqla_uow._version_mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin
+from sqla_uow.errors import StaleVersionError
+
+__all__ = [
+    "StaleVersionError",
+    "Versioned",
+    "VersionedByTimestamp",
+    "VersionedByUUID",
+    "VersionedByXmin",
+    "expect_version",
+    "get_versioned",
+    "touch",
+]

@@ -1,0 +1,192 @@
+"""Versioned models in every way that SQLAlchemy has of mapping one."""
+
+from __future__ import annotations
+
+from datetime import datetime  # noqa: TC003  # SQLAlchemy reads the annotations
+from typing import Annotated
+from uuid import UUID  # noqa: TC003  # likewise
+
+from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    MappedAsDataclass,
+    mapped_column,
+    registry,
+    relationship,
+)
+
+from sqla_uow.mixins import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Plain(Versioned, Base):
+    __tablename__ = "plain"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    other: Mapped[int] = mapped_column(default=0)
+
+
+class ByUUID(VersionedByUUID, Base):
+    __tablename__ = "by_uuid"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+class ByTimestamp(VersionedByTimestamp, Base):
+    __tablename__ = "by_timestamp"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+class XminBase(DeclarativeBase):
+    """Apart: other databases than PostgreSQL cannot create its tables."""
+
+
+class ByXmin(VersionedByXmin, XminBase):
+    __tablename__ = "by_xmin"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+class Abstract(Versioned, Base):
+    __abstract__ = True
+
+
+class OfAbstract(Abstract):
+    __tablename__ = "of_abstract"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+class Single(Versioned, Base):
+    __tablename__ = "single"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(10))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent"}  # noqa: RUF012
+
+
+class SingleChild(Single):
+    value: Mapped[int | None] = mapped_column(default=0)
+    __mapper_args__ = {"polymorphic_identity": "child"}  # noqa: RUF012
+
+
+class Joined(Versioned, Base):
+    __tablename__ = "joined"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(10))
+    name: Mapped[str] = mapped_column(String(10), default="")
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent"}  # noqa: RUF012
+
+
+class JoinedChild(Joined):
+    """Its version stands in the parent's table; an UPDATE of its own table alone must count there."""
+
+    __tablename__ = "joined_child"
+    id: Mapped[int] = mapped_column(ForeignKey("joined.id"), primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    __mapper_args__ = {"polymorphic_identity": "child"}  # noqa: RUF012
+
+
+class OwnArguments(Versioned, Base):
+    """A naive mixin's check is lost here."""
+
+    __tablename__ = "own_arguments"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012
+
+
+class DataclassBase(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+class Dataclass(Versioned, DataclassBase):
+    __tablename__ = "dataclass"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+counter = Annotated[int, mapped_column(BigInteger)]
+
+
+class OfAnnotated(Versioned, Base):
+    __tablename__ = "of_annotated"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    version: Mapped[counter]
+
+
+class OtherColumn(Versioned, Base):
+    __tablename__ = "other_column"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    version: Mapped[int] = mapped_column("lock_version")
+
+
+class OtherAttribute(Versioned, Base):
+    __tablename__ = "other_attribute"
+    __version_attr__ = "rev"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+class OtherAttributeDeclared(VersionedByUUID, Base):
+    __tablename__ = "other_attribute_declared"
+    __version_attr__ = "rev"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    rev: Mapped[UUID]
+
+
+class Composite(Versioned, Base):
+    __tablename__ = "composite"
+    left: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    right: Mapped[str] = mapped_column(String(10), primary_key=True)
+    value: Mapped[int] = mapped_column(default=0)
+
+
+class PostUpdate(Versioned, Base):
+    """Two rows that may point at each other; SQLAlchemy writes the pointer in a second UPDATE."""
+
+    __tablename__ = "post_update"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    favourite_id: Mapped[int | None] = mapped_column(ForeignKey("post_update.id"))
+    favourite: Mapped[PostUpdate | None] = relationship(remote_side="PostUpdate.id", post_update=True)
+
+
+imperative = Table(
+    "imperative",
+    Base.metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("value", Integer, nullable=False),
+    Column("version", Integer),
+)
+
+
+class Imperative(Versioned):
+    def __init__(self, *, id: int, value: int = 0):  # noqa: A002  # the attribute's name
+        self.id = id
+        self.value = value
+
+
+registry(metadata=Base.metadata).map_imperatively(Imperative, imperative)
+
+
+class Stamp(Versioned, Base):
+    """A type of the model's own, and one column that it did not think of."""
+
+    __tablename__ = "stamp"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[int] = mapped_column(default=0)
+    at: Mapped[datetime | None]
+
+
+MATRIX = (
+    Plain, ByUUID, ByTimestamp, OfAbstract, SingleChild, JoinedChild, OwnArguments, Dataclass, OfAnnotated, OtherColumn,
+    OtherAttribute, OtherAttributeDeclared, PostUpdate, Imperative,
+)  # fmt: skip
