@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, Generic
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -51,8 +51,8 @@ class Attempts(Generic[S]):
     """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
 
     __slots__ = (
-        "_more", "attempt", "deadline", "enclosing",
-        "manager", "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout",
+        "attempt", "deadline", "enclosing",
+        "manager", "more", "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout",
     )  # fmt: skip
 
     def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
@@ -70,7 +70,7 @@ class Attempts(Generic[S]):
         # Only an outermost call ends the scope's reading; around an inner one the outer unit still guards its objects.
         self.reading = None if inside else self.scope
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
-        self._more = True
+        self.more = True
 
     def __aiter__(self) -> Attempts[S]:
         return self
@@ -79,13 +79,13 @@ class Attempts(Generic[S]):
         return self._next()
 
     async def _next(self) -> Attempt[S]:
-        if not self._more:
+        if not self.more:
             raise StopAsyncIteration
         return self.next()
 
     def next(self) -> Attempt[S]:
         """Return the next attempt; the caller knows that there is one."""
-        self._more = False
+        self.more = False
         self.attempt += 1
         return Attempt(self)
 
@@ -114,7 +114,7 @@ class Attempts(Generic[S]):
             self.options.who, self.attempt, self.retries + 1, _of(failure), wait * 1000,
         )  # fmt: skip
         await self.policy.sleep(wait)
-        self._more = True
+        self.more = True
 
     def remember(self, transaction: Transaction, session: Session) -> None:
         """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
@@ -204,12 +204,10 @@ class Attempt(Generic[S]):
             tainted=attempts.tainted,
             enclosing=attempts.enclosing,
         )
-        if attempts.attempt <= attempts.retries:
-            transaction.attached = WeakSet()
+        is_last = attempts.attempt > attempts.retries
+        if not is_last:
             transaction.on_rollback = attempts.remember
-        unit = self.unit = UnitOfWork(
-            transaction, attempt=attempts.attempt, is_last_attempt=attempts.attempt > attempts.retries
-        )
+        unit = self.unit = UnitOfWork(transaction, attempt=attempts.attempt, is_last_attempt=is_last)
         self._witness = manager._witness(transaction)
         self._place = UnitPlace(manager, unit)
         push(self._place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -84,8 +84,8 @@ class UnitPlace(ManagerPlace):
         return None if self.closed else self._unit
 
     def unit(self) -> UnitOfWork[Any]:
-        unit = self.open_unit()
-        if unit is None:
+        unit = self._unit
+        if unit is None or self.closed:
             raise NoUnitError(
                 "the unit of work that was open here has ended; in a task that outlives it, or a background task, "
                 "call a @transactional function, which opens its own"
@@ -237,10 +237,10 @@ class ScopeContext:
 
 def _place(using: str | UnitOfWorkManager[Any]) -> ManagerPlace | None:
     """Return the innermost place of a manager."""
+    place: Any  # only ManagerPlaces are pushed; to assert it at each call would cost as much as finding the first
     for place in current_places():
-        assert isinstance(place, ManagerPlace)
         if place.name == using or place.manager is using:
-            return place
+            return cast("ManagerPlace", place)
     return None
 
 

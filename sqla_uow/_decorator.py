@@ -140,10 +140,12 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
         if unit is not None:
             async with join(unit, options):
                 return await function(*args, **kwargs)
+        attempts = Attempts(manager, options)
         result: Any = None
-        async for attempt in Attempts(manager, options):
-            async with attempt:
+        while True:
+            async with attempts.next():
                 result = await function(*args, **kwargs)
-        return result
+            if not attempts.more:  # else the attempt has swallowed its failure
+                return result
 
     return transactional_call

@@ -7,6 +7,8 @@ connections, so they cost nobody else anything; only ``handle_error`` has to be 
 from __future__ import annotations
 
 import asyncio
+import enum
+import functools
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from sqlalchemy.engine import ExceptionContext, ExecutionContext
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import InstanceState
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
@@ -64,11 +66,9 @@ class UnitEngine(OptionEngine):
             transaction.before_connect()
             _take_turn(transaction)
             connection = UnitConnection(self, transaction)
-            try:
-                transaction.check_usable()  # it may have ended meanwhile
-            except UnitOfWorkError:
+            if not transaction.phase.is_open:  # it has ended meanwhile
                 connection.close()
-                raise
+                transaction.check_usable()
         except BaseException as error:
             transaction.connect_failed(error)
             raise
@@ -77,7 +77,7 @@ class UnitEngine(OptionEngine):
 
 
 def _take_turn(transaction: Transaction) -> None:
-    turns = transaction.database.turns()
+    turns = transaction.database.turns() if transaction.database.family == "sqlite" else None
     if turns is not None and (turns.everyone or not transaction.read_only):
         await_only(turns.take(transaction, transaction.enclosing))
 
@@ -97,7 +97,10 @@ class UnitSession(Session):
                 f"a statement in {transaction.name} was sent to another bind, but a unit is one transaction on one engine; "
                 "begin a unit of the other engine's manager"
             )
-        transaction.check_usable()
+        # Whose turn it is, the connection asks again just before it sends; what SQLAlchemy does until then harms nobody
+        # once the unit has its connection and nothing is in flight on it.
+        if not transaction.is_calm():
+            transaction.check_usable()
         if transaction.engine is None:
             assert isinstance(self.bind, UnitEngine)
             transaction.engine = self.bind.of(transaction)
@@ -232,8 +235,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     unit = session.transaction_of_unit
     if unit is None or transaction.nested or unit.connection is connection:
         return
-    asked = connection.get_execution_options().get("isolation_level")
-    unit.begun(connection, foreign=asked if asked != unit.begun_at() else None)
+    unit.begun(connection)
     remember(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
     opening(connection, unit.database.family, unit.isolation, read_only=unit.read_only, seconds=seconds)
@@ -279,18 +281,23 @@ def _before_cursor_execute(
     _cursor: Any,
     statement: str,
     parameters: Any,
-    context: ExecutionContext | None,
+    context: Any,
     many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> tuple[str, Any]:
     unit = connection.unit
-    writes = _writes(context)
+    # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
+    writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
     unit.before_statement(writes=writes)
-    if _ENDS.match(statement) is not None and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
-        unit.refuse_control(statement.split(maxsplit=1)[0].upper())
-    if unit.pending_savepoint is not None:
-        unit.pending_savepoint = statement.rpartition(" ")[2]
-    elif not unit.wrote and (writes or not _reads(context, statement)):
+    if writes:
         unit.wrote = True
+    else:
+        does = _does(statement.lstrip()[:_OPENING])
+        if does is _CONTROL and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
+            unit.refuse_control(statement.split(maxsplit=1)[0].upper())
+        if unit.pending_savepoint is not None:
+            unit.pending_savepoint = statement.rpartition(" ")[2]
+        elif does is _SOMETHING and not unit.wrote and not _selects(context):
+            unit.wrote = True
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
@@ -298,24 +305,38 @@ def _before_cursor_execute(
 
 # SQLite's BEGIN is ours, or the user's own recipe; MariaDB's commits what is open, but for its BEGIN NOT ATOMIC blocks.
 _ENDS = re.compile(
-    r"\s*(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
+    r"(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
     re.IGNORECASE,
 )
 
 
-def _writes(context: Any) -> bool:
-    # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
-    return context is not None and bool(context.isinsert or context.isupdate or context.isdelete)
-
-
 _READING = ("SELECT", "BEGIN", "PRAGMA", "SET TRANS", "SHOW", "SAVEPOINT", "RELEASE", "ROLLBACK")
+_OPENING = 64  # characters: as much as the longest of the above needs, and little enough to be remembered
 
 
-def _reads(context: ExecutionContext | None, statement: str) -> bool:
-    """Say whether a statement that is no ORM or Core DML only reads, as far as one can tell without the database."""
-    if context is not None and context.compiled is not None and getattr(context.compiled.statement, "is_select", False):
-        return True
-    return statement.lstrip()[:9].upper().startswith(_READING)
+class _Does(enum.Enum):
+    """What the opening of a statement says that it does."""
+
+    CONTROL = "ends the transaction, or begins another"
+    READING = "reads"
+    SOMETHING = "writes, or cannot be told"
+
+
+_CONTROL, _SOMETHING = _Does.CONTROL, _Does.SOMETHING  # looking a member up by its name runs Python code on 3.11
+
+
+@functools.lru_cache(maxsize=512)
+def _does(opening: str) -> _Does:
+    if _ENDS.match(opening) is not None:
+        return _Does.CONTROL
+    return _Does.READING if opening[:9].upper().startswith(_READING) else _Does.SOMETHING
+
+
+def _selects(context: Any) -> bool:
+    """Say whether SQLAlchemy knows the statement as a SELECT; one that begins with WITH, say."""
+    return (
+        context is not None and context.compiled is not None and getattr(context.compiled.statement, "is_select", False)
+    )
 
 
 def _after_cursor_execute(

@@ -198,7 +198,10 @@ class Owner:
         Raises:
             TaskBoundaryError: another live task uses it, or this is a thread; the unit is doomed.
         """
-        task = running_task()
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # a thread without an event loop
+            return self._admit()
         if task is not None and task is self.last and (self.in_flight is None or self.in_flight is task):
             return task  # who holds is the last one, too
         return self._admit()

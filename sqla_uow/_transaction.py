@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
 
 from greenlet import getcurrent
 from sqlalchemy import inspect
@@ -29,7 +30,7 @@ from sqla_uow.errors import (
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterable
-    from weakref import WeakKeyDictionary, WeakSet
+    from weakref import WeakKeyDictionary
 
     from greenlet import greenlet
     from sqlalchemy.engine import Connection, Engine
@@ -58,6 +59,7 @@ class Phase(enum.Enum):
         # Attributes, because they are asked several times a statement: hashing a member runs Python code, and so does
         # looking one up by its name on Python 3.11.
         self.is_open: bool = stage == "open"
+        self.is_active: bool = label == "active"
         self.is_ending: bool = stage == "ending"
         self.is_over: bool = stage == "over"
 
@@ -147,6 +149,10 @@ class Transaction:
         self._required: tuple[str, IsolationLevel] | None = None
 
     # -- may SQL be sent?
+
+    def is_calm(self) -> bool:
+        """Say whether it is in the middle of its life, sound, and nothing is in flight: what most statements meet."""
+        return self.phase.is_active and self.damage.mark is None and self.owner.in_flight is None
 
     def check_usable(self) -> None:
         """Let the running task send SQL, or raise why not."""
@@ -250,19 +256,19 @@ class Transaction:
         if turns is not None:
             turns.give_back(self)
 
-    def begun_at(self) -> str | None:
-        """Return the isolation level that the unit's engine sets, None where the database's default stands."""
-        level: str | None = self.engine.get_execution_options().get("isolation_level") if self.engine else None
-        return level
+    def _foreign_level(self, connection: Connection) -> str | None:
+        """Return a level that the body asked SQLAlchemy for behind the unit's back; AUTOCOMMIT would undo the unit."""
+        ours = self.engine.get_execution_options() if self.engine else {}
+        theirs = connection.get_execution_options()
+        if theirs is ours:
+            return None
+        asked: str | None = theirs.get("isolation_level")
+        return None if asked == ours.get("isolation_level") else asked
 
-    def begun(self, connection: Connection, *, foreign: str | None = None) -> None:
-        """Take note of the transaction's connection, before anything is sent on it.
-
-        Args:
-            connection: the one that was checked out for it.
-            foreign: a level that the body asked SQLAlchemy for behind the unit's back; AUTOCOMMIT would undo the unit.
-        """
+    def begun(self, connection: Connection) -> None:
+        """Take note of the transaction's connection, before anything is sent on it."""
         self.connection = connection
+        foreign = self._foreign_level(connection)
         if foreign is not None:
             error = IsolationConflictError(
                 f"{self.name} was given isolation_level {foreign!r} through execution options; say isolation= where the "
@@ -270,7 +276,8 @@ class Transaction:
             )
             self.damage.add(error, hard=True)
             raise error
-        self.phase = Phase.ACTIVE if self.phase is Phase.NEW else self.phase
+        if self.phase is Phase.NEW:
+            self.phase = Phase.ACTIVE
         if self._required is not None:
             try:
                 self._check_default(*self._required)
@@ -281,12 +288,16 @@ class Transaction:
                 raise
 
     def before_statement(self, *, writes: bool) -> None:
-        if self.is_ending_here() or self.rolling_back_to_savepoint:
+        owner = self.owner
+        if self.phase.is_active and self.damage.mark is None and not self.rolling_back_to_savepoint:
+            owner.check()
+        elif (self.phase.is_ending and self.is_ending_here()) or self.rolling_back_to_savepoint:
             return
-        self.check_usable()
+        else:
+            self.check_usable()
         if self.read_only and writes:
             raise ReadOnlyError(self.read_only_message("an INSERT, UPDATE or DELETE was sent"))
-        self.owner.in_flight = self.owner.last
+        owner.in_flight = owner.last
 
     def refuse_control(self, word: str) -> NoReturn:
         """Refuse SQL that would end the transaction behind SQLAlchemy's back, and ours."""
@@ -303,7 +314,9 @@ class Transaction:
             self.damage.savepoint(self.pending_savepoint)
         self.pending_savepoint = None
         self.rolling_back_to_savepoint = False
-        self.owner.leave()
+        self.owner.in_flight = None
+        if self.owner.idle is not None:
+            self.owner.leave()
 
     def failed(self, error: BaseException, shown: BaseException | None, *, lost: bool, sent: bool) -> None:
         """Take note of an error that the connection reported.
@@ -371,7 +384,9 @@ class Transaction:
             raise ReadOnlyError(self._attach_message(state, "read"))
         if theirs is not None and self.scope_read:
             raise ReadOnlyError(theirs.pull_message(state))
-        if self.attached is not None:
+        if self.on_rollback is not None:
+            if self.attached is None:
+                self.attached = WeakSet()
             self.attached.add(state)
 
     def check_merge(self, state: InstanceState[Any]) -> None:
