@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_uow import Status, UnitOfWorkManager, _session
+from sqla_uow import Status, UnitOfWorkManager, _session, errors
 from sqla_uow._transaction import Transaction
 from tests.models import Account
 
@@ -233,6 +233,21 @@ async def test_no_pool_is_taken_for_an_earlier_one(db):
         del engine, engines
         gc.collect()
     pytest.fail("no id came again")
+
+
+async def test_a_listener_on_the_connection_of_one_unit(db):
+    """S8: it hears that unit and no other, and the unit's own rules hold beside it."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+    heard = []
+    with pytest.raises(errors.ReadOnlyError):
+        async with manager.begin(read_only=True) as unit:
+            connection = (await unit.session.connection()).sync_connection
+            event.listen(connection, "before_cursor_execute", lambda *args: heard.append(args[2]))
+            await unit.session.scalar(COUNT)
+            await unit.session.execute(insert(Account).values(id=1))
+    async with manager.begin() as unit:
+        await unit.session.scalar(COUNT)
+    assert [one.split()[0] for one in heard] == ["SELECT"]  # the refused INSERT was not for it either
 
 
 async def test_plain_sessions_on_the_same_engine(db):
