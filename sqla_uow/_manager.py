@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_uow._attempts import Attempt, Attempts, LoopedAttempts
+from sqla_uow._attempt import Attempt
+from sqla_uow._attempts import Attempts, LoopedAttempts
 from sqla_uow._context import ManagerPlace, ScopeContext, locate
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
