@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import inspect
@@ -10,7 +9,7 @@ from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import flag_dirty
 
 from sqla_uow._transaction import Phase, Transaction, describe
-from sqla_uow._version_mapping import VersionMixin, attribute_of, kind_of
+from sqla_uow._version_mapping import VersionMixin, attribute_of, check_type
 from sqla_uow._versions import Expectation, transaction_of, versions_of
 from sqla_uow.errors import NoUnitError, ReadOnlyError
 
@@ -43,7 +42,7 @@ def expect_version(instance: VersionMixin, version: Any, /) -> None:
     transaction, state = _unit_of(instance, "expect_version()")
     if state.key is None:
         raise ValueError(f"{describe(instance)} has no row yet, and so no version that anybody could have seen")
-    _check_type(instance, state, version)
+    check_type(state.mapper, version)
     found = state.dict.get(attribute_of(state.mapper))
     if found is not None and found != version:
         raise Expectation(instance, version).stale(found)
@@ -98,17 +97,3 @@ def _unit_of(instance: object, what: str) -> tuple[Transaction, InstanceState[An
     if transaction is None or transaction.phase is Phase.ENDED:
         raise NoUnitError(f"{describe(instance)} is in no open unit; call {what} where its session's unit is open")
     return transaction, inspect(instance)
-
-
-def _check_type(instance: VersionMixin, state: InstanceState[Any], version: Any) -> None:
-    kind = kind_of(state.mapper)
-    assert kind is not None
-    if not isinstance(version, kind.python_type) or isinstance(version, bool):
-        raise TypeError(
-            f"the version of {type(instance).__name__} is of type {kind.python_type.__name__}, but {version!r} was "
-            "expected; convert what the client sent"
-        )
-    if isinstance(version, datetime) and version.tzinfo is None:
-        raise TypeError(
-            f"the version of {type(instance).__name__} is an aware datetime, but {version!r} has no time zone; give it one"
-        )

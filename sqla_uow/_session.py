@@ -1,6 +1,6 @@
 """The session of a unit, its engine and its connection: everything that SQLAlchemy tells us comes in here.
 
-`UnitSession` overrides public methods of `Session` and two private ones.  The listeners are on the class of the units'
+`UnitSession` overrides public methods of `Session` and three private ones.  The listeners are on the class of the units'
 connections, so they cost nobody else anything; only ``handle_error`` has to be on the engine's dialect.
 """
 
@@ -11,7 +11,7 @@ import enum
 import functools
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
@@ -89,6 +89,15 @@ class UnitSession(Session):
     """The `Session` of a unit: asks the unit before it sends SQL, and leaves COMMIT and close to it."""
 
     transaction_of_unit: Transaction | None = None
+    on_dml: ClassVar[Callable[..., Any] | None] = None
+    """What `mixins` does to INSERT, UPDATE and DELETE; see `sqla_uow._bulk`."""
+
+    def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
+        # execute(), scalars() and scalar() come by here.  A do_orm_execute listener would be paid for by each SELECT.
+        run = super()._execute_internal
+        if self.on_dml is None or not getattr(statement, "is_dml", False):
+            return run(statement, params, **options)
+        return self.on_dml(self, run, statement, params, options)
 
     def get_bind(self, *args: Any, bind: Engine | Connection | None = None, **kwargs: Any) -> Engine | Connection:
         """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""

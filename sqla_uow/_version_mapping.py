@@ -6,6 +6,7 @@ because a mixin's ``__mapper_args__`` are lost where a model has its own, and no
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import ColumnDefault, DefaultClause, Table, event, inspect
@@ -17,7 +18,7 @@ from sqla_uow._version_types import INTEGER, TIMESTAMP, UUID, XMIN, Kind
 
 if TYPE_CHECKING:
     import uuid
-    from datetime import datetime
+    from collections.abc import Collection
 
     from sqlalchemy import Column
     from sqlalchemy.engine import Connection
@@ -30,6 +31,7 @@ __all__ = [
     "VersionedByUUID",
     "VersionedByXmin",
     "attribute_of",
+    "check_type",
     "kind_of",
 ]
 
@@ -121,6 +123,23 @@ def attribute_of(mapper: Mapper[Any]) -> str:
     return name
 
 
+def check_type(mapper: Mapper[Any], version: Any) -> None:
+    """Refuse what can be no version of a model: it would equal none, and look like a conflict.
+
+    Raises:
+        TypeError: another type, or a datetime without a time zone.
+    """
+    kind, model = kind_of(mapper), mapper.class_.__name__
+    assert kind is not None
+    if not isinstance(version, kind.python_type) or isinstance(version, bool):
+        raise TypeError(
+            f"the version of {model} is of type {kind.python_type.__name__}, but {version!r} was expected; convert what "
+            "the client sent"
+        )
+    if isinstance(version, datetime) and version.tzinfo is None:
+        raise TypeError(f"the version of {model} is an aware datetime, but {version!r} has no time zone; give it one")
+
+
 @event.listens_for(VersionMixin, "after_mapper_constructed", propagate=True)
 def _constructed(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
     """Make the version column the mapper's ``version_id_col``; each way in which it could not be one is an error here."""
@@ -179,27 +198,30 @@ def _check_child(mapper: Mapper[Any], inherited: Any) -> None:
 
 def _column(mapper: Mapper[Any], model: type[VersionMixin]) -> Column[Any]:
     name = model.__version_attr__
-    table = mapper.local_table
-    if not mapper.has_property(name) and isinstance(table, Table) and not _excluded(mapper, name):
-        if name not in table.c:
+    table: Any = mapper.local_table
+    can_grow = isinstance(mapper.local_table, Table)
+    if can_grow and not mapper.has_property(name) and not _excluded(mapper, name):
+        if name not in table.columns:
             table.append_column(model.__version_kind__.column(name).column)
-        mapper.add_property(name, table.c[name])
-    column = mapper.columns.get(name)
-    if column is None:
+        mapper.add_property(name, table.columns[name])
+    mapped = mapper.columns.get(name)
+    if mapped is None:
         raise TypeError(
             f"{model.__name__} has a version mixin but does not map {name!r} to a column; take it out of "
             "exclude_properties, or name the attribute in __version_attr__"
         )
-    if column.table is not table:
+    if mapped.table is not table:
         raise TypeError(
-            f"{model.__name__} maps {name!r} to a column of another table, {column.table}; map it to its own"
+            f"{model.__name__} maps {name!r} to a column of another table, {mapped.table}; map it to its own"
         )
-    return column
+    return mapped
 
 
 def _excluded(mapper: Mapper[Any], name: str) -> bool:
-    included = mapper.include_properties
-    return name in (mapper.exclude_properties or ()) or (included is not None and name not in included)
+    sets: Any = mapper  # which SQLAlchemy gives no types
+    excluded: Collection[str] = sets.exclude_properties or ()
+    included: Collection[str] | None = sets.include_properties
+    return name in excluded or (included is not None and name not in included)
 
 
 def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> None:

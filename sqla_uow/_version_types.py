@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import DateTime, FetchedValue, Integer, Text, TypeDecorator, Uuid, bindparam, case, cast
 from sqlalchemy.dialects import mysql
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "Kind"]
 
+T_co = TypeVar("T_co", covariant=True)
 _MICROSECOND = timedelta(microseconds=1)
 
 
@@ -54,6 +55,12 @@ class UtcTimestamp(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+class _Processor(Protocol[T_co]):
+    """What SQLAlchemy calls for each value on its way to the driver or back."""
+
+    def __call__(self, value: Any) -> T_co | None: ...
+
+
 class Xid(UserDefinedType[int]):
     """PostgreSQL's transaction id as an int.
 
@@ -70,13 +77,21 @@ class Xid(UserDefinedType[int]):
         """Cast what is bound: text to xid is the only way in."""
         return cast(cast(bindvalue, Text), self)
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[int | None], str | None]:  # noqa: ARG002
+    def bind_processor(self, dialect: Dialect) -> _Processor[str]:  # noqa: ARG002
         """Return what makes text of the number."""
-        return lambda value: None if value is None else str(value)
+        return _text
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], int | None]:  # noqa: ARG002
+    def result_processor(self, dialect: Dialect, coltype: object) -> _Processor[int]:  # noqa: ARG002
         """Return what makes a number of the answer: asyncpg gives an int, psycopg a str."""
-        return lambda value: None if value is None else int(value)
+        return _number
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _number(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 class a_microsecond_later(GenericFunction[datetime]):  # noqa: N801  # SQL functions are spelled so
@@ -128,15 +143,11 @@ class Kind(NamedTuple):
         """Return a new column of this kind."""
         if self.following is None:  # xmin, which every table of PostgreSQL has
             return mapped_column("xmin", self.type_(), nullable=False, system=True, server_default=FetchedValue())
-        names = () if name is None else (name,)
-        return mapped_column(
-            *names, self.type_(), nullable=False, default=self.first, server_default=self.server_default
-        )
+        return mapped_column(name, self.type_(), nullable=False, default=self.first, server_default=self.server_default)
 
     def first(self) -> Any:
-        """Return the version of a new row."""
-        assert self.following is not None
-        return self.following(None)
+        """Return a version for a new row."""
+        return 0 if self.following is None else self.following(None)
 
 
 def _next_integer(old: int | None) -> int:
@@ -153,19 +164,27 @@ def _next_timestamp(old: datetime | None) -> datetime:
     return now if old is None or old < now else old + _MICROSECOND
 
 
+def _bumped_integer(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    return column + 1
+
+
+def _bumped_uuid(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    return bindparam(None, uuid.uuid4(), type_=column.type)
+
+
 def _bumped_timestamp(column: ColumnElement[Any]) -> ColumnElement[Any]:
     now = bindparam(None, datetime.now(UTC), type_=column.type)
     return case((column < now, now), else_=a_microsecond_later(column))
 
 
-INTEGER = Kind("integer", int, _next_integer, Integer, "1", lambda column: column + 1)
+INTEGER = Kind("integer", int, _next_integer, Integer, "1", _bumped_integer)
 UUID = Kind(
     "uuid",
     uuid.UUID,
     _next_uuid,
     Uuid,
     "0" * 32,  # PostgreSQL and MariaDB read it as a UUID, and it is what SQLAlchemy writes where it is CHAR(32)
-    lambda column: bindparam(None, uuid.uuid4(), type_=column.type),
+    _bumped_uuid,
 )
 TIMESTAMP = Kind(
     "timestamp",

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction import Transaction
 
-__all__ = ["Expectation", "Versions", "key_columns", "read_versions", "transaction_of", "version_table", "versions_of"]
+__all__ = [
+    "Expectation",
+    "Versions",
+    "key_columns",
+    "read_versions",
+    "stale_version",
+    "transaction_of",
+    "version_table",
+    "versions_of",
+]
 
 
 class Expectation:
@@ -64,16 +73,21 @@ class Expectation:
 
     def stale(self, found: Any) -> StaleVersionError:
         """Return the error for a version that was found instead."""
-        model = type(self.instance)
-        name = f"{model.__name__}({', '.join(map(repr, self.key))})"
-        fact = "is gone" if found is None else f"is at version {found!r}"
-        return StaleVersionError(
-            f"{name} {fact} where {self.expected!r} was expected; read it again, and let the client decide",
-            model=model,
-            key=self.key,
-            expected=self.expected,
-            found=found,
-        )
+        return stale_version(type(self.instance), self.key, self.expected, found)
+
+
+def stale_version(model: type[Any], key: tuple[Any, ...], expected: Any, found: Any) -> StaleVersionError:
+    """Return the error for a row that is at another version than expected, or gone, which is None."""
+    name = f"{model.__name__}({', '.join(map(repr, key))})"
+    fact = "is gone" if found is None else f"is at version {found!r}"
+    where = "it was to be written" if expected is None else f"{expected!r} was expected"
+    return StaleVersionError(
+        f"{name} {fact} where {where}; read it again, and let the client decide",
+        model=model,
+        key=key,
+        expected=expected,
+        found=found,
+    )
 
 
 class _Saved(NamedTuple):
@@ -221,15 +235,20 @@ def _by_mapper(expectations: Iterable[Expectation]) -> list[tuple[Mapper[Any], l
 
 def version_table(mapper: Mapper[Any]) -> Table:
     """Return the table that the version stands in; in joined inheritance, a parent's."""
-    table: Table = mapper.version_id_col.table  # type: ignore[union-attr]
+    column = mapper.version_id_col
+    assert column is not None
+    table: Table = column.table
     return table
 
 
-def key_columns(mapper: Mapper[Any]) -> list[Column[Any]]:
-    """Return the columns of the version's table that make up the identity, in its order."""
-    table = version_table(mapper)
+def key_columns(mapper: Mapper[Any], table: Any = None) -> list[Column[Any]]:
+    """Return the columns of a table, the version's by default, that make up the identity, in its order."""
+    table = version_table(mapper) if table is None else table
     properties = [mapper.get_property_by_column(column) for column in mapper.primary_key]
-    return [next(column for column in each.columns if column.table is table) for each in properties]
+    columns = [next((column for column in each.columns if column.table is table), None) for each in properties]
+    found = [column for column in columns if column is not None]
+    # A child's key may go by another name than its parent's; it stands in the same order.
+    return found if len(found) == len(columns) else list(table.primary_key)
 
 
 def read_versions(

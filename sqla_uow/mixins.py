@@ -11,9 +11,11 @@
 
 * `Versioned`, `VersionedByUUID`, `VersionedByTimestamp` and `VersionedByXmin` are mixins for models.
 * `expect_version` and `get_versioned` hold a unit to the version that a client has seen.
+* An ORM ``update()`` counts for each row that it changes, in the same statement; `next_version` is for upserts.
 * `touch` counts a change that is in none of the object's columns.
 """
 
+from sqla_uow._bulk import next_version
 from sqla_uow._expecting import expect_version, get_versioned, touch
 from sqla_uow._version_mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin
 from sqla_uow.errors import StaleVersionError
@@ -26,5 +28,6 @@ __all__ = [
     "VersionedByXmin",
     "expect_version",
     "get_versioned",
+    "next_version",
     "touch",
 ]
