@@ -12,9 +12,11 @@
 * `Versioned`, `VersionedByUUID`, `VersionedByTimestamp` and `VersionedByXmin` are mixins for models.
 * `expect_version` and `get_versioned` hold a unit to the version that a client has seen.
 * An ORM ``update()`` counts for each row that it changes, in the same statement; `next_version` is for upserts.
-* `touch` counts a change that is in none of the object's columns.
+* `touch` counts a change that is in none of the object's columns; ``__version_follows__ = ("lines",)`` on a model does so
+  for each change of the objects of a relationship.
 """
 
+import sqla_uow._follows  # noqa: F401  # pyright: ignore[reportUnusedImport]  # for its listeners
 from sqla_uow._bulk import next_version
 from sqla_uow._expecting import expect_version, get_versioned, touch
 from sqla_uow._version_mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin

@@ -7,6 +7,7 @@ from typing import Annotated
 from uuid import UUID  # noqa: TC003  # likewise
 
 from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table
+from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -19,7 +20,7 @@ from sqlalchemy.orm import (
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin
 
 
-class Base(DeclarativeBase):
+class Base(AsyncAttrs, DeclarativeBase):
     pass
 
 
@@ -190,3 +191,43 @@ MATRIX = (
     Plain, ByUUID, ByTimestamp, OfAbstract, SingleChild, JoinedChild, OwnArguments, Dataclass, OfAnnotated, OtherColumn,
     OtherAttribute, OtherAttributeDeclared, PostUpdate, Imperative,
 )  # fmt: skip
+
+
+class Customer(Versioned, Base):
+    """The top of a chain: its orders count, and so do their lines."""
+
+    __tablename__ = "customer"
+    __version_follows__ = ("orders",)
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(10), default="")
+    orders: Mapped[list[Order]] = relationship(back_populates="customer")
+
+
+class Order(Versioned, Base):
+    __tablename__ = "order_"
+    __version_follows__ = ("lines", "remarks")
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    customer_id: Mapped[int | None] = mapped_column(ForeignKey("customer.id"))
+    name: Mapped[str] = mapped_column(String(10), default="")
+    customer: Mapped[Customer | None] = relationship(back_populates="orders")
+    lines: Mapped[list[Line]] = relationship(back_populates="order", cascade="all, delete-orphan")
+    remarks: Mapped[list[Remark]] = relationship(order_by="Remark.id")
+
+
+class Line(Base):
+    """A part with a way back to its order; it has no version of its own."""
+
+    __tablename__ = "line"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    order_id: Mapped[int] = mapped_column(ForeignKey("order_.id"))
+    amount: Mapped[int] = mapped_column(default=0)
+    order: Mapped[Order] = relationship(back_populates="lines")
+
+
+class Remark(Base):
+    """A part without a way back."""
+
+    __tablename__ = "remark"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    order_id: Mapped[int | None] = mapped_column(ForeignKey("order_.id"))
+    text: Mapped[str] = mapped_column(String(10), default="")
