@@ -76,15 +76,21 @@ _undefined: list[tuple[Mapper[Any], str]] = []
 
 @event.listens_for(VersionMixin, "after_mapper_constructed", propagate=True)
 def _constructed(_mapper: Mapper[Any], model: type[VersionMixin]) -> None:
-    names: Any = model.__version_follows__
-    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in cast("tuple[Any, ...]", names)):
+    if not _is_names(model.__version_follows__):
         raise TypeError(
-            f"{model.__name__}.__version_follows__ is {names!r}; make it a tuple of names of relationships, as ('lines',)"
+            f"{model.__name__}.__version_follows__ is {model.__version_follows__!r}; make it a tuple of names of "
+            "relationships, as ('lines',)"
         )
+
+
+def _is_names(names: tuple[object, ...]) -> bool:
+    return isinstance(names, tuple) and all(isinstance(name, str) for name in names)
 
 
 @event.listens_for(VersionMixin, "mapper_configured", propagate=True)
 def _configured(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
+    if not _is_names(model.__version_follows__):  # refused above, and somebody went on
+        return
     parent = mapper.inherits.class_ if mapper.inherits is not None else None
     for name in model.__version_follows__:
         if name in getattr(parent, "__version_follows__", ()):
