@@ -223,12 +223,18 @@ def _execute_both(bulk: _Bulk, params: Any) -> Any:
 
 
 def _execute_with_cte(bulk: _Bulk, states: list[InstanceState[Any]], params: Any) -> Any:
-    """Count in the parent's table by the same statement, or a row that begins to match in between would not be counted."""
-    counting = _counting(bulk).returning(*key_columns(bulk.mapper)).cte("counted")
-    bulk.statement = bulk.statement.add_cte(counting)
-    if not states or bulk.settings.get("synchronize_session", "auto") not in ("auto", "fetch"):
+    """Count in the parent's table by the same statement, or a row that begins to match in between would not be counted.
+
+    The rows are looked up in what was counted, so that the parents are locked first, as a flush does: the other way round
+    the two deadlock.  SQLAlchemy can neither evaluate that in Python nor have RETURNING, which 'fetch' needs, where a CTE
+    is an UPDATE too (2.1.9): what is in memory is read anew.
+    """
+    mapper = bulk.mapper
+    counted = _counting(bulk).returning(*key_columns(mapper)).cte("counted")
+    local = tuple_(*key_columns(mapper, mapper.local_table))
+    bulk.statement = bulk.statement.where(local.in_(select(*counted.columns)))
+    if bulk.settings.get("synchronize_session", "auto") in (False, None):
         return _execute(bulk, states, lambda: bulk.run(params))
-    # 'fetch' needs RETURNING, which SQLAlchemy forgets where a CTE is an UPDATE too (2.1.9); 'auto' may end in 'fetch'.
     return _execute(bulk, states, lambda: bulk.run(params, synchronize_session=False), refresh=True)
 
 

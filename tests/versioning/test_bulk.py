@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from sqlalchemy import bindparam, delete, func, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -335,3 +337,22 @@ async def test_xmin_counts_by_itself(db, versioned):
         row = await unit.session.get_one(tables.ByXmin, 1)
         await unit.session.execute(update(tables.ByXmin), [{"id": 1, "value": 4, "version": row.version}])
         assert row.version == await unit.session.scalar(text("SELECT xmin::text::int FROM by_xmin"))
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_rows_that_were_waited_for_are_looked_at_again(db, three):
+    """V3: on PostgreSQL the child's row is changed by somebody else, past the ORM, while the statement waits for it."""
+
+    async def add_ten(limit):
+        async with three.begin(isolation="READ COMMITTED") as unit:
+            statement = update(JoinedChild).where(JoinedChild.value < limit).values(value=JoinedChild.value + 10)
+            return (await unit.session.execute(statement)).rowcount
+
+    for limit, matched, value in ((1, 0, 3), (4, 3, 13)):
+        async with db.outside() as other:
+            await other.execute(text("UPDATE joined_child SET value = 3"))
+            task = asyncio.create_task(add_ten(limit))
+            await db.until_waiting()
+            await other.commit()
+        assert await task == matched
+        assert await db.rows("SELECT value FROM joined_child ORDER BY id") == [(value,)] * 3
