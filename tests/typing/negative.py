@@ -7,7 +7,7 @@ all, each of them reports the comment as unnecessary.
 from collections.abc import AsyncIterator, Iterator
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from sqla_uow import (
     RetryPolicy,
@@ -21,6 +21,7 @@ from sqla_uow import (
     errors,
     transactional,
 )
+from sqla_uow.mixins import Versioned, expect_version, get_versioned, touch
 
 # ---- managers
 
@@ -217,3 +218,27 @@ def policy() -> None:
 
 def no_such_name() -> None:
     errors.RetryError("")  # type: ignore[attr-defined]  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+
+
+# ---- version columns
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Versioned, Base):
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Plain(Base):
+    __tablename__ = "plain"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+async def versions(session: AsyncSession, plain: Plain) -> None:
+    await get_versioned(session, Order, 1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await get_versioned(session, Plain, 1, version=1)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    expect_version(plain, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    touch(plain)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

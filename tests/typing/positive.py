@@ -6,10 +6,12 @@ Nothing here runs. A case is a function; `assert_type` holds for mypy and pyrigh
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar, assert_type
+from uuid import UUID, uuid4
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow import (
@@ -27,6 +29,16 @@ from sqla_uow import (
     errors,
     is_retryable,
     transactional,
+)
+from sqla_uow.mixins import (
+    Versioned,
+    VersionedByTimestamp,
+    VersionedByUUID,
+    VersionedByXmin,
+    expect_version,
+    get_versioned,
+    next_version,
+    touch,
 )
 
 T = TypeVar("T")
@@ -295,3 +307,67 @@ def error_tree(error: errors.ConflictError) -> None:
 
 def failed_hooks(error: errors.AfterCommitError) -> None:
     assert_type(error.exceptions, tuple[Exception | ExceptionGroup[Exception], ...])
+
+
+# ---- version columns
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class DataclassBase(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+class Order(Versioned, Base):
+    __tablename__ = "orders"
+    __version_follows__ = ("lines",)
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class ByUUID(VersionedByUUID, Base):
+    __tablename__ = "by_uuid"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class ByTimestamp(VersionedByTimestamp, Base):
+    __tablename__ = "by_timestamp"
+    __version_attr__ = "changed_at"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class ByXmin(VersionedByXmin, Base):
+    __tablename__ = "by_xmin"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class OtherColumn(Versioned, Base):
+    __tablename__ = "other_column"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column("lock_version")
+
+
+class Dataclass(Versioned, DataclassBase):
+    __tablename__ = "dataclass"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+async def versions(session: AsyncSession) -> None:
+    order = await get_versioned(session, Order, 1, version=3, with_for_update=True)
+    assert_type(order, Order)
+    assert_type(order.version, int)
+    assert_type((await get_versioned(session, ByUUID, 1, version=uuid4())).version, UUID)
+    assert_type((await get_versioned(session, ByTimestamp, 1, version=order)).version, datetime)
+    assert_type((await get_versioned(session, ByXmin, 1, version=1)).version, int)
+    assert_type(Dataclass(id=1).version, int)
+    assert_type(next_version(Order), dict[str, Any])
+    expect_version(order, 3)
+    touch(order)
+
+
+def stale(error: errors.StaleVersionError) -> None:
+    assert_type(error.model, type[Any] | None)
+    assert_type(error.key, tuple[Any, ...] | None)
+    assert_type(error.expected, Any)
+    assert_type(error.found, Any)
