@@ -10,8 +10,9 @@ from sqlalchemy.util import immutabledict
 
 from sqla_uow._session import UnitSession
 from sqla_uow._version_mapping import attribute_of, check_type, kind_of
+from sqla_uow._version_rows import key_columns, read_versions, stale_version, version_table
 from sqla_uow._version_types import INTEGER
-from sqla_uow._versions import key_columns, read_versions, stale_version, version_table, versions_of
+from sqla_uow._versions import versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -15,7 +15,8 @@ from sqlalchemy.orm.attributes import flag_dirty, get_history
 
 from sqla_uow._session import UnitSession
 from sqla_uow._version_mapping import VersionMixin, kind_of
-from sqla_uow._versions import key_columns, read_versions, version_table, versions_of
+from sqla_uow._version_rows import key_columns, read_versions, version_table
+from sqla_uow._versions import versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

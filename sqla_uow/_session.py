@@ -94,10 +94,9 @@ class UnitSession(Session):
 
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
         # execute(), scalars() and scalar() come by here.  A do_orm_execute listener would be paid for by each SELECT.
-        run = super()._execute_internal
-        if self.on_dml is None or not getattr(statement, "is_dml", False):
-            return run(statement, params, **options)
-        return self.on_dml(self, run, statement, params, options)
+        if getattr(statement, "is_dml", False) and self.on_dml is not None:
+            return self.on_dml(self, super()._execute_internal, statement, params, options)
+        return super()._execute_internal(statement, params, **options)
 
     def get_bind(self, *args: Any, bind: Engine | Connection | None = None, **kwargs: Any) -> Engine | Connection:
         """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""

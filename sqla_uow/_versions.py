@@ -5,36 +5,23 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import and_, event, inspect, or_, select
-from sqlalchemy.orm import Mapper, object_session
-from sqlalchemy.orm.attributes import flag_modified, set_committed_value
-from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy import inspect
+from sqlalchemy.orm.attributes import set_committed_value
 
-from sqla_uow._session import UnitSession
-from sqla_uow._transaction import describe
-from sqla_uow._version_mapping import INFO_KEY, VersionMixin, attribute_of, kind_of
+from sqla_uow._version_mapping import attribute_of
+from sqla_uow._version_rows import read_versions, stale_version, version_table
 from sqla_uow.errors import StaleVersionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import Column, Select, Table
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.orm import InstanceState, Session, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
 
     from sqla_uow._transaction import Transaction
 
-__all__ = [
-    "Expectation",
-    "Versions",
-    "key_columns",
-    "read_versions",
-    "stale_version",
-    "transaction_of",
-    "version_table",
-    "versions_of",
-]
+__all__ = ["Expectation", "Versions", "transaction_of", "versions_of"]
 
 
 class Expectation:
@@ -74,20 +61,6 @@ class Expectation:
     def stale(self, found: Any) -> StaleVersionError:
         """Return the error for a version that was found instead."""
         return stale_version(type(self.instance), self.key, self.expected, found)
-
-
-def stale_version(model: type[Any], key: tuple[Any, ...], expected: Any, found: Any) -> StaleVersionError:
-    """Return the error for a row that is at another version than expected, or gone, which is None."""
-    name = f"{model.__name__}({', '.join(map(repr, key))})"
-    fact = "is gone" if found is None else f"is at version {found!r}"
-    where = "it was to be written" if expected is None else f"{expected!r} was expected"
-    return StaleVersionError(
-        f"{name} {fact} where {where}; read it again, and let the client decide",
-        model=model,
-        key=key,
-        expected=expected,
-        found=found,
-    )
 
 
 class _Saved(NamedTuple):
@@ -230,60 +203,6 @@ def _by_mapper(expectations: Iterable[Expectation]) -> list[tuple[Mapper[Any], l
     return [(members[0].state.mapper, members) for members in (list(group) for _, group in groups)]
 
 
-# -- reading versions
-
-
-def version_table(mapper: Mapper[Any]) -> Table:
-    """Return the table that the version stands in; in joined inheritance, a parent's."""
-    column = mapper.version_id_col
-    assert column is not None
-    table: Table = column.table
-    return table
-
-
-def key_columns(mapper: Mapper[Any], table: Any = None) -> list[Column[Any]]:
-    """Return the columns of a table, the version's by default, that make up the identity, in its order."""
-    table = version_table(mapper) if table is None else table
-    properties = [mapper.get_property_by_column(column) for column in mapper.primary_key]
-    columns = [next((column for column in each.columns if column.table is table), None) for each in properties]
-    found = [column for column in columns if column is not None]
-    # A child's key may go by another name than its parent's; it stands in the same order.
-    return found if len(found) == len(columns) else list(table.primary_key)
-
-
-def read_versions(
-    connection: Connection, mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool = False
-) -> dict[tuple[Any, ...], Any]:
-    """Read the versions of rows; one that does not exist is missing.
-
-    Args:
-        connection: of the unit, or another.
-        mapper: of the rows.
-        keys: identities.
-        lock: keep others from changing them until the transaction ends, in the order of the keys.
-    """
-    if not keys:
-        return {}
-    rows = connection.execute(_select_versions(mapper, keys, lock=lock)).all()
-    return {tuple(row[:-1]): row[-1] for row in rows}
-
-
-def _select_versions(mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool) -> Select[Any]:
-    columns = key_columns(mapper)
-    assert mapper.version_id_col is not None
-    statement = select(*columns, mapper.version_id_col)
-    if len(columns) == 1:
-        statement = statement.where(columns[0].in_([key[0] for key in keys]))
-    else:
-        pairs = [and_(*(column == value for column, value in zip(columns, key, strict=True))) for key in keys]
-        statement = statement.where(or_(*pairs))
-    # key_share: on PostgreSQL a foreign key to the row must not wait for us.
-    return statement.order_by(*columns).with_for_update(key_share=True) if lock else statement
-
-
-# -- the events
-
-
 def transaction_of(session: Session | None) -> Transaction | None:
     """Return the unit's transaction behind a session, None for a session of nobody's unit."""
     transaction: Transaction | None = getattr(session, "transaction_of_unit", None)
@@ -295,85 +214,3 @@ def versions_of(transaction: Transaction) -> Versions:
     if transaction.versions is None:
         transaction.versions = Versions()
     return transaction.versions
-
-
-@event.listens_for(VersionMixin, "before_update", propagate=True)
-def _before_update(mapper: Mapper[Any], _connection: Connection, instance: object) -> None:
-    session = object_session(instance)
-    transaction = transaction_of(session)
-    if session is None or transaction is None:
-        return
-    state: InstanceState[Any] = inspect(instance)
-    versions = versions_of(transaction)
-    versions.writing(session, mapper, state)
-    if state in versions.touched:
-        versions.touched.discard(state)
-        _make_update(mapper, state, instance)
-
-
-def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: object) -> None:
-    """Have the flush send an UPDATE of an object without any change.
-
-    A key that is flagged as modified, but has no old value, is in no SET clause: the version alone is.  Where the
-    database makes the version something has to be set, so it is another column to its own value.
-    """
-    kind, table = kind_of(mapper), version_table(mapper)
-    attribute = mapper.get_property_by_column(mapper.primary_key[0]).key
-    if kind is not None and kind.following is None:
-        plain = [column for column in table.columns if not (column.primary_key or column.system)]
-        if not plain:
-            raise TypeError(f"{describe(instance)} has no column but its key, so that xmin cannot be made to change")
-        attribute = mapper.get_property_by_column(plain[0]).key
-    if attribute not in state.dict:
-        getattr(instance, attribute)  # in a flush, where SQL is allowed
-    flag_modified(instance, attribute)
-
-
-@event.listens_for(VersionMixin, "before_delete", propagate=True)
-def _before_delete(mapper: Mapper[Any], connection: Connection, instance: object) -> None:
-    session = object_session(instance)
-    transaction = transaction_of(session)
-    if session is None or transaction is None:
-        return
-    versions_of(transaction).writing(session, mapper, inspect(instance))
-    if not connection.dialect.supports_sane_multi_rowcount:
-        event.listen(connection, "after_execute", _check_deleted)
-
-
-def _check_deleted(
-    _connection: Connection, statement: Any, _many: Any, _parameters: Any, options: Any, result: Any
-) -> None:
-    """Compare the count of a flush's DELETE of one row.
-
-    SQLAlchemy 2.1.9 deletes versioned rows one by one where a driver counts no batches (asyncpg), and then drops the sum
-    of the counts if there were two rows or more.
-    """
-    if not getattr(statement, "is_delete", False) or "compiled_cache" not in options:
-        return
-    versioned = [column for column in statement.table.columns if INFO_KEY in column.info]
-    if versioned and result.rowcount == 0:
-        raise StaleDataError(
-            f"a DELETE on table {statement.table.name!r} found no row of that version; read the object again"
-        )
-
-
-@event.listens_for(UnitSession, "after_rollback")
-def _rolled_back(session: UnitSession) -> None:
-    savepoint = session.get_nested_transaction()
-    transaction = session.transaction_of_unit
-    if savepoint is None or transaction is None:
-        return
-    changed = [instance for instance in session.dirty if isinstance(instance, VersionMixin)]
-    if transaction.versions is None and not changed:
-        return
-    versions = versions_of(transaction)
-    for instance in changed:  # not flushed yet; its version is expired with the change
-        versions.save(session, inspect(instance))
-    versions.undo(savepoint)
-
-
-@event.listens_for(UnitSession, "after_transaction_end")
-def _transaction_ended(session: UnitSession, ended: SessionTransaction) -> None:
-    transaction = session.transaction_of_unit
-    if ended.nested and transaction is not None and transaction.versions is not None:
-        transaction.versions.leave(session, ended)

@@ -1,0 +1,104 @@
+"""What SQLAlchemy tells of versioned objects and their sessions: the only place where the mixins listen to a flush."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import object_session
+from sqlalchemy.orm.attributes import flag_modified
+from sqlalchemy.orm.exc import StaleDataError
+
+from sqla_uow._session import UnitSession
+from sqla_uow._transaction import describe
+from sqla_uow._version_mapping import INFO_KEY, VersionMixin, kind_of
+from sqla_uow._version_rows import version_table
+from sqla_uow._versions import transaction_of, versions_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
+
+__all__: list[str] = []
+
+
+@event.listens_for(VersionMixin, "before_update", propagate=True)
+def _before_update(mapper: Mapper[Any], _connection: Connection, instance: object) -> None:
+    session = object_session(instance)
+    transaction = transaction_of(session)
+    if session is None or transaction is None:
+        return
+    state: InstanceState[Any] = inspect(instance)
+    versions = versions_of(transaction)
+    versions.writing(session, mapper, state)
+    if state in versions.touched:
+        versions.touched.discard(state)
+        _make_update(mapper, state, instance)
+
+
+def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: object) -> None:
+    """Have the flush send an UPDATE of an object without any change.
+
+    A key that is flagged as modified, but has no old value, is in no SET clause: the version alone is.  Where the
+    database makes the version something has to be set, so it is another column to its own value.
+    """
+    kind, table = kind_of(mapper), version_table(mapper)
+    attribute = mapper.get_property_by_column(mapper.primary_key[0]).key
+    if kind is not None and kind.following is None:
+        plain = [column for column in table.columns if not (column.primary_key or column.system)]
+        if not plain:
+            raise TypeError(f"{describe(instance)} has no column but its key, so that xmin cannot be made to change")
+        attribute = mapper.get_property_by_column(plain[0]).key
+    if attribute not in state.dict:
+        getattr(instance, attribute)  # in a flush, where SQL is allowed
+    flag_modified(instance, attribute)
+
+
+@event.listens_for(VersionMixin, "before_delete", propagate=True)
+def _before_delete(mapper: Mapper[Any], connection: Connection, instance: object) -> None:
+    session = object_session(instance)
+    transaction = transaction_of(session)
+    if session is None or transaction is None:
+        return
+    versions_of(transaction).writing(session, mapper, inspect(instance))
+    if not connection.dialect.supports_sane_multi_rowcount:
+        event.listen(connection, "after_execute", _check_deleted)
+
+
+def _check_deleted(
+    _connection: Connection, statement: Any, _many: Any, _parameters: Any, options: Any, result: Any
+) -> None:
+    """Compare the count of a flush's DELETE of one row.
+
+    SQLAlchemy 2.1.9 deletes versioned rows one by one where a driver counts no batches (asyncpg), and then drops the sum
+    of the counts if there were two rows or more.
+    """
+    if not getattr(statement, "is_delete", False) or "compiled_cache" not in options:
+        return
+    versioned = [column for column in statement.table.columns if INFO_KEY in column.info]
+    if versioned and result.rowcount == 0:
+        raise StaleDataError(
+            f"a DELETE on table {statement.table.name!r} found no row of that version; read the object again"
+        )
+
+
+@event.listens_for(UnitSession, "after_rollback")
+def _rolled_back(session: UnitSession) -> None:
+    savepoint = session.get_nested_transaction()
+    transaction = session.transaction_of_unit
+    if savepoint is None or transaction is None:
+        return
+    changed = [instance for instance in session.dirty if isinstance(instance, VersionMixin)]
+    if transaction.versions is None and not changed:
+        return
+    versions = versions_of(transaction)
+    for instance in changed:  # not flushed yet; its version is expired with the change
+        versions.save(session, inspect(instance))
+    versions.undo(savepoint)
+
+
+@event.listens_for(UnitSession, "after_transaction_end")
+def _transaction_ended(session: UnitSession, ended: SessionTransaction) -> None:
+    transaction = session.transaction_of_unit
+    if ended.nested and transaction is not None and transaction.versions is not None:
+        transaction.versions.leave(session, ended)

@@ -1,0 +1,80 @@
+"""Reading the versions of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, or_, select
+
+from sqla_uow.errors import StaleVersionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Column, Select, Table
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.orm import Mapper
+
+__all__ = ["key_columns", "read_versions", "stale_version", "version_table"]
+
+
+def version_table(mapper: Mapper[Any]) -> Table:
+    """Return the table that the version stands in; in joined inheritance, a parent's."""
+    column = mapper.version_id_col
+    assert column is not None
+    table: Table = column.table
+    return table
+
+
+def key_columns(mapper: Mapper[Any], table: Any = None) -> list[Column[Any]]:
+    """Return the columns of a table, the version's by default, that make up the identity, in its order."""
+    table = version_table(mapper) if table is None else table
+    properties = [mapper.get_property_by_column(column) for column in mapper.primary_key]
+    columns = [next((column for column in each.columns if column.table is table), None) for each in properties]
+    found = [column for column in columns if column is not None]
+    # A child's key may go by another name than its parent's; it stands in the same order.
+    return found if len(found) == len(columns) else list(table.primary_key)
+
+
+def read_versions(
+    connection: Connection, mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool = False
+) -> dict[tuple[Any, ...], Any]:
+    """Read the versions of rows; one that does not exist is missing.
+
+    Args:
+        connection: of the unit, or another.
+        mapper: of the rows.
+        keys: identities.
+        lock: keep others from changing them until the transaction ends, in the order of the keys.
+    """
+    if not keys:
+        return {}
+    rows = connection.execute(_select_versions(mapper, keys, lock=lock)).all()
+    return {tuple(row[:-1]): row[-1] for row in rows}
+
+
+def _select_versions(mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool) -> Select[Any]:
+    columns = key_columns(mapper)
+    assert mapper.version_id_col is not None
+    statement = select(*columns, mapper.version_id_col)
+    if len(columns) == 1:
+        statement = statement.where(columns[0].in_([key[0] for key in keys]))
+    else:
+        pairs = [and_(*(column == value for column, value in zip(columns, key, strict=True))) for key in keys]
+        statement = statement.where(or_(*pairs))
+    # key_share: on PostgreSQL a foreign key to the row must not wait for us.
+    return statement.order_by(*columns).with_for_update(key_share=True) if lock else statement
+
+
+def stale_version(model: type[Any], key: tuple[Any, ...], expected: Any, found: Any) -> StaleVersionError:
+    """Return the error for a row that is at another version than expected, or gone, which is None."""
+    name = f"{model.__name__}({', '.join(map(repr, key))})"
+    fact = "is gone" if found is None else f"is at version {found!r}"
+    where = "it was to be written" if expected is None else f"{expected!r} was expected"
+    return StaleVersionError(
+        f"{name} {fact} where {where}; read it again, and let the client decide",
+        model=model,
+        key=key,
+        expected=expected,
+        found=found,
+    )
