@@ -36,10 +36,13 @@ def expect_version(instance: VersionMixin, version: Any, /) -> None:
     Raises:
         StaleVersionError: the object is at another version.
         NoUnitError: the object is in no open unit.
+        ReadOnlyError: it is in the read session of a scope, which ends before anything is written.
         TypeError: not a version of this model.
         ValueError: the object has no row yet.
     """
     transaction, state = _unit_of(instance, "expect_version()")
+    if transaction.scope_read:
+        raise ReadOnlyError(transaction.read_only_message(f"expect_version() was called for {describe(instance)}"))
     if state.key is None:
         raise ValueError(f"{describe(instance)} has no row yet, and so no version that anybody could have seen")
     check_type(state.mapper, version)

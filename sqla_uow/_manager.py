@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_uow._attempt import Attempt
 from sqla_uow._attempts import Attempts, LoopedAttempts
 from sqla_uow._context import ManagerPlace, ScopeContext, locate
 from sqla_uow._database import Database
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import InstanceState
 
+    from sqla_uow._attempt import Attempt
     from sqla_uow._context import Scope
     from sqla_uow._unit import UnitOfWork
     from sqla_uow.typing import IsolationLevel, Propagation

@@ -1,6 +1,6 @@
-"""Units of work for Starlette and FastAPI; nothing is here yet but the names.
+"""Units of work for Starlette and FastAPI.
 
-What this package will hold, on public names of `sqla_uow` only:
+What this package holds, and will hold, on public names of `sqla_uow` only:
 
 * `UnitOfWorkMiddleware`: pure ASGI; opens a scope for each request and WebSocket connection. With `atomic=True` the
   request is the transaction: its response starts after COMMIT has answered, and a conflict replays the request.
@@ -15,13 +15,16 @@ they return, so before your endpoint has made its response.
 
 from typing import TYPE_CHECKING, Final
 
+from sqla_uow_starlette._preconditions import AnyVersioned, PreconditionError, check_preconditions, etag
+from sqla_uow_starlette._problems import exception_handlers
+
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ()
+__all__ = ["AnyVersioned", "PreconditionError", "check_preconditions", "etag", "exception_handlers"]
 
 _PLANNED: Final = frozenset(
-    {"UnitOfWorkMiddleware", "check_preconditions", "dispose_on_shutdown", "etag", "exception_handlers"},
+    {"UnitOfWorkMiddleware", "dispose_on_shutdown"},
 )
 
 if not TYPE_CHECKING:  # a module's __getattr__ makes every name exist for a type checker, typing errors included

@@ -1,0 +1,160 @@
+"""What a client is told when a unit of work fails: problem details (RFC 9457) without SQL, parameters or addresses."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
+
+from sqlalchemy import exc
+from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket, WebSocketClose, WebSocketState
+
+from sqla_uow.errors import AmbiguousCommitError, ConflictError, StaleVersionError, TransactionTimeoutError
+from sqla_uow_starlette._preconditions import PreconditionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+    from starlette.requests import Request
+
+__all__ = ["exception_handlers"]
+
+logger = logging.getLogger("sqla_uow_starlette")
+
+_Handler: TypeAlias = "Callable[[Request, Any], Coroutine[Any, Any, Response]]"
+
+_RETRY_AFTER: Final = {"Retry-After": "1"}
+"""Seconds: a conflict has been retried with backoff already, and a pool that is empty is so for a moment."""
+
+_TRY_AGAIN_LATER: Final = 1013
+_INTERNAL_ERROR: Final = 1011
+"""Codes of a closing WebSocket (IANA's registry)."""
+
+
+class _ProblemResponse(JSONResponse):
+    media_type = "application/problem+json"
+
+
+class _Problem(NamedTuple):
+    """One kind of failure, as a client sees it.
+
+    Attributes:
+        status: of the response.
+        title: the status's name, as RFC 9457 asks of the type "about:blank".
+        code: what a program may look at.
+        detail: what a person may read: what happened, and what to do.
+        headers: of the response.
+    """
+
+    status: int
+    title: str
+    code: str
+    detail: str
+    headers: Mapping[str, str] = {}
+
+    def response(self) -> Response:
+        """Return the response; no cache may store it (RFC 6585, 3)."""
+        content = {
+            "type": "about:blank",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
+        return _ProblemResponse(content, self.status, {"Cache-Control": "no-store", **self.headers})
+
+
+def _unavailable(code: str, detail: str) -> _Problem:
+    return _Problem(503, "Service Unavailable", code, detail, _RETRY_AFTER)
+
+
+_CONFLICT: Final = _unavailable(
+    "conflict", "other requests changed the same data at the same time; this one was rolled back, send it again"
+)
+_UNAVAILABLE: Final = _unavailable(
+    "database-unavailable", "the database cannot be reached; this request was rolled back, send it again later"
+)
+_BUSY: Final = _unavailable("database-busy", "the database did not answer in time; send the request again later")
+_STALE: Final = _Problem(
+    409, "Conflict", "stale-version", "the resource was changed by another request meanwhile; get it again"
+)
+_FAILED: Final = _Problem(
+    412,
+    "Precondition Failed",
+    "precondition-failed",
+    "If-Match does not hold: the resource has changed since, or is gone; get it again",
+)
+_AMBIGUOUS: Final = _Problem(
+    500,
+    "Internal Server Error",
+    "ambiguous-commit",
+    "whether this request was carried out is unknown; look before sending it again",
+)
+_TITLES: Final = {400: "Bad Request", 412: _FAILED.title, 428: "Precondition Required"}
+_UNREACHED: Final = frozenset({"not started", "lost connection"})
+
+
+async def _conflict(connection: Request, error: ConflictError) -> Response:
+    return _answer(connection, error, _UNAVAILABLE if error.reason in _UNREACHED else _CONFLICT)
+
+
+async def _stale(connection: Request, error: StaleVersionError) -> Response:
+    return _answer(connection, error, _FAILED if "if-match" in connection.headers else _STALE)
+
+
+async def _busy(connection: Request, error: Exception) -> Response:
+    logger.warning("%s %s", type(error).__name__, connection.scope["path"])
+    return _answer(connection, error, _BUSY)
+
+
+async def _ambiguous(connection: Request, error: AmbiguousCommitError) -> Response:
+    return _answer(connection, error, _AMBIGUOUS)
+
+
+async def _precondition(connection: Request, error: PreconditionError) -> Response:
+    if error.status_code not in _TITLES:  # 304 has no body
+        return Response(status_code=error.status_code, headers=error.headers)
+    status = error.status_code
+    return _answer(connection, error, _Problem(status, _TITLES[status], error.code, error.detail))
+
+
+def _answer(connection: Request, error: Exception, problem: _Problem) -> Response:
+    # Starlette hands a WebSocket to the same handlers, and calls what they return.
+    session: object = connection
+    if not isinstance(session, WebSocket):
+        return problem.response()
+    if WebSocketState.DISCONNECTED in (session.client_state, session.application_state):
+        raise error
+    code = _TRY_AGAIN_LATER if problem.status == _BUSY.status else _INTERNAL_ERROR
+    return cast("Response", WebSocketClose(code, problem.code))
+
+
+exception_handlers: Final[dict[int | type[Exception], _Handler]] = {
+    ConflictError: _conflict,
+    StaleVersionError: _stale,
+    TransactionTimeoutError: _busy,
+    exc.TimeoutError: _busy,
+    AmbiguousCommitError: _ambiguous,
+    PreconditionError: _precondition,
+}
+"""For ``Starlette(exception_handlers=exception_handlers)``, ``FastAPI(exception_handlers=exception_handlers)`` and each
+mounted application of its own; with handlers of yours: ``{**exception_handlers, MyError: answer}``.
+
+Each answer is a document of type ``application/problem+json`` whose ``code`` is for programs:
+
+======  ========================  ==================================================================================
+status  code                      when
+======  ========================  ==================================================================================
+503     ``conflict``              `ConflictError`: a conflict outlived its retries; Retry-After
+503     ``database-unavailable``  `ConflictError`: the connection could not be made, or was lost; Retry-After
+503     ``database-busy``         the pool's timeout (`sqlalchemy.exc.TimeoutError`) or `TransactionTimeoutError`;
+                                  Retry-After
+409     ``stale-version``         `StaleVersionError`
+412     ``precondition-failed``   `StaleVersionError` where the request has an If-Match; a precondition that fails
+428     ``precondition-required`` a precondition is missing
+400     ``malformed-precondition``  If-Match or If-None-Match is no list of entity tags
+500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a repetition could be the second
+======  ========================  ==================================================================================
+
+A WebSocket is closed, with code 1013 (try again later) where the status would be 503 and 1011 elsewhere.
+"""
