@@ -201,9 +201,11 @@ def _column(mapper: Mapper[Any], model: type[VersionMixin]) -> Column[Any]:
     table: Any = mapper.local_table
     can_grow = isinstance(mapper.local_table, Table)
     if can_grow and not mapper.has_property(name) and not _excluded(mapper, name):
-        if name not in table.columns:
-            table.append_column(model.__version_kind__.column(name).column)
-        mapper.add_property(name, table.columns[name])
+        column: Any = table.columns.get(name)
+        if column is None:
+            column = model.__version_kind__.column(name).column
+            table.append_column(column)
+        mapper.add_property(name, column)
     mapped = mapper.columns.get(name)
     if mapped is None:
         raise TypeError(
