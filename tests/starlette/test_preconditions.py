@@ -6,8 +6,16 @@ import asyncio
 from collections import Counter
 
 import pytest
+from sqlalchemy import select, text
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from tests.starlette.pages import Meeting, app, client, pages
+from sqla_uow import current_session, errors, transactional
+from sqla_uow_starlette import PreconditionError, check_preconditions, etag, exception_handlers
+from tests.models import Account
+from tests.starlette.pages import Meeting, Page, answer, app, client, pages
 
 WRITERS = 20
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -47,3 +55,239 @@ async def test_one_of_many_writers_wins_on_sqlite(db):
         assert await race(writing, {"If-Match": await tag_of(writing)}) == {200: 1, 412: WRITERS - 1}
         assert arrived.met
     assert await db.scalar("SELECT version FROM page") == 2
+
+
+def by_hand(read):
+    """Return an application that compares the tag, and writes without comparing the version."""
+
+    @transactional(isolation="READ COMMITTED")
+    async def put(request):
+        page = await current_session().get_one(Page, 1)
+        if request.headers["If-Match"] != etag(page):
+            return Response(status_code=412)
+        await read()
+        await current_session().execute(text("UPDATE page SET value = value + 1, version = version + 1"))
+        return answer(page)
+
+    return Starlette(routes=[Route("/pages/1", put, methods=["PUT"])])
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_a_tag_compared_by_hand_lets_all_through(db):
+    """The control of the race: where only the program compares, twenty of twenty overwrite each other."""
+    async with pages(db, pool_size=WRITERS):
+        tag = await tag_of(app())
+        assert await race(by_hand(Meeting(WRITERS).wait), {"If-Match": tag}) == {200: WRITERS}
+    assert await db.scalar("SELECT version FROM page") == 1 + WRITERS
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_a_race_without_if_match_is_a_conflict(db):
+    """W6: a client that does not say what it has seen gets 409; with retries, its work is done."""
+    async with pages(db, pool_size=4):
+        read = Meeting(4)
+        writing = app(read=read.wait, required=False, isolation="READ COMMITTED")
+        assert await race(writing, {}, 4) == {200: 1, 409: 3}
+        assert read.met
+        assert await db.scalar("SELECT version FROM page") == 2
+        assert await race(app(required=False, retries=8), {}, 4) == {200: 4}
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_one_of_two_deletions_wins(db):
+    """W7: a DELETE is held to its tag too."""
+    read = Meeting(2)
+
+    @transactional(retries=5)
+    async def delete(request):
+        page = await current_session().get_one(Page, 1)
+        check_preconditions(request, page, required=True)
+        await read.wait()
+        await current_session().delete(page)
+        return Response(status_code=204)
+
+    deleting = Starlette(routes=[Route("/", delete, methods=["DELETE"])], exception_handlers=exception_handlers)
+    async with pages(db), client(deleting) as http:
+        headers = {"If-Match": await tag_of(app())}
+        answers = await asyncio.gather(http.delete("/", headers=headers), http.delete("/", headers=headers))
+    assert sorted(answer.status_code for answer in answers) == [204, 412]
+    assert read.met
+
+
+@pytest.mark.drivers("asyncpg", "sqlite")
+async def test_a_tag_is_of_one_object_at_one_version(db):
+    """W7: strong and opaque; another with each version, each key and each type; the same after the row was read again."""
+    async with pages(db), client(app()) as http:
+        first = await http.get("/pages/1")
+        tag = first.headers["ETag"]
+        put = await http.put("/pages/1", json={"value": 7}, headers={"If-Match": tag})
+        assert put.status_code == 200
+        assert (await http.get("/pages/1")).headers["ETag"] == put.headers["ETag"] != tag
+        other = await http.put("/pages/2", json={"value": 0}, headers={"If-None-Match": "*"})
+        assert other.status_code == 200
+        assert other.headers["ETag"] not in (tag, put.headers["ETag"])
+    assert len(tag) == 26
+    assert tag[0] == tag[-1] == '"'
+    assert await db.rows("SELECT id, value, version FROM page ORDER BY id") == [(1, 7, 2), (2, 0, 1)]
+
+
+NONE = object()
+FAILED = 412
+MATCHES = {
+    "the tag": ("{tag}", 200),
+    "in a list": ('"a",{tag}', 200),
+    "with a comma inside another": ('"a,b" , {tag}', 200),
+    "with empty elements": (',, "a",\t{tag},,', 200),
+    "any": ("*", 200),
+    "any in spaces": (" * ", 200),
+    "weak": ("W/{tag}", FAILED),
+    "another": ('"a"', FAILED),
+    "no element": ("", FAILED),
+    "the tag as a part of one": ('"a{tag}', 400),
+    "no quotes": ("{bare}", 400),
+    "a small w": ("w/{tag}", 400),
+    "any in a list": ("*, {tag}", 400),
+    "no comma": ("{tag} {tag}", 400),
+    "an open quote": ('{tag}, "a', 400),
+}
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize(("value", "status"), MATCHES.values(), ids=MATCHES)
+async def test_if_match(db, value, status):
+    """W7: lists and `*` as in RFC 9110; a weak tag never matches; what is no list is refused, wherever it is broken."""
+    async with pages(db):
+        changing = app()
+        tag = await tag_of(changing)
+        headers = {"If-Match": value.format(tag=tag, bare=tag.strip('"'))}
+        assert await race(changing, headers, 1) == {status: 1}
+    assert await db.scalar("SELECT version FROM page") == (2 if status == 200 else 1)
+
+
+@pytest.mark.drivers("sqlite")
+async def test_several_lines_are_one_list(db):
+    """RFC 9110, 5.3: a header that comes twice is its lines, joined."""
+    async with pages(db), client(app()) as http:
+        lines = [("If-Match", '"a"'), ("If-Match", await tag_of(app()))]
+        assert (await http.put("/pages/1", json={"value": 1}, headers=lines)).status_code == 200
+        assert (
+            await http.get("/pages/1", headers=[("If-None-Match", '"a"'), ("If-None-Match", "*")])
+        ).status_code == 400
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize("value", ["{tag}", "W/{tag}", '"a", {tag}', "*"])
+async def test_not_modified(db, value):
+    """W7: 304 for GET and HEAD, with the ETag and no body, by weak comparison; another method gets 412."""
+    async with pages(db), client(app(required=False)) as http:
+        tag = await tag_of(app())
+        headers = {"If-None-Match": value.format(tag=tag)}
+        for ask in (http.get, http.head):
+            found = await ask("/pages/1", headers=headers)
+            assert (found.status_code, found.headers["ETag"], found.content) == (304, tag, b"")
+        assert (await http.put("/pages/1", json={"value": 1}, headers=headers)).status_code == FAILED
+        assert (await http.get("/pages/1", headers={"If-None-Match": '"a"'})).status_code == 200
+
+
+@pytest.mark.drivers("sqlite")
+async def test_if_match_on_a_page_that_is_read(db):
+    """RFC 9110, 13.1.1: If-Match holds for GET too, and goes before If-None-Match."""
+    async with pages(db), client(app()) as http:
+        tag = await tag_of(app())
+        assert (await http.get("/pages/1", headers={"If-Match": tag})).status_code == 200
+        assert (await http.get("/pages/1", headers={"If-Match": '"a"', "If-None-Match": tag})).status_code == FAILED
+        assert (await http.get("/pages/1", headers={"If-Match": tag, "If-None-Match": tag})).status_code == 304
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_page_that_does_not_exist(db):
+    """W7: If-None-Match: * creates it once; If-Match holds for nothing."""
+    async with pages(db), client(app()) as http:
+        for value in ("*", '"a"'):
+            assert (await http.put("/pages/9", json={"value": 1}, headers={"If-Match": value})).status_code == FAILED
+        assert (await http.put("/pages/9", json={"value": 1})).status_code == 428
+        assert (await http.get("/pages/9", headers={"If-None-Match": "*"})).status_code == 404
+        create = {"json": {"value": 1}, "headers": {"If-None-Match": "*"}}
+        assert (await http.put("/pages/9", **create)).status_code == 200
+        assert (await http.put("/pages/9", **create)).status_code == FAILED
+    assert await db.scalar("SELECT version FROM page WHERE id = 9") == 1
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize("headers", [{}, {"If-None-Match": '"a"'}])
+async def test_required(db, headers):
+    """W7: where it is required, an object is changed only under an If-Match."""
+    async with pages(db):
+        assert await race(app(), headers, 1) == {428: 1}
+        assert await db.scalar("SELECT version FROM page") == 1
+        assert await race(app(required=False), headers, 1) == {200: 1}
+
+
+# -- misuse
+
+
+def asking(method, **headers):
+    """Return a request."""
+    lines = [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "method": method, "path": "/", "headers": lines})
+
+
+def said_of(call, *arguments):
+    """Return the type and the message of a refusal."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(*arguments)
+    return type(caught.value), str(caught.value)
+
+
+@pytest.mark.drivers("sqlite")
+async def test_no_tag_for_what_has_no_version(db):
+    """W7: a new, a changed, an expired object and one without a mixin say what to do instead."""
+    async with pages(db) as manager, manager.begin() as unit:
+        assert said_of(etag, Page(id=1)) == (ValueError, "Page has no row yet, and so no version; flush it first")
+        unversioned = "got a Account, which has no version; give its model a mixin"
+        assert said_of(etag, Account(id=1)) == (TypeError, f"etag() {unversioned}")
+        assert said_of(check_preconditions, asking("GET"), Account(id=1)) == (
+            TypeError,
+            f"check_preconditions() {unversioned}",
+        )
+        page = await unit.session.get_one(Page, 1)
+        page.value = 3
+        assert said_of(etag, page) == (
+            ValueError,
+            (
+                "Page(1,) has changes that are not written, and its version does not count them; take its etag() after the "
+                "flush or the commit"
+            ),
+        )
+        unit.session.expire(page)
+        assert said_of(etag, page) == (
+            ValueError,
+            "the version of Page(1,) is not loaded, or its unit was rolled back; get the object again",
+        )
+
+
+@pytest.mark.drivers("sqlite", "asyncpg")
+async def test_the_read_session_cannot_keep_a_tag(db):
+    """S7, W7: what is checked in the read session and written elsewhere would not be checked again; GET may."""
+    async with pages(db) as manager, manager.scope():
+        page = (await current_session().scalars(select(Page))).one()
+        check_preconditions(asking("GET", If_Match=etag(page)), page)
+        with pytest.raises(errors.ReadOnlyError) as caught:
+            check_preconditions(asking("PUT", If_Match=etag(page)), page)
+        assert str(caught.value) == (
+            "expect_version() was called for Page(1) in the read session of a scope; write in a @transactional function: "
+            "pass the key and get_one() the object inside, or open the unit around the read as well; never merge() it"
+        )
+
+
+@pytest.mark.drivers("sqlite")
+async def test_an_object_of_no_open_unit_cannot_keep_a_tag(db):
+    """W7: nor can one whose unit has ended."""
+    async with pages(db) as manager:
+        async with manager.begin() as unit:
+            page = await unit.session.get_one(Page, 1)
+        with pytest.raises(errors.NoUnitError):
+            check_preconditions(asking("PUT", If_Match=etag(page)), page)
+        with pytest.raises(PreconditionError) as caught:
+            check_preconditions(asking("GET", If_None_Match=etag(page)), page)
+        assert (caught.value.status_code, caught.value.code) == (304, "not-modified")

@@ -320,3 +320,18 @@ async def test_assigning_a_version_is_refused(one):
             await unit.session.flush()
             with pytest.raises(AttributeError):
                 setattr(row, attribute, 5)
+
+
+async def test_the_read_session_keeps_no_expectation(versioned):
+    """V2, S7: it ends before anything is written, so nothing could be compared again."""
+    async with versioned.begin() as unit:
+        unit.session.add(Plain(id=1))
+    with versioned.activate():
+        async with versioned.scope():
+            plain = await current_session().get_one(Plain, 1)
+            with pytest.raises(errors.ReadOnlyError) as caught:
+                expect_version(plain, 1)
+    assert str(caught.value) == (
+        "expect_version() was called for Plain(1) in the read session of a scope; write in a @transactional function: pass "
+        "the key and get_one() the object inside, or open the unit around the read as well; never merge() it"
+    )
