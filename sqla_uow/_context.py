@@ -106,6 +106,7 @@ class Scope:
         self.manager = manager
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
+        self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
         self._giving_way = asyncio.Lock()
 
@@ -165,6 +166,38 @@ class Scope:
         transaction.engine = None
         transaction.give_back_turn()
 
+    async def rest(self) -> None:
+        """End the reading before a wait whose end nobody knows; the next use begins afresh.
+
+        Nothing is done while another live task, but an ancestor of this one, uses the read session.
+
+        Raises:
+            ReadOnlyError: an object of it was changed: nothing would ever write it.
+        """
+        reader = self.reader
+        if reader is None or not reader._transaction.owner.is_free():
+            return
+        try:
+            self.refuse_unsaved()
+        finally:
+            await self.end_reading()
+
+    async def close(self) -> None:
+        """End the scope before its block does; whoever still sees it gets `NoUnitError`.
+
+        For where the rest of a block must not read any more: a web request whose response begins.  Transactional
+        functions go on to work, each with a unit of its own.  To close it again does nothing.
+
+        Raises:
+            ReadOnlyError: an object of the read session was changed: nothing would ever write it.  It is closed all the same.
+        """
+        if self.place is not None:
+            self.place.closed = True
+        try:
+            self.refuse_unsaved()
+        finally:
+            await self.end_reading()
+
     async def end_what_gave_way(self) -> None:
         """Close the read session that gave way; not one that was begun since, beside a unit in a child task."""
         if self.reader is not None and self.reader._transaction.phase is Phase.YIELDED:
@@ -218,15 +251,17 @@ class ScopeContext:
     async def __aenter__(self) -> Scope:
         if self._place is not None:
             raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
-        self._place = ScopePlace(Scope(self._manager))
+        scope = Scope(self._manager)
+        self._place = scope.place = ScopePlace(scope)
         push(self._place)
-        return self._place.scope
+        return scope
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._place is not None
         scope = self._place.scope
+        scope.place = None
         pop(self._place)
         try:
             if error is None:

@@ -243,6 +243,14 @@ class Owner:
         self.idle = self._loop.create_future()
         return self.idle
 
+    def is_free(self) -> bool:
+        """Say whether the running task could use the unit, and would take it from nobody."""
+        task, last = running_task(), self.last
+        busy = self.busy()
+        if task is None or (busy is not None and busy is not task):
+            return False
+        return last is None or last is task or last.done() or _descends(task, _here(task), last)
+
     def release(self) -> None:
         """Keep no task alive."""
         self.last = None

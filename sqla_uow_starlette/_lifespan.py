@@ -1,0 +1,45 @@
+"""The engine ends with the application."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
+
+    from sqla_uow import UnitOfWorkManager
+
+    State = Mapping[str, Any] | None
+    Lifespan = Callable[[Any], AbstractAsyncContextManager[State]]
+
+__all__ = ["dispose_on_shutdown"]
+
+
+def dispose_on_shutdown(
+    manager: UnitOfWorkManager[Any], /, *others: UnitOfWorkManager[Any], lifespan: Lifespan | None = None
+) -> Lifespan:
+    """Return a lifespan that disposes of the managers' engines when the application shuts down.
+
+    ::
+
+        app = Starlette(lifespan=dispose_on_shutdown(manager))
+
+    A database server then sees its connections closed, rather than lost.  Engines end in reverse order, each also if
+    another one, or the lifespan inside, fails.
+
+    Args:
+        manager: whose engine it is.
+        others: further ones.
+        lifespan: the application's own, which runs inside: its engine still works at its end.
+    """
+
+    @asynccontextmanager
+    async def disposing(app: Any) -> AsyncIterator[State]:
+        async with AsyncExitStack() as stack:
+            for one in (manager, *others):
+                stack.push_async_callback(one.engine.dispose)
+            yield None if lifespan is None else await stack.enter_async_context(lifespan(app))
+
+    return disposing
