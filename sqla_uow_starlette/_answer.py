@@ -12,7 +12,7 @@ from sqla_uow_starlette._problems import exception_handlers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Scope
 
 __all__ = ["answering"]
 
@@ -29,7 +29,7 @@ def answering(error: Exception, scope: Scope, outer: Any) -> ASGIApp:
         outer: the application around the middleware, None if the middleware is outermost.
     """
 
-    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+    async def fail(*_connection: object) -> None:
         raise error
 
     handlers, by_status = scope.get("starlette.exception_handlers", ({}, {}))
@@ -41,7 +41,9 @@ def answering(error: Exception, scope: Scope, outer: Any) -> ASGIApp:
     if not _has_general(inner):
         return ExceptionMiddleware(app, exception_handlers)
     handlers = _handlers_of(inner)
-    return ServerErrorMiddleware(app, handlers.get(500) or handlers.get(Exception), debug=inner.debug)
+    return ServerErrorMiddleware(
+        app, handlers.get(500) or handlers.get(Exception), debug=bool(getattr(inner, "debug", False))
+    )
 
 
 def _handlers_of(app: Any) -> Mapping[Any, Any]:

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from sqla_uow import UnitOfWorkManager
@@ -36,7 +36,7 @@ def dispose_on_shutdown(
     """
 
     @asynccontextmanager
-    async def disposing(app: Any) -> AsyncIterator[State]:
+    async def disposing(app: Any) -> AsyncGenerator[State]:
         async with AsyncExitStack() as stack:
             for one in (manager, *others):
                 stack.push_async_callback(one.engine.dispose)

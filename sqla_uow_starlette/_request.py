@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqla_uow.errors import ReadOnlyError
 from sqla_uow_starlette._answer import answering
@@ -51,8 +51,7 @@ class Request:
         Raises:
             Exception: what it raised, if it was not refused.
         """
-        task = asyncio.current_task()
-        assert task is not None
+        task = cast("asyncio.Task[object]", asyncio.current_task())
         cancelling = task.cancelling()
         try:
             await self.app(scope, receive, self.send)
@@ -83,9 +82,7 @@ class Request:
                 raise Refused from None
 
 
-async def in_scope(
-    app: ASGIApp, manager: UnitOfWorkManager[Any], scope: Scope, receive: Receive, send: Send
-) -> None:
+async def in_scope(app: ASGIApp, manager: UnitOfWorkManager[Any], scope: Scope, receive: Receive, send: Send) -> None:
     """Run an application that answers a failure: it may read, and nothing is refused."""
     async with manager.scope() as unit_scope:
 
