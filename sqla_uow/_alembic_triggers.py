@@ -1,0 +1,103 @@
+"""The SQL of version triggers: they count what is written past the ORM."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqlalchemy import text
+
+from sqla_uow._isolation import family_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import TextClause
+    from sqlalchemy.engine import Connection, Dialect
+
+__all__ = ["Trigger", "literally", "saved_triggers"]
+
+_PREFIX = "sqla_uow_version_"
+_LONGEST_NAME = 63  # PostgreSQL's; MariaDB has 64
+_COLUMN = re.compile(r'WHEN NEW\.(?:"((?:[^"]|"")+)"|(\w+)) <=')
+
+
+class Trigger(NamedTuple):
+    """The trigger of one table's integer version.
+
+    Whatever an UPDATE says, the version rises: a condition ``NEW = OLD`` would let a lower value through, with which a
+    client of long ago agrees.  PostgreSQL and MariaDB count before the row is written, SQLite has to write it again.
+    """
+
+    table: str
+    column: str
+    schema: str | None
+    key: Sequence[str] = ()
+    """The primary key's columns; SQLite's rowid where it is not known, in a script."""
+
+    @property
+    def name(self) -> str:
+        """Return the trigger's name, and that of its function on PostgreSQL."""
+        name = _PREFIX + self.table
+        if len(name) <= _LONGEST_NAME:
+            return name
+        return name[:46] + "_" + hashlib.sha256(name.encode()).hexdigest()[:16]
+
+    def create(self, dialect: Dialect) -> list[str]:
+        """Return the statements that make it, anew where there is one already."""
+        quote = dialect.identifier_preparer.quote
+        table, name, column = self._qualified(dialect, self.table), quote(self.name), quote(self.column)
+        family = family_of(dialect)
+        if family == "postgresql":
+            function = self._qualified(dialect, self.name)
+            body = f"$body$ BEGIN NEW.{column} := OLD.{column} + 1; RETURN NEW; END $body$"
+            return [
+                f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body}",
+                f"DROP TRIGGER IF EXISTS {name} ON {table}",
+                f"CREATE TRIGGER {name} BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION {function}()",
+            ]
+        if family == "mysql":
+            trigger = self._qualified(dialect, self.name)
+            count = f"SET NEW.{column} = OLD.{column} + 1"
+            return [f"CREATE OR REPLACE TRIGGER {trigger} BEFORE UPDATE ON {table} FOR EACH ROW {count}"]
+        keys = [quote(column) for column in self.key] or ["rowid"]
+        row = " AND ".join(f"{key} = NEW.{key}" for key in keys)
+        count = f"UPDATE {quote(self.table)} SET {column} = OLD.{column} + 1 WHERE {row}"  # noqa: S608  # names, quoted
+        return [
+            *self.drop(dialect),
+            f"CREATE TRIGGER {self._qualified(dialect, self.name)} AFTER UPDATE ON {quote(self.table)} FOR EACH ROW WHEN NEW.{column} <= OLD.{column} BEGIN {count}; END",
+        ]
+
+    def drop(self, dialect: Dialect) -> list[str]:
+        """Return the statements that remove it, where it is there."""
+        name = self._qualified(dialect, self.name)
+        if family_of(dialect) != "postgresql":
+            return [f"DROP TRIGGER IF EXISTS {name}"]
+        table, quote = self._qualified(dialect, self.table), dialect.identifier_preparer.quote
+        return [f"DROP TRIGGER IF EXISTS {quote(self.name)} ON {table}", f"DROP FUNCTION IF EXISTS {name}()"]
+
+    def _qualified(self, dialect: Dialect, name: str) -> str:
+        prepare = dialect.identifier_preparer
+        return f"{prepare.quote_schema(self.schema)}.{prepare.quote(name)}" if self.schema else prepare.quote(name)
+
+
+def literally(statement: str) -> TextClause:
+    """Return a statement in which no name and no ``:=`` is a parameter."""
+    return text(statement.replace(":", "\\:"))
+
+
+def saved_triggers(connection: Connection, table: str) -> list[tuple[str, str]]:
+    """Return (column, SQL) of our triggers on a table of SQLite."""
+    found = connection.execute(
+        text(
+            "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :table AND substr(name, 1, :n) = :ours"
+        ),
+        {"table": table, "n": len(_PREFIX), "ours": _PREFIX},
+    )
+    saved: list[tuple[str, str]] = []
+    for (statement,) in found:
+        column = _COLUMN.search(statement)
+        assert column is not None
+        saved.append(((column[1] or column[2]).replace('""', '"'), statement))
+    return saved

@@ -1,0 +1,63 @@
+"""Version columns in Alembic's migrations, safe on a live table, run by one process at a time.
+
+In ``env.py``::
+
+    from sqla_uow.alembic import install, run_migrations
+
+    install()
+
+    async def migrate() -> None:
+        engine = create_async_engine(url)
+        try:
+            await run_migrations(engine, target_metadata=Base.metadata)
+        finally:
+            await engine.dispose()
+
+    asyncio.run(migrate())
+
+In migrations, written by hand or by ``alembic revision --autogenerate``::
+
+    op.add_version_column("order")
+    op.create_version_trigger("order")
+
+* ``op.add_version_column`` and ``op.drop_version_column``, also within ``batch_alter_table``; ``op.create_version_trigger``
+  and ``op.drop_version_trigger``.  Their arguments are in the docstrings of the operations' classes below.
+* `migration_lock` lets one runner at a time migrate a database; `run_migrations` does what an async ``env.py`` has to do,
+  under it.
+"""
+
+from functools import cache
+
+from sqla_uow._alembic_autogenerate import keep_triggers, register_renderers
+from sqla_uow._alembic_lock import migration_lock
+from sqla_uow._alembic_operations import (
+    AddVersionColumnOp,
+    CreateVersionTriggerOp,
+    DropVersionColumnOp,
+    DropVersionTriggerOp,
+    register,
+)
+from sqla_uow._alembic_run import run_migrations
+from sqla_uow._version_types import UtcTimestamp
+
+__all__ = [
+    "AddVersionColumnOp",
+    "CreateVersionTriggerOp",
+    "DropVersionColumnOp",
+    "DropVersionTriggerOp",
+    "UtcTimestamp",
+    "install",
+    "migration_lock",
+    "run_migrations",
+]
+
+
+@cache
+def install() -> None:
+    """Make Alembic know the operations and write them into the migrations it generates; call it in ``env.py``.
+
+    A second call does nothing.  Renderers that were registered before are asked for all that is no version column.
+    """
+    register()
+    register_renderers()
+    keep_triggers()
