@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 __all__ = ["exception_handlers"]
 
@@ -95,38 +96,42 @@ _UNREACHED: Final = frozenset({"not started", "lost connection"})
 
 
 async def _conflict(connection: Request, error: ConflictError) -> Response:
-    return _answer(connection, error, _UNAVAILABLE if error.reason in _UNREACHED else _CONFLICT)
+    return _answer(connection, _UNAVAILABLE if error.reason in _UNREACHED else _CONFLICT)
 
 
-async def _stale(connection: Request, error: StaleVersionError) -> Response:
-    return _answer(connection, error, _FAILED if "if-match" in connection.headers else _STALE)
+async def _stale(connection: Request, _error: StaleVersionError) -> Response:
+    return _answer(connection, _FAILED if "if-match" in connection.headers else _STALE)
 
 
 async def _busy(connection: Request, error: Exception) -> Response:
     logger.warning("%s %s", type(error).__name__, connection.scope["path"])
-    return _answer(connection, error, _BUSY)
+    return _answer(connection, _BUSY)
 
 
-async def _ambiguous(connection: Request, error: AmbiguousCommitError) -> Response:
-    return _answer(connection, error, _AMBIGUOUS)
+async def _ambiguous(connection: Request, _error: AmbiguousCommitError) -> Response:
+    return _answer(connection, _AMBIGUOUS)
 
 
 async def _precondition(connection: Request, error: PreconditionError) -> Response:
     if error.status_code not in _TITLES:  # 304 has no body
         return Response(status_code=error.status_code, headers=error.headers)
     status = error.status_code
-    return _answer(connection, error, _Problem(status, _TITLES[status], error.code, error.detail))
+    return _answer(connection, _Problem(status, _TITLES[status], error.code, error.detail))
 
 
-def _answer(connection: Request, error: Exception, problem: _Problem) -> Response:
+def _answer(connection: Request, problem: _Problem) -> Response:
     # Starlette hands a WebSocket to the same handlers, and calls what they return.
     session: object = connection
     if not isinstance(session, WebSocket):
         return problem.response()
     if WebSocketState.DISCONNECTED in (session.client_state, session.application_state):
-        raise error
+        return cast("Response", _tell_nobody)
     code = _TRY_AGAIN_LATER if problem.status == _BUSY.status else _INTERNAL_ERROR
     return cast("Response", WebSocketClose(code, problem.code))
+
+
+async def _tell_nobody(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """Be the response to a WebSocket that is closed already."""
 
 
 exception_handlers: Final[dict[int | type[Exception], _Handler]] = {
