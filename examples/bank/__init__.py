@@ -1,4 +1,4 @@
-"""A bank under load: transfers, deposits and on-call swaps, thousands at once, and what must be true afterwards.
+"""A bank as a web service: transfers, deposits and edits, many at once, and what must be true afterwards.
 
-Run it from a checkout: ``python -m examples.bank --help``.  Read `work`, then `services` and, for comparison, `plain`.
+Run it from a checkout: ``python -m examples.bank --help``.  Read `services` and `web`; for comparison, `plain`.
 """

@@ -5,7 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-_NEEDED = {"sqlalchemy": "-e '.[sqlite]'", "greenlet": "-e '.[sqlite]'", "rich": "rich"}
+_NEEDED = {
+    "sqlalchemy": "-e '.[sqlite,starlette]'",
+    "greenlet": "-e '.[sqlite,starlette]'",
+    "starlette": "-e '.[sqlite,starlette]'",
+    "httpx": "httpx",
+    "rich": "rich",
+    "uvicorn": "uvicorn",
+    "websockets": "websockets",
+}
 
 for _module, _what in _NEEDED.items():
     if importlib.util.find_spec(_module) is None:

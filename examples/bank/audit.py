@@ -1,31 +1,21 @@
-"""What must be true of the bank before, and after, whatever was done at once."""
+"""What must be true of the bank, whatever was done at once."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import func, insert, inspect, select
+from sqlalchemy import func, select
 
-from examples.bank.load import SHIFTS
-from examples.bank.models import Account, Base, Doctor, Gap, Shift
+from examples.bank.models import Account, Entry
+from sqla_uow import current_session, transactional
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from sqlalchemy.engine import Connection
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy import Select
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from examples.bank.tally import Tally
 
-__all__ = ["Finding", "TablesExistError", "inspect_books", "opened"]
-
-START = 1_000_00
-"""Cents on every account at the beginning."""
-
-
-class TablesExistError(Exception):
-    """The database has tables of an earlier run."""
+__all__ = ["Finding", "inspect_books"]
 
 
 class Finding(NamedTuple):
@@ -36,69 +26,67 @@ class Finding(NamedTuple):
     figures: str
 
 
-@contextlib.asynccontextmanager
-async def opened(engine: AsyncEngine, accounts: int, *, drop: bool) -> AsyncIterator[None]:
-    """Create the tables and fill them.
-
-    Args:
-        engine: where.
-        accounts: how many.
-        drop: drop the tables at the end.
-
-    Raises:
-        TablesExistError: they are there already; nothing was touched.
-    """
-    ours = drop
-    try:
-        async with engine.begin() as connection:
-            await connection.run_sync(_create)
-            await connection.execute(insert(Account), [{"id": n, "balance": START} for n in range(accounts)])
-            await connection.execute(insert(Shift), [{"id": n} for n in range(SHIFTS)])
-            doctors = [{"id": n, "shift_id": n // 2, "on_call": True} for n in range(2 * SHIFTS)]
-            await connection.execute(insert(Doctor), doctors)
-        yield
-    except TablesExistError:
-        ours = False
-        raise
-    finally:
-        if ours:
-            async with engine.begin() as connection:
-                await connection.run_sync(Base.metadata.drop_all)
-
-
-def _create(connection: Connection) -> None:
-    existing = sorted(set(Base.metadata.tables) & set(inspect(connection).get_table_names()))
-    if existing:
-        raise TablesExistError(", ".join(existing))
-    Base.metadata.create_all(connection)
-
-
-async def inspect_books(engine: AsyncEngine, accounts: int, tally: Tally) -> list[Finding]:
-    """Look in the database, now that nobody else works there."""
-    async with engine.connect() as connection:
-        total = int(await connection.scalar(select(func.sum(Account.balance))) or 0)
-        lowest = int(await connection.scalar(select(func.min(Account.balance))) or 0)
-        found = int(await connection.scalar(select(func.count()).select_from(Gap)) or 0)
-        staffed = select(Doctor.shift_id).where(Doctor.on_call)
-        left = int(await connection.scalar(select(func.count()).where(Shift.id.not_in(staffed))) or 0)
-    put_in = accounts * START + tally.deposited
+@transactional(isolation="SERIALIZABLE", read_only=True, retries=20)
+async def inspect_books(tally: Tally) -> list[Finding]:
+    """Look at all of the database as it is at one moment, though others may be at work there."""
+    session = current_session()
     return [
-        Finding(
-            "no money appears or vanishes",
-            put_in <= total <= put_in + tally.unknown,
-            f"{accounts} accounts hold {_money(total)}; put in: {_money(accounts * START)} at the start "
-            f"and {_money(tally.deposited)} by {tally.deposits:,} acknowledged deposits"
-            + (f"; {_money(tally.unknown)} by deposits of unknown outcome" if tally.unknown else "")
-            + (f"; off by {_money(total - put_in)}" if total != put_in else ""),
-        ),
-        Finding("no account is overdrawn", lowest >= 0, f"the lowest balance is {_money(lowest)}"),
-        Finding(
-            "no shift is without a doctor",
-            not found and not left,
-            f"{SHIFTS} shifts; {found} times one was found empty by a doctor coming back, {left} are empty now",
-        ),
+        await _money(session),
+        await _overdrawn(session),
+        await _acknowledged(session, tally),
+        await _edits(session, tally),
     ]
 
 
-def _money(cents: int) -> str:
+async def _money(session: AsyncSession) -> Finding:
+    put_in = await _whole(session, select(func.sum(Entry.amount)).where(Entry.source.is_(None)))
+    there = await _whole(session, select(func.sum(Account.balance)))
+    came = select(func.coalesce(func.sum(Entry.amount), 0)).where(Entry.target == Account.id).scalar_subquery()
+    went = select(func.coalesce(func.sum(Entry.amount), 0)).where(Entry.source == Account.id).scalar_subquery()
+    wrong = await _whole(session, select(func.count()).where(Account.balance != came - went))
+    accounts = await _whole(session, select(func.count()).select_from(Account))
+    return Finding(
+        "no money appears or vanishes",
+        put_in == there and wrong == 0,
+        f"{accounts} accounts hold {_cents(there)}, and {_cents(put_in)} were put in; "
+        f"{wrong} of them hold something else than their entries add up to",
+    )
+
+
+async def _overdrawn(session: AsyncSession) -> Finding:
+    lowest = await _whole(session, select(func.min(Account.balance + Account.credit)))
+    return Finding(
+        "no account is overdrawn", lowest >= 0, f"the least that one has left, credit included, is {_cents(lowest)}"
+    )
+
+
+async def _acknowledged(session: AsyncSession, tally: Tally) -> Finding:
+    booked = {row.id: row.reference for row in await session.execute(select(Entry.id, Entry.reference))}
+    lost = len(tally.booked - booked.keys())
+    refused = len(tally.refused.intersection(booked.values()) - {""})
+    return Finding(
+        "what was answered is so",
+        not lost and not refused,
+        f"{len(tally.booked):,} acknowledged entries, {lost} of them not in the ledger; "
+        f"{len(tally.refused):,} refused, {refused} of them in it",
+    )
+
+
+async def _edits(session: AsyncSession, tally: Tally) -> Finding:
+    """Compare: each edit raised a credit by one cent."""
+    there = await _whole(session, select(func.sum(Account.credit)))
+    return Finding(
+        "no edit undoes another one unseen",
+        tally.edits <= there <= tally.edits + tally.unknown_edits,
+        f"{tally.edits:,} acknowledged edits"
+        + (f" and {tally.unknown_edits} of unknown outcome" if tally.unknown_edits else "")
+        + f", {there:,} to be seen in the accounts",
+    )
+
+
+async def _whole(session: AsyncSession, statement: Select[Any]) -> int:
+    return int(await session.scalar(statement) or 0)
+
+
+def _cents(cents: int) -> str:
     return f"{cents / 100:,.2f}"

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, ForeignKey
+from datetime import UTC, datetime
+
+from sqlalchemy import BigInteger, DateTime, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Account", "Base", "Doctor", "Gap", "Shift"]
+from sqla_uow.mixins import Versioned
+
+__all__ = ["LONGEST", "Account", "Base", "Entry", "now"]
+
+LONGEST = 80
+"""Characters of an owner's name, and of a reference."""
+
+
+def now() -> datetime:
+    """Return the time in UTC, without what MariaDB's DATETIME would drop."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 class Base(DeclarativeBase):
     """The metadata of the example."""
 
 
-class Account(Base):
-    """An account; its balance is in cents and must not be below 0."""
+class Account(Versioned, Base):
+    """An account; its amounts are in cents.
+
+    Attributes:
+        owner: whose it is.
+        credit: how far below 0 the balance may go.
+        balance: the sum of the account's entries.
+        version: counts the changes of the row, from 1; the mixin's.
+    """
 
     __tablename__ = "sqla_uow_bank_account"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    balance: Mapped[int] = mapped_column(BigInteger)
-
-
-class Shift(Base):
-    """A shift; at least one of its doctors must be on call."""
-
-    __tablename__ = "sqla_uow_bank_shift"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-
-
-class Doctor(Base):
-    """A doctor of one shift, on call or not."""
-
-    __tablename__ = "sqla_uow_bank_doctor"
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    shift_id: Mapped[int] = mapped_column(ForeignKey(Shift.id))
-    on_call: Mapped[bool] = mapped_column(default=True)
-
-
-class Gap(Base):
-    """A shift that a doctor found empty when coming back; there must be none."""
-
-    __tablename__ = "sqla_uow_bank_gap"
     id: Mapped[int] = mapped_column(primary_key=True)
-    shift_id: Mapped[int] = mapped_column(ForeignKey(Shift.id))
+    owner: Mapped[str] = mapped_column(String(LONGEST))
+    credit: Mapped[int] = mapped_column(BigInteger, default=0)
+    balance: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class Entry(Base):
+    """A line of the ledger: money that was moved, or paid in where it has no source.  Never changed."""
+
+    __tablename__ = "sqla_uow_bank_entry"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    source: Mapped[int | None] = mapped_column(ForeignKey(Account.id), index=True)
+    target: Mapped[int] = mapped_column(ForeignKey(Account.id), index=True)
+    amount: Mapped[int] = mapped_column(BigInteger)
+    reference: Mapped[str] = mapped_column(String(LONGEST), default="")
+    at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import event, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["SERVERS", "Place", "UnavailableError", "engine_of", "place"]
+__all__ = ["SERVERS", "Place", "UnavailableError", "engine_of", "name_of", "place"]
 
+_FOR_PEOPLE = 10
+"""Connections beyond those of the load, for the page and its feed."""
 _MOST_CONNECTIONS = 40  # MariaDB lets in 151, PostgreSQL 100 by default; calls without one wait for it
 SERVERS = {"postgresql": ("PostgreSQL", ("asyncpg", "psycopg")), "mariadb": ("MariaDB", ("asyncmy", "aiomysql"))}
 _EXTRAS = {"PostgreSQL": "postgresql", "MariaDB": "mysql"}
@@ -109,7 +111,7 @@ def engine_of(where: Place, workers: int) -> AsyncEngine:
         raise UnavailableError(f"folder {str(Path(file).parent)!r} of the SQLite file is not there; make it first")
     # An in-memory SQLite database is one connection, whose pool takes no size.
     memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
-    room = {} if memory else {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": 0, "pool_timeout": 300}
+    room = {} if memory else {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": _FOR_PEOPLE}
     try:
         engine = create_async_engine(url, **room)
     except ModuleNotFoundError as error:
@@ -133,3 +135,15 @@ def _set_up_ours(dbapi_connection: Any, record: Any) -> None:
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.close()
+
+
+def name_of(error: BaseException) -> str:
+    """Return the error's class and the database's own code: neither has a word of the URL."""
+    origin = error.orig if isinstance(error, DBAPIError) else None
+    first = origin.args[0] if origin is not None and origin.args else None
+    code = (
+        getattr(origin, "sqlite_errorname", None)
+        or (first if isinstance(first, int) else None)
+        or getattr(origin, "sqlstate", None)
+    )
+    return type(error).__name__ if code is None else f"{type(error).__name__} {code}"

@@ -1,38 +1,108 @@
-"""The bank without the library: what SQLAlchemy's tutorial shows, at the isolation the database happens to have."""
+"""The same endpoints without the library: what SQLAlchemy's tutorial shows, at the isolation the database happens to have."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from examples.bank import work
+from sqlalchemy import DateTime
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from examples.bank import models
+from examples.bank.fields import AMOUNT, CREDIT, NAME, NUMBER, REFERENCE, body, number
+from examples.bank.problems import HANDLERS, ProblemError
+from examples.bank.shapes import account_json, entry_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from starlette.requests import Request
+    from starlette.responses import Response
 
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-__all__ = ["PlainBank"]
+__all__ = ["create_plain_app"]
 
 
-class PlainBank:
-    """The functions of `services`, each in a plain ``async with Session.begin()``."""
+class Base(DeclarativeBase):
+    """The metadata of these models; the tables are those of `models`."""
 
-    def __init__(self, sessions: async_sessionmaker[AsyncSession]) -> None:
-        self._sessions = sessions
 
-    async def transfer(self, source: int, target: int, amount: int) -> bool:
-        """See `work.transfer`."""
-        async with self._sessions.begin() as session:
-            return await work.transfer(session, source, target, amount)
+class Account(Base):
+    """An account; its version is a column like any other, and nobody counts it."""
 
-    async def deposit(self, account: int, amount: int, acknowledge: Callable[[int], object]) -> bool:
-        """See `work.deposit`."""
-        async with self._sessions.begin() as session:
-            done = await work.deposit(session, account, amount)
-        acknowledge(amount)
-        return done
+    __tablename__ = models.Account.__tablename__
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    credit: Mapped[int]
+    balance: Mapped[int]
+    version: Mapped[int]
 
-    async def swap_on_call(self, doctor: int) -> bool:
-        """See `work.swap_on_call`."""
-        async with self._sessions.begin() as session:
-            return await work.swap_on_call(session, doctor)
+
+class Entry(Base):
+    """A line of the ledger."""
+
+    __tablename__ = models.Entry.__tablename__
+    id: Mapped[int] = mapped_column(primary_key=True)
+    source: Mapped[int | None]
+    target: Mapped[int]
+    amount: Mapped[int]
+    reference: Mapped[str]
+    at = mapped_column(DateTime(timezone=True), default=models.now)
+
+
+def _sessions(request: Request) -> async_sessionmaker[AsyncSession]:
+    sessions: async_sessionmaker[AsyncSession] = request.app.state.sessions
+    return sessions
+
+
+async def get_account(request: Request) -> Response:
+    """Return an account."""
+    async with _sessions(request)() as session:
+        return JSONResponse(account_json(await session.get_one(Account, number(request))))
+
+
+async def put_account(request: Request) -> Response:
+    """Change an account."""
+    wish = await body(request, {"owner": NAME, "credit": CREDIT})
+    async with _sessions(request).begin() as session:
+        account = await session.get_one(Account, number(request))
+        account.owner, account.credit = wish["owner"], wish["credit"]
+    return JSONResponse(account_json(account))
+
+
+async def deposit(request: Request) -> Response:
+    """Put money into an account."""
+    wish = await body(request, {"amount": AMOUNT, "reference": REFERENCE})
+    async with _sessions(request).begin() as session:
+        payee = await session.get_one(Account, number(request))
+        payee.balance += wish["amount"]
+        session.add(entry := Entry(target=payee.id, **wish))
+    return JSONResponse(entry_json(entry), 201)
+
+
+async def transfer(request: Request) -> Response:
+    """Move money."""
+    wish = await body(request, {"source": NUMBER, "target": NUMBER, "amount": AMOUNT, "reference": REFERENCE})
+    async with _sessions(request).begin() as session:
+        payer = await session.get_one(Account, wish["source"])
+        payee = await session.get_one(Account, wish["target"])
+        if payer.balance + payer.credit < wish["amount"]:
+            raise ProblemError(409, "too little money")
+        payer.balance -= wish["amount"]
+        payee.balance += wish["amount"]
+        session.add(entry := Entry(**wish))
+    return JSONResponse(entry_json(entry), 201)
+
+
+def create_plain_app(engine: AsyncEngine) -> Starlette:
+    """Make the service."""
+    routes = [
+        Route("/accounts/{number}", get_account, methods=["GET"]),
+        Route("/accounts/{number}", put_account, methods=["PUT"]),
+        Route("/accounts/{number}/deposits", deposit, methods=["POST"]),
+        Route("/transfers", transfer, methods=["POST"]),
+    ]
+    app = Starlette(routes=routes, exception_handlers=HANDLERS)
+    app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)
+    return app

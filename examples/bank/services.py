@@ -1,34 +1,149 @@
-"""The bank with the library: no engine, no session, no retry loop in sight."""
+"""What the bank does.  No engine, no session handed around, no retry loop, no HTTP in sight.
+
+Each function is a transaction when it is called alone, and a part of one when another transactional function calls it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from examples.bank import work
+from sqlalchemy import or_, select
+
+from examples.bank.feed import FEED
+from examples.bank.models import Account, Entry
 from sqla_uow import after_commit, current_session, transactional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
 
-__all__ = ["deposit", "swap_on_call", "transfer"]
+__all__ = [
+    "News",
+    "NoAccountError",
+    "account",
+    "accounts",
+    "deposit",
+    "edit",
+    "entries",
+    "news",
+    "open_account",
+    "transfer",
+]
 
-RETRIES = 20  # hundreds of calls fight for a few rows here; a service that meets a conflict now and then needs 5
+RETRIES = 20  # many calls at once fight for a few accounts here; a service that meets a conflict now and then needs 5
+
+
+class NoAccountError(Exception):
+    """There is no account of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"there is no account {number}")
+
+
+class News(NamedTuple):
+    """What one transaction saw of some accounts and some of the ledger."""
+
+    accounts: Sequence[Account]
+    entries: Sequence[Entry]
+
+
+@transactional(retries=RETRIES)
+async def open_account(owner: str, credit: int) -> Account:
+    """Open an account with nothing on it."""
+    opened = Account(owner=owner, credit=credit)
+    current_session().add(opened)
+    await current_session().flush()
+    after_commit(FEED.publish, accounts=[opened.id])
+    return opened
 
 
 @transactional(retries=RETRIES, isolation="SERIALIZABLE")
-async def transfer(source: int, target: int, amount: int) -> bool:
-    """Move money between two accounts, unless the first has too little."""
-    return await work.transfer(current_session(), source, target, amount)
+async def transfer(source: int, target: int, amount: int, reference: str) -> Entry | None:
+    """Move money between two accounts.
+
+    Returns:
+        The ledger's entry, or None where the payer has too little.  That is no exception, because it is an answer too:
+        at SERIALIZABLE, what was read is true only if the transaction commits.
+    """
+    payer, payee = await account(source), await account(target)
+    if payer.balance + payer.credit < amount:
+        return None
+    payer.balance -= amount
+    payee.balance += amount
+    return await _book(Entry(source=source, target=target, amount=amount, reference=reference))
 
 
 @transactional(retries=RETRIES, isolation="SERIALIZABLE")
-async def deposit(account: int, amount: int, acknowledge: Callable[[int], object]) -> bool:
-    """Put money into an account, and acknowledge it once it is there."""
-    after_commit(acknowledge, amount)  # once, however many attempts it takes; never if it is not committed
-    return await work.deposit(current_session(), account, amount)
+async def deposit(target: int, amount: int, reference: str) -> Entry:
+    """Put money into an account."""
+    payee = await account(target)
+    payee.balance += amount
+    return await _book(Entry(target=target, amount=amount, reference=reference))
+
+
+async def _book(entry: Entry) -> Entry:
+    current_session().add(entry)
+    await current_session().flush()  # from here on it has a number
+    touched = [number for number in (entry.source, entry.target) if number is not None]
+    after_commit(FEED.publish, accounts=touched, entry=entry.id)  # once, whatever the attempts; never if it fails
+    return entry
 
 
 @transactional(retries=RETRIES, isolation="SERIALIZABLE")
-async def swap_on_call(doctor: int) -> bool:
-    """Take a doctor off call, but only if another one of the shift stays; or take one who is off back on call."""
-    return await work.swap_on_call(current_session(), doctor)
+async def edit(number: int, owner: str, credit: int, *, check: Callable[[Account], object]) -> Account | None:
+    """Change what a person may change of an account.
+
+    Args:
+        number: of the account.
+        owner: the new name.
+        credit: the new credit.
+        check: gets the account before it is changed, and raises if that is not what the caller has seen.
+
+    Returns:
+        The account, or None where it is overdrawn by more than the new credit.
+    """
+    changed = await account(number)
+    check(changed)
+    if changed.balance + credit < 0:
+        return None
+    changed.owner, changed.credit = owner, credit
+    await current_session().flush()  # from here on it has its new version
+    after_commit(FEED.publish, accounts=[number])
+    return changed
+
+
+async def account(number: int) -> Account:
+    """Return an account, of whatever unit is open: a transactional function's, or the request's for reading.
+
+    Raises:
+        NoAccountError: there is none.
+    """
+    found = await current_session().get(Account, number)
+    if found is None:
+        raise NoAccountError(number)
+    return found
+
+
+@transactional(read_only=True, retries=RETRIES)
+async def accounts(after: int, most: int) -> Sequence[Account]:
+    """Return the accounts that come after a number."""
+    found = await current_session().scalars(select(Account).where(Account.id > after).order_by(Account.id).limit(most))
+    return found.all()
+
+
+@transactional(read_only=True, retries=RETRIES)
+async def entries(number: int, after: int, most: int) -> Sequence[Entry]:
+    """Return the entries of an account that come after one."""
+    of_account = or_(Entry.source == number, Entry.target == number)
+    found = await current_session().scalars(
+        select(Entry).where(of_account, Entry.id > after).order_by(Entry.id).limit(most)
+    )
+    return found.all()
+
+
+@transactional(read_only=True, retries=RETRIES)
+async def news(of_accounts: Collection[int], of_entries: Collection[int]) -> News:
+    """Return these accounts and entries."""
+    session = current_session()
+    changed = await session.scalars(select(Account).where(Account.id.in_(of_accounts)).order_by(Account.id))
+    booked = await session.scalars(select(Entry).where(Entry.id.in_(of_entries)).order_by(Entry.id))
+    return News(changed.all(), booked.all())

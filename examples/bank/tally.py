@@ -1,16 +1,19 @@
-"""What is counted, and how: by what anybody can see of the library from outside."""
+"""What is counted: what the client was told, and what the library says in its log."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import DBAPIError
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["FUNCTIONS", "Row", "Tally"]
 
-FUNCTIONS = ("transfer", "deposit", "swap_on_call")
+FUNCTIONS = ("transfer", "deposit", "edit")
+_DONE, _REFUSED, _UNAVAILABLE = (200, 201), 409, 503
 
 
 @dataclass
@@ -19,19 +22,21 @@ class Row:
 
     Attributes:
         calls: how many were made.
-        commits: how many returned, so that their transaction is committed.
-        refused: how many of these said no.
-        retries: how often an attempt was run again.
+        done: how many were answered with a success, so that their transaction is committed.
+        refused: how many the bank said no to.
+        outrun: how often an edit was told that somebody else was first (412), and began anew.
+        retries: how often an attempt was run again, inside the service.
         conflicts: why attempts failed, by reason and code.
-        gave_up: calls that failed in every attempt.
-        failed: calls that ended in another error, by its class and code.
+        gave_up: calls that failed in every attempt (503).
+        failed: calls that got another status, or no answer, by status or the error's class.
         cancelled: calls that Ctrl-C cut off.
-        seconds: how long each commit took, retries and waits included.
+        seconds: how long each success took, retries and waits included.
     """
 
     calls: int = 0
-    commits: int = 0
+    done: int = 0
     refused: int = 0
+    outrun: int = 0
     retries: int = 0
     conflicts: Counter[str] = field(default_factory=Counter)
     gave_up: int = 0
@@ -39,8 +44,20 @@ class Row:
     cancelled: int = 0
     seconds: list[float] = field(default_factory=list)
 
+    def count(self, status: int, seconds: float) -> None:
+        """Count an answer."""
+        if status in _DONE:
+            self.done += 1
+            self.seconds.append(seconds)
+        elif status == _REFUSED:
+            self.refused += 1
+        elif status == _UNAVAILABLE:
+            self.gave_up += 1
+        else:
+            self.failed[f"status {status}"] += 1
+
     def percentile(self, share: float) -> float | None:
-        """Return the seconds within which that share of the commits was done."""
+        """Return the seconds within which that share of the successes was answered."""
         if not self.seconds:
             return None
         ordered = sorted(self.seconds)
@@ -54,17 +71,19 @@ class Tally(logging.Handler):
     reason and wait as its arguments.
 
     Attributes:
-        deposits: how many were acknowledged.
-        deposited: how much they put in.
-        unknown: how much was put in, or not, by deposits whose COMMIT was never answered.
+        booked: the numbers of the ledger's entries that the client was told of.
+        refused: the references of what it was refused.
+        edits: how many edits were acknowledged.
+        unknown_edits: how many were sent and not answered, or not clearly.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.rows = {name: Row() for name in FUNCTIONS}
-        self.deposits = 0
-        self.deposited = 0
-        self.unknown = 0
+        self.booked: set[int] = set()
+        self.refused: set[str] = set()
+        self.edits = 0
+        self.unknown_edits = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Count a retry."""
@@ -76,19 +95,18 @@ class Tally(logging.Handler):
             row.retries += 1
             row.conflicts[str(reason)] += 1
 
-    def acknowledge(self, amount: int) -> None:
-        """Count a deposit that is committed."""
-        self.deposits += 1
-        self.deposited += amount
+    def answered(self, function: str, arguments: dict[str, Any], answer: httpx.Response) -> None:
+        """Remember what the client was told, to look afterwards whether it is so."""
+        if answer.status_code in _DONE:
+            if function == "edit":
+                self.edits += 1
+            else:
+                self.booked.add(answer.json()["id"])
+        elif answer.status_code == _REFUSED:
+            self.refused.add(arguments.get("reference", ""))
+        elif answer.status_code != _UNAVAILABLE:
+            self.never_answered(function)
 
-
-def name_of(error: BaseException) -> str:
-    """Return the error's class and the database's own code."""
-    origin = error.orig if isinstance(error, DBAPIError) else None
-    first = origin.args[0] if origin is not None and origin.args else None
-    code = (
-        getattr(origin, "sqlite_errorname", None)
-        or (first if isinstance(first, int) else None)
-        or getattr(origin, "sqlstate", None)
-    )
-    return type(error).__name__ if code is None else f"{type(error).__name__} {code}"
+    def never_answered(self, function: str) -> None:
+        """Remember that it is not known whether a call was done."""
+        self.unknown_edits += function == "edit"

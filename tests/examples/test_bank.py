@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import re
@@ -12,13 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+from websockets.sync.client import connect
 
 from examples.bank.run import main
 from tests.databases import SERVERS
 
 CHECKOUT = Path(__file__).parents[2]
-SMALL = ("--calls", "120", "--accounts", "4")
+ONCE = ("--once", "--calls", "60", "--accounts", "4")
+RULES = [True] * 4
 CODES = {"postgresql": "40001", "mysql": "1213"}
 
 
@@ -43,13 +47,13 @@ def bank(*options, folder=None):
 
 
 def figures(output, label):
-    """Return one line of the table: transfer, deposit, swap_on_call."""
+    """Return one line of the table: transfer, deposit, edit."""
     (line,) = re.findall(rf"^ +{label} +(\d+) +(\d+) +(\d+) *$", output, re.MULTILINE)
     return [int(figure) for figure in line]
 
 
 def rules(output):
-    """Return whether each of the three rules holds."""
+    """Return whether each of the four rules holds."""
     return [word == "holds" for word in re.findall(r"^(holds|BROKEN) ", output, re.MULTILINE)]
 
 
@@ -69,33 +73,36 @@ async def tables(db):
 
 
 async def test_every_rule_holds(db):
-    """The load keeps every rule, commits every call, counts what failed by code, and leaves no table."""
-    status, output, complaints = bank(*SMALL, *address(db))
+    """The load over HTTP keeps every rule, each call is done or refused, and no table is left."""
+    status, output, complaints = bank(*ONCE, *address(db))
     assert (status, complaints) == (0, "")
-    assert rules(output) == [True, True, True]
-    assert figures(output, "calls") == figures(output, "commits")
-    assert sum(figures(output, "calls")) == 120
-    conflicts = figures(output, f"failed by conflict {CODES[db.family]}") if db.server else [0, 0, 0]
+    assert rules(output) == RULES
+    called, done, refused = (figures(output, label) for label in ("calls", "done", "refused: too little money"))
+    assert sum(called) == 60
+    assert called == [sum(pair) for pair in zip(done, refused, strict=True)]
+    assert figures(output, "told that another was first, 412")[2] > 0  # edits did meet
+    conflicts = figures(output, f"after conflict {CODES[db.family]}") if db.server else [0, 0, 0]
     assert sum(conflicts) > 0 or db.server is None  # a server has conflicts, SQLite's writers queue
-    assert figures(output, "attempts") == [sum(pair) for pair in zip(figures(output, "calls"), conflicts, strict=True)]
     assert await tables(db) == []
 
 
 async def test_without_the_library_the_rules_break(db):
-    """The positive control: the same calls in plain transactions lose money, without an error to anybody."""
-    status, output, complaints = bank("--calls", "300", "--accounts", "4", "--without-library", *address(db))
+    """The positive control: the same calls to plain endpoints lose money and edits, without an error to anybody."""
+    status, output, complaints = bank("--calls", "200", "--accounts", "4", "--without-library", *address(db))
     assert (status, complaints) == (0, "")
-    assert rules(output)[0] is False
-    assert "it broke, and no call was told so." in output
-    assert figures(output, "calls") == figures(output, "commits")
+    assert (rules(output)[0], rules(output)[3]) == (False, False)
+    assert "it broke, and no caller was told so." in output
+    called, done, refused = (figures(output, label) for label in ("calls", "done", "refused: too little money"))
+    assert called == [sum(pair) for pair in zip(done, refused, strict=True)]
+    assert await tables(db) == []
 
 
 @pytest.mark.drivers("sqlite")
 def test_sqlite_is_the_default_and_leaves_no_file(driver, tmp_path):
     """Without options: a temporary file, removed at the end."""
-    status, output, complaints = bank(*SMALL, folder=tmp_path)
-    assert (status, complaints, rules(output)) == (0, "", [True, True, True])
-    assert output.startswith("SQLite: 120 calls through @transactional, 16 at once, on 4 accounts\n")
+    status, output, complaints = bank(*ONCE, folder=tmp_path)
+    assert (status, complaints, rules(output)) == (0, "", RULES)
+    assert output.startswith("SQLite: 60 calls through @transactional, 16 at once, on 4 accounts, over HTTP to http://")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,8 +112,8 @@ def test_database_starts_a_server_and_stops_it(driver):
     reason = SERVERS[driver].unavailable()
     if reason is not None:
         pytest.skip(reason)
-    status, output, complaints = bank(*SMALL, "--database", "postgresql" if driver == "asyncpg" else "mariadb")
-    assert (status, complaints, rules(output)) == (0, "", [True, True, True])
+    status, output, complaints = bank(*ONCE, "--database", "postgresql" if driver == "asyncpg" else "mariadb")
+    assert (status, complaints, rules(output)) == (0, "", RULES)
     assert not listening(output)
 
 
@@ -127,18 +134,59 @@ def test_ctrl_c_cuts_off_the_calls_and_reports(driver, tmp_path):
         process.send_signal(signal.SIGINT)
         rest, complaints = process.communicate(timeout=50)
     assert seen == "250 of 1000000 calls\n"
-    assert (process.returncode, complaints, rules(rest)) == (130, "", [True, True, True])
-    assert "interrupted; the calls in flight were cancelled" in rest
+    assert (process.returncode, complaints, rules(rest)) == (130, "", RULES)
+    assert "interrupted; the calls in flight were cut off" in rest
     assert sum(figures(rest, "cut off")) > 0
+    assert "the bank is open" not in rest
     assert list(tmp_path.iterdir()) == []
     assert driver == "sqlite" or not listening(head)
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_page_is_left_open_until_ctrl_c(driver, tmp_path, number):
+    """After the load the page is served at the printed address; Ctrl-C ends that cleanly, though somebody listens."""
+    with started("--calls", "20", folder=tmp_path) as process:
+        lines = iter(process.stdout.readline, "")
+        opened = next(line for line in lines if line.startswith("the bank is open at "))
+        address = opened.split()[5]
+        assert b"<title>The bank of sqla-uow</title>" in httpx.get(address, trust_env=False).content
+        with connect(address.replace("http", "ws") + "feed", proxy=None) as feed:
+            assert len(json.loads(feed.recv(timeout=10))["accounts"]) == 20
+            process.send_signal(number)
+            rest, complaints = process.communicate(timeout=20)
+    assert (process.returncode, rest, complaints) == (0, "closed\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_port_that_is_taken_gets_one_line(driver, tmp_path):
+    """A port that somebody listens on is named, and nothing is left."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, output, complaints = bank("--port", str(port), folder=tmp_path)
+    assert (status, output) == (2, "")
+    assert complaints == (
+        f"python -m examples.bank: port {port} of 127.0.0.1 cannot be listened on (Address already in use); "
+        "use another --port\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize("name", ["bank", "bank-conflict"])
+def test_the_pictures_in_the_docs_are_small(driver, name):
+    """A page loads quickly."""
+    picture = CHECKOUT / f"docs/images/{name}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.stat().st_size < 100_000
 
 
 @pytest.mark.drivers("sqlite")
 def test_a_terminal_gets_a_progress_bar(driver):
     """On a terminal the calls are counted in one line that moves."""
     ours, theirs = pty.openpty()
-    with started(*SMALL, "--workers", "4", stdout=theirs) as process:
+    with started(*ONCE, "--workers", "4", stdout=theirs) as process:
         os.close(theirs)
         shown = b""
         with contextlib.suppress(OSError):  # the end of a terminal
@@ -146,14 +194,16 @@ def test_a_terminal_gets_a_progress_bar(driver):
                 shown += piece
         assert process.wait(timeout=20) == 0
     os.close(ours)
-    assert b"120/120" in shown
+    assert b"60/60" in shown
 
 
 @pytest.mark.drivers("sqlite")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--calls", "0"], "argument --calls: '0' cannot be; use a whole number from 1 to 10000000"),
+        (["--calls", "-1"], "argument --calls: '-1' cannot be; use a whole number from 0 to 10000000"),
+        (["--port", "99999"], "argument --port: '99999' cannot be; use a whole number from 0 to 65535"),
+        (["--once", "--without-library"], "argument --without-library: not allowed with argument --once"),
         (["--workers", "many"], "argument --workers: 'many' cannot be; use a whole number from 1 to 1000"),
         (["--accounts", "1"], "argument --accounts: '1' cannot be; use a whole number from 2 to 10000"),
         (["--url", "nowhere"], "--url is no SQLAlchemy URL; write it as postgresql+asyncpg://user@host/database"),
@@ -198,11 +248,11 @@ def test_a_server_that_is_down_gets_one_line_without_its_password(driver, capsys
 @pytest.mark.drivers("sqlite")
 async def test_tables_of_another_run_are_not_touched(db):
     """In a database of yours, tables that are there already are neither used nor dropped."""
-    await db.run("CREATE TABLE sqla_uow_bank_gap (mine INTEGER)")
-    status, _, complaints = bank(*SMALL, *address(db))
+    await db.run("CREATE TABLE sqla_uow_bank_entry (mine INTEGER)")
+    status, _, complaints = bank(*ONCE, *address(db))
     assert status == 2
     assert complaints == (
-        "python -m examples.bank: your database has tables of another run (sqla_uow_bank_gap); "
+        "python -m examples.bank: your database has tables of another run (sqla_uow_bank_entry); "
         "drop them, or wait until it is over\n"
     )
-    assert await tables(db) == ["sqla_uow_bank_gap"]
+    assert await tables(db) == ["sqla_uow_bank_entry"]

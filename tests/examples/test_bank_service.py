@@ -1,0 +1,267 @@
+"""The bank's endpoints, through a real server and a real client; what they say is looked up in the database."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import pytest
+from sqlalchemy import select
+from starlette.routing import Route
+from websockets.asyncio.client import connect
+
+from examples.bank import mail, services
+from examples.bank.models import Entry
+from examples.bank.openapi import DOCUMENT
+from examples.bank.web import ROUTES
+
+BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
+LEDGER = "SELECT source, target, amount, reference FROM sqla_uow_bank_entry WHERE reference <> 'opening' ORDER BY id"
+
+
+def problem(answer):
+    """Return what a problem says."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    said = answer.json()
+    assert said["status"] == answer.status_code
+    return answer.status_code, said["detail"]
+
+
+@contextlib.asynccontextmanager
+async def listening(bank):
+    """Connect to the feed, and take its first message."""
+    async with connect(bank.address.replace("http", "ws") + "/feed", proxy=None) as feed:
+        first = json.loads(await feed.recv())
+        assert [account["id"] for account in first["accounts"]] == [1, 2, 3, 4]
+        yield feed
+
+
+async def heard(feed, number):
+    """Return the messages up to the one with an entry, and fail if none comes."""
+    messages = []
+    async with asyncio.timeout(10):
+        while not messages or number not in [entry["id"] for entry in messages[-1]["entries"]]:
+            messages.append(json.loads(await feed.recv()))
+    return messages
+
+
+async def test_a_transfer_is_committed_when_it_is_answered(bank, db):
+    """W2: another connection sees both balances and the ledger's entry as soon as the answer is there."""
+    for amount in range(1, 6):
+        order = {"source": 1, "target": 2, "amount": amount, "reference": f"no {amount}"}
+        answer = await bank.client.post("/transfers", json=order)
+        assert (await db.rows(LEDGER))[-1] == (1, 2, amount, f"no {amount}")
+        assert answer.status_code == 201
+        assert {name: answer.json()[name] for name in order} == order
+    assert await db.rows(BALANCES) == [(199_85,), (200_15,), (200_00,), (200_00,)]
+
+
+async def test_a_refusal_changes_nothing(bank, db):
+    """Too little money is a 409 in words, and neither balance nor ledger knows of it."""
+    answer = await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 200_01})
+    assert problem(answer) == (409, "account 1 has too little for that")
+    assert (await db.rows(BALANCES), await db.rows(LEDGER)) == ([(200_00,)] * 4, [])
+
+
+async def test_transfers_at_once_lose_nothing(bank, db):
+    """Thirty transfers around a circle at once: each is answered 201, and the money is what it was."""
+    orders = [{"source": n % 4 + 1, "target": (n + 1) % 4 + 1, "amount": n + 1} for n in range(30)]
+    answers = await asyncio.gather(*(bank.client.post("/transfers", json=order) for order in orders))
+    assert [answer.status_code for answer in answers] == [201] * 30
+    assert len(await db.rows(LEDGER)) == 30
+    assert await bank.broken_rules() == ([], 0)
+
+
+async def test_one_of_many_edits_at_one_version_is_saved(bank, db):
+    """W7: twenty PUTs with one ETag: exactly one is saved, nineteen are told 412, the version rises by one."""
+    _, tag = await bank.account(1)
+    wishes = [{"owner": f"Ada {n}", "credit": n} for n in range(20)]
+    puts = [bank.client.put("/accounts/1", json=wish, headers={"if-match": tag}) for wish in wishes]
+    answers = await asyncio.gather(*puts)
+    assert sorted(answer.status_code for answer in answers) == [200, *[412] * 19]
+    (saved,) = [answer.json() for answer in answers if answer.status_code == 200]
+    assert await db.rows("SELECT owner, credit, version FROM sqla_uow_bank_account WHERE id = 1") == [
+        (saved["owner"], saved["credit"], 2)
+    ]
+    assert {answer.headers["content-type"] for answer in answers if answer.status_code == 412} == {
+        "application/problem+json"
+    }
+
+
+async def test_the_etag_of_an_edit_is_that_of_the_next_read(bank):
+    """W7: PUT answers with the new version's ETag, so that a second edit needs no GET between."""
+    _, tag = await bank.account(1)
+    first = await bank.client.put("/accounts/1", json={"owner": "Ada L."}, headers={"if-match": tag})
+    second = await bank.client.put("/accounts/1", json={"owner": "Ada"}, headers={"if-match": first.headers["etag"]})
+    assert (first.status_code, second.status_code) == (200, 200)
+    account, tag_now = await bank.account(1)
+    assert (account["owner"], account["version"], tag_now) == ("Ada", 3, second.headers["etag"])
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_read_of_what_the_client_has_is_304(bank):
+    """W7: GET with If-None-Match answers 304 until somebody has changed the account."""
+    _, tag = await bank.account(1)
+    unchanged = await bank.client.get("/accounts/1", headers={"if-none-match": tag})
+    await bank.client.post("/accounts/1/deposits", json={"amount": 1})
+    changed = await bank.client.get("/accounts/1", headers={"if-none-match": tag})
+    assert (unchanged.status_code, unchanged.content, changed.status_code) == (304, b"", 200)
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_transfer_makes_an_edit_stale(bank, db):
+    """Moving money changes the account too: who edits what they saw before is told."""
+    _, tag = await bank.account(2)
+    await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 5})
+    answer = await bank.client.put("/accounts/2", json={"owner": "Me"}, headers={"if-match": tag})
+    assert answer.status_code == 412
+    assert await db.rows("SELECT owner, balance FROM sqla_uow_bank_account WHERE id = 2") == [("Alan", 200_05)]
+
+
+@pytest.mark.drivers("sqlite")
+async def test_an_edit_must_say_what_it_has_seen(bank, db):
+    """W7: PUT without If-Match is 428, and nothing is written."""
+    answer = await bank.client.put("/accounts/1", json={"owner": "Me"})
+    assert problem(answer)[0] == 428
+    assert await db.scalar("SELECT version FROM sqla_uow_bank_account WHERE id = 1") == 1
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_credit_below_the_debt_is_refused(bank):
+    """An edit may not leave the account overdrawn."""
+    _, tag = await bank.account(1)
+    allowed = await bank.client.put("/accounts/1", json={"owner": "Ada", "credit": 50_00}, headers={"if-match": tag})
+    moved = await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 250_00})
+    assert (allowed.status_code, moved.status_code) == (200, 201)
+    _, tag = await bank.account(1)
+    answer = await bank.client.put("/accounts/1", json={"owner": "Ada", "credit": 49_99}, headers={"if-match": tag})
+    assert problem(answer) == (409, "the account is overdrawn by more than this credit")
+
+
+@pytest.mark.drivers("sqlite")
+async def test_an_account_is_opened_and_listed(bank):
+    """POST answers 201 with the place and the ETag of the new account; the list has it, in its turn."""
+    opened = await bank.client.post("/accounts", json={"owner": "Zuse \U0001f9ee", "credit": 7})
+    shown = await bank.client.get(opened.headers["location"])
+    assert (opened.status_code, shown.json()) == (201, opened.json())
+    assert shown.headers["etag"] == opened.headers["etag"]
+    listed = await bank.client.get("/accounts", params={"after": 3, "limit": 2})
+    assert [account["id"] for account in listed.json()] == [4, 5]
+
+
+async def test_a_statement_is_streamed_in_units_of_its_own(bank, monkeypatch):
+    """W5: the generator runs after the request's scope has ended, and reads bit by bit through the service."""
+    units = []
+    read = services.entries
+
+    async def counted(*arguments):
+        units.append(arguments)
+        return await read(*arguments)
+
+    monkeypatch.setattr(services, "entries", counted)
+    monkeypatch.setattr("examples.bank.web._AT_ONCE", 3)
+    for amount in range(1, 5):
+        await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": amount})
+    answer = await bank.client.get("/accounts/1/statement")
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    assert [line["amount"] for line in lines] == [200_00, -1, -2, -3, -4]
+    assert len(units) == 3
+    assert (await bank.broken_rules())[1] == 0
+
+
+async def test_a_letter_is_written_after_the_commit(bank):
+    """W5: the background task runs after the response, in a unit of its own, once for each transfer that was made."""
+    mail.SENT.clear()
+    done = await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 5, "reference": "tea"})
+    await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 999_00})  # refused
+    async with asyncio.timeout(10):
+        while not (letters := (await bank.client.get("/letters")).json()):  # noqa: ASYNC110  # the service tells nobody
+            await asyncio.sleep(0.01)
+    assert letters == [{"entry": done.json()["id"], "to": "Alan", "text": "Ada has sent you 0.05: tea"}]
+
+
+async def test_a_letter_that_fails_changes_nothing(bank, db, monkeypatch, caplog):
+    """W5: an error in the background task is logged, and the transfer stays."""
+    failed = asyncio.Event()
+
+    class Broken:
+        def append(self, _letter):
+            failed.set()
+            raise OSError("no mail today")
+
+    monkeypatch.setattr(mail, "SENT", Broken())
+    answer = await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 5})
+    await asyncio.wait_for(failed.wait(), 10)
+    assert answer.status_code == 201
+    assert await db.rows(LEDGER) == [(1, 2, 5, "")]
+    assert await bank.broken_rules() == ([], 0)
+
+
+async def test_the_feed_tells_of_every_commit(bank):
+    """W5: the WebSocket hears of an entry with the balances of its commit; between messages nothing is held."""
+    async with listening(bank) as feed:
+        assert (await bank.broken_rules())[1] == 0
+        booked = (await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 5})).json()
+        told = (await heard(feed, booked["id"]))[-1]
+        assert told["entries"] == [booked]
+        assert {account["id"]: account["balance"] for account in told["accounts"]} == {1: 199_95, 2: 200_05}
+        assert (await bank.broken_rules())[1] == 0
+
+
+async def test_the_feed_tells_nothing_that_was_not_committed(bank):
+    """A refused transfer and a stale edit are not told; what comes next is the next commit."""
+    async with listening(bank) as feed:
+        await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 999_00})
+        await bank.client.put("/accounts/1", json={"owner": "Me"}, headers={"if-match": '"stale"'})
+        booked = (await bank.client.post("/accounts/3/deposits", json={"amount": 5})).json()
+        (told,) = await heard(feed, booked["id"])
+        assert [account["id"] for account in told["accounts"]] == [3]
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_listener_that_leaves_is_forgotten(bank):
+    """A client that goes without a word leaves neither a task nor a connection behind."""
+    async with listening(bank) as feed:
+        feed.transport.abort()
+    before = {"feed", "_until_it_leaves"}
+    async with asyncio.timeout(10):
+        while any(task.get_coro().__name__ in before for task in asyncio.all_tasks()):  # noqa: ASYNC110  # a task of the server
+            await asyncio.sleep(0.01)
+    assert await bank.broken_rules() == ([], 0)
+
+
+@pytest.mark.drivers("sqlite")
+async def test_what_a_listener_says_is_ignored(bank):
+    """Text, bytes and thousands of messages from the client change nothing, and it still hears."""
+    async with listening(bank) as feed:
+        for n in range(2000):
+            await feed.send("{" if n % 2 else b"\x00\xff")
+        booked = (await bank.client.post("/accounts/1/deposits", json={"amount": 5})).json()
+        assert (await heard(feed, booked["id"]))[-1]["entries"] == [booked]
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_read_session_sees_no_half_of_a_transfer(bank):
+    """S7: an endpoint's read is in the request's read session, and the ledger's rows are what the ORM has."""
+    await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 5})
+    async with bank.manager.begin(read_only=True) as unit:
+        (entry,) = (await unit.session.scalars(select(Entry).where(Entry.amount == 5))).all()
+    assert (entry.source, entry.target) == (1, 2)
+
+
+def methods(route):
+    """Return the methods of a route, but for HEAD, which comes with GET."""
+    if route.methods is None:
+        return [name for name in ("get", "put", "post", "patch", "delete") if hasattr(route.endpoint, name)]
+    return [method.lower() for method in route.methods - {"HEAD"}]
+
+
+@pytest.mark.drivers("sqlite")
+def test_the_document_names_every_endpoint(driver):
+    """The OpenAPI document has each path and method that the service has, and no other."""
+    routes = [route for route in ROUTES if isinstance(route, Route) and route.path not in ("/", "/openapi.json")]
+    served = {(route.path, method) for route in routes for method in methods(route)}
+    told = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item if method != "parameters"}
+    assert told == served
