@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from alembic import context
 from sqlalchemy import event
 
+from alembic import context
 from sqla_uow._alembic_lock import migration_lock
 from sqla_uow._isolation import family_of
 
