@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alembic.util import CommandError
 from sqlalchemy import text
@@ -108,7 +108,8 @@ def _timed_out(error: DBAPIError) -> bool:
 
 
 def _retries_postgresql(connection: Connection, context: MigrationContext, table: str, patience: Patience) -> int:
-    if connection.get_isolation_level() == "AUTOCOMMIT":
+    driver: Any = connection.connection.dbapi_connection
+    if connection.dialect.detect_autocommit_setting(driver):
         raise CommandError(
             f"table {table!r} is to be changed in an autocommit block, where nothing limits how long it waits for its lock; "
             "put the operation outside the block"

@@ -2,10 +2,12 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from alembic.util import CommandError
 from sqlalchemy import text
+from sqlalchemy.util import await_only
 
 from sqla_uow.alembic import migration_lock
 from tests.alembic.project import Project
@@ -75,12 +77,12 @@ async def test_half_a_migration_is_undone(db, project):
             await db.rows("SELECT * FROM half")
 
 
-async def locked(db, body, *, timeout=1.0, **options):
+async def locked(db, body, *, seconds=1.0, **options):
     """Hold the lock on one connection while `body(connection)` runs."""
     engine = db.engine(**options)
 
     def run(connection):
-        with migration_lock(connection, timeout=timeout):
+        with migration_lock(connection, timeout=seconds):
             return body(connection)
 
     async with engine.connect() as connection:
@@ -96,18 +98,16 @@ async def test_it_waits_no_longer_than_told(db):
     async def second():
         started = time.monotonic()
         with pytest.raises(TimeoutError) as caught:
-            await locked(db, lambda _: None, timeout=0.3)
-        name = os.path.basename(db.url.partition("?")[0])
+            await locked(db, lambda _: None, seconds=0.3)
+        name = Path(db.url.partition("?")[0]).name
         assert str(caught.value) == (
             f"another runner has held the migration lock of {name!r} for all of 0.3 s; wait for it to end, or give "
             "migration_lock() a longer timeout"
         )
         assert 0.3 <= time.monotonic() - started < 3
 
-    from sqlalchemy.util import await_only
-
     await locked(db, lambda _: await_only(second()), **POOL_OF_ONE)
-    await locked(db, lambda _: None, timeout=0.0)
+    await locked(db, lambda _: None, seconds=0.0)
 
 
 async def test_it_takes_nothing_of_the_pool(db):
