@@ -23,6 +23,7 @@ from sqla_uow.errors import (
     PropagationError,
     StaleVersionError,
     TransactionTimeoutError,
+    UnitOfWorkError,
 )
 
 if TYPE_CHECKING:
@@ -161,11 +162,18 @@ class Attempt(Generic[S]):
         if attempts.deadline is not None and _is_timeout(error) and attempts.policy.clock() >= attempts.deadline:
             raise self._timed_out(error)
         failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
-        if unit._transaction.versions is not None and unit._transaction.versions.expectations:
-            await self._check_expectations(unit._transaction.versions, failure, error)
+        versions = unit._transaction.versions
+        if versions is not None and versions.expectations:
+            await self._check_expectations(versions, failure, error)
         if failure is None:
             return False
-        await attempts.go_on(failure, error, frame)
+        try:
+            await attempts.go_on(failure, error, frame)
+        except StaleVersionError as gave_up:
+            if versions is not None and (stale := await self._find_stale(versions)) is not None:
+                gave_up.model, gave_up.key = stale.model, stale.key
+                gave_up.expected, gave_up.found = stale.expected, stale.found
+            raise
         return True
 
     async def _check_expectations(self, versions: Versions, failure: Failure | None, error: Exception) -> None:
@@ -181,18 +189,23 @@ class Attempt(Generic[S]):
         surely = any(isinstance(link, StaleDataError) for link in chain(error))
         if not surely and (failure is None or failure.kind not in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)):
             return
-        stale: StaleVersionError | None = None
-        try:
-            stale = await versions.find_stale(attempts.manager.engine)
-        except (SQLAlchemyError, OSError) as trouble:
-            logger.warning(
-                "the expected versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__
-            )
+        stale = await self._find_stale(versions)
         if stale is None and surely:
             stale = versions.stale(attempts.options.who)
         if stale is not None:
             stale.attempts, stale.elapsed = attempts.attempt, attempts.elapsed
             raise stale from error
+
+    async def _find_stale(self, versions: Versions) -> StaleVersionError | None:
+        """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
+        attempts = self._attempts
+        left = None if attempts.deadline is None else max(0.001, attempts.deadline - attempts.policy.clock())
+        try:
+            async with attempts.manager.begin(read_only=True, propagation="requires_new", timeout=left) as unit:
+                return await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
+        except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
+            logger.warning("the versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__)
+            return None
 
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""

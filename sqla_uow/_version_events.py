@@ -30,7 +30,7 @@ def _before_update(mapper: Mapper[Any], _connection: Connection, instance: objec
         return
     state: InstanceState[Any] = inspect(instance)
     versions = versions_of(transaction)
-    versions.writing(session, mapper, state)
+    versions.writing(session, mapper, instance)
     if state in versions.touched:
         versions.touched.discard(state)
         _make_update(mapper, state, instance)
@@ -60,7 +60,7 @@ def _before_delete(mapper: Mapper[Any], connection: Connection, instance: object
     transaction = transaction_of(session)
     if session is None or transaction is None:
         return
-    versions_of(transaction).writing(session, mapper, inspect(instance))
+    versions_of(transaction).writing(session, mapper, instance)
     if not connection.dialect.supports_sane_multi_rowcount:
         event.listen(connection, "after_execute", _check_deleted)
 

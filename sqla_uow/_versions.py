@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from sqlalchemy.engine import Connection
-    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
 
     from sqla_uow._transaction import Transaction
@@ -75,11 +74,12 @@ class _Saved(NamedTuple):
 class Versions:
     """The versions of one unit."""
 
-    __slots__ = ("_saved", "_undone", "expectations", "touched")
+    __slots__ = ("_saved", "_undone", "being_written", "expectations", "touched")
 
     def __init__(self) -> None:
         self.expectations: dict[InstanceState[Any], Expectation] = {}
         self.touched: set[InstanceState[Any]] = set()
+        self.being_written: list[tuple[object, Any]] = []
         self._saved: dict[SessionTransaction, dict[InstanceState[Any], _Saved]] = {}
         self._undone: set[SessionTransaction] = set()
 
@@ -90,15 +90,18 @@ class Versions:
 
     # -- around the flush
 
-    def writing(self, session: Session, mapper: Mapper[Any], state: InstanceState[Any]) -> None:
+    def writing(self, session: Session, mapper: Mapper[Any], instance: object) -> None:
         """Compare once more, before SQL is made of an object: it may have been refreshed since."""
+        state: InstanceState[Any] = inspect(instance)
         expectation = self.expectations.get(state)
         if expectation is not None:
             expectation.compare(getattr(expectation.instance, attribute_of(mapper)))
+        self.being_written.append((instance, state.dict.get(attribute_of(mapper))))
         self.save(session, state)
 
     def flushed(self) -> None:
         """Move on the expectations that the unit's own flush has met."""
+        self.being_written.clear()
         for state, expectation in self.expectations.items():
             if state.deleted:
                 expectation.checked = True
@@ -171,13 +174,15 @@ class Versions:
 
     # -- after the end
 
-    async def find_stale(self, engine: AsyncEngine) -> StaleVersionError | None:
-        """Read the expected versions afresh, after the rollback, and return the error for one that has changed."""
-        async with engine.connect() as connection:
-            return await connection.run_sync(self._find_stale)
+    def find_stale(self, connection: Connection) -> StaleVersionError | None:
+        """Read afresh, after the rollback, and return the error for a row that is not as it was.
 
-    def _find_stale(self, connection: Connection) -> StaleVersionError | None:
-        for mapper, group in _by_mapper(self.expectations.values()):
+        Looked at are the expectations; where there are none, what the flush that failed was writing.
+        """
+        looked_at = list(self.expectations.values()) or [
+            Expectation(*each) for each in self.being_written if each[1] is not None
+        ]
+        for mapper, group in _by_mapper(looked_at):
             found = read_versions(connection, mapper, [each.key for each in group])
             for expectation in group:
                 if found.get(expectation.key) != expectation.expected:

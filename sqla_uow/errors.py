@@ -117,10 +117,10 @@ class StaleVersionError(ConflictError, StaleDataError):
     Where a version was expected of the object (`sqla_uow.mixins.expect_version`) it is never retried and names the object.
 
     Attributes:
-        model: the object's class; None where several rows were written and the database does not say which was stale.
+        model: the object's class; None where no row could be found that is not as it was.
         key: its primary key, a tuple.
-        expected: the version that the client had seen.
-        found: the version of the row, None where it is gone.
+        expected: the version that the client, or the unit, had seen.
+        found: the version of the row afterwards, None where it is gone.
     """
 
     def __init__(

@@ -40,6 +40,7 @@ async def test_another_version_is_refused_at_once(one):
     async def rename(version):
         runs.append(current_unit())
         row = await get_versioned(current_session(), Plain, 1, version=version)
+        runs.append(row)
         row.value = 9
 
     with pytest.raises(errors.StaleVersionError) as caught:
@@ -51,7 +52,9 @@ async def test_another_version_is_refused_at_once(one):
     assert (error.model, error.key, error.expected, error.found) == (Plain, (1,), 7, 1)
     assert (error.attempts, error.reason) == (1, "stale version")
     assert [unit.status for unit in runs] == [Status.ROLLED_BACK]
+    runs.clear()
     await rename(1)
+    assert len(runs) == 2
     assert (await rows(one)) == [(9, 2)]
 
 
@@ -187,6 +190,22 @@ async def test_a_swallowed_stale_flush_is_not_retried_either(db, one):
         with pytest.raises(errors.StaleVersionError):
             await work()
         assert runs == [1]
+
+
+async def test_a_loser_without_an_expectation_is_told_what_it_lost(db, one):
+    """V1: when its retries are over, the error names the row and both versions."""
+    async with one.begin() as unit:
+        unit.session.add(Plain(id=2))
+    with pytest.raises(errors.StaleVersionError) as caught:
+        async with one.begin() as unit:
+            row, other = [await unit.session.get_one(Plain, key) for key in (1, 2)]
+            await overtake(db, unit.session, Plain)
+            row.value, other.value = 5, 5
+    error = caught.value
+    if db.family == "sqlite":  # the other's change went with the unit's, so no row is to be found that has changed
+        assert (error.model, error.key, error.expected, error.found) == (None, None, None, None)
+    else:
+        assert (error.model, error.key, error.expected, error.found) == (Plain, (1,), 1, 2)
 
 
 async def test_without_an_expectation_a_stale_version_is_retried(db, one):

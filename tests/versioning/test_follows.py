@@ -270,6 +270,28 @@ async def test_many_units_change_parts_of_the_same_wholes(db, orders):
     assert after[1] == [old + new for old, new in zip(before[1], of_orders, strict=True)]
 
 
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_wholes_in_memory_and_others_are_locked_in_one_order(db, orders):
+    """V4: each of two units has another one of the two wholes in memory; one of them is stale, none is a deadlock."""
+    await db.run("UPDATE order_ SET customer_id = NULL", "UPDATE line SET order_id = 3 WHERE id = 2")
+    barrier, stale = asyncio.Barrier(2), []
+
+    async def work(in_memory):
+        try:
+            async with orders.begin(isolation="READ COMMITTED") as unit:
+                order = await unit.session.get_one(Order, in_memory)  # kept, or it would not stay in memory
+                lines = (await unit.session.scalars(select(Line))).all()
+                await barrier.wait()
+                for line in lines:
+                    line.amount += order.version
+        except errors.StaleVersionError as error:
+            stale.append(error.key == (in_memory,))
+
+    for _ in range(10):
+        await asyncio.gather(work(1), work(3))
+    assert stale == [True] * 10
+
+
 @contextlib.contextmanager
 def mapped(follows, **more):
     """Map and configure a model that follows `follows`; it is forgotten again."""
