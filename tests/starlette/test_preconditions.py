@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from sqla_uow import current_session, errors, transactional
 from sqla_uow_starlette import PreconditionError, check_preconditions, etag, exception_handlers
 from tests.models import Account
-from tests.starlette.pages import Meeting, Page, answer, app, client, pages
+from tests.starlette.pages import Meeting, Page, answer, app, client, nothing, pages
 
 WRITERS = 20
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -91,6 +92,24 @@ async def test_a_race_without_if_match_is_a_conflict(db):
         assert read.met
         assert await db.scalar("SELECT version FROM page") == 2
         assert await race(app(required=False, retries=8), {}, 4) == {200: 4}
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_one_of_many_creators_wins(db):
+    """W7: `If-None-Match: *` creates once; who meets the winner's key is run again, and finds what is there."""
+    async with pages(db, pool_size=4):
+        read = Meeting(4)
+        runs = iter([read.wait] * 4)
+
+        async def first_run():
+            await next(runs, nothing)()
+
+        creating = app(read=first_run, retries=5, retry_on=lambda error: isinstance(error, IntegrityError))
+        async with client(creating) as http:
+            puts = [http.put("/pages/7", json={"value": 1}, headers={"If-None-Match": "*"}) for _ in range(4)]
+            assert sorted([each.status_code for each in await asyncio.gather(*puts)]) == [200, 412, 412, 412]
+        assert read.met
+    assert await db.scalar("SELECT version FROM page WHERE id = 7") == 1
 
 
 @pytest.mark.drivers("asyncpg", "asyncmy")
