@@ -63,6 +63,7 @@ class _Run:
         self.manager = UnitOfWorkManager(engine_of(where, options.workers))
         self.loading: asyncio.Task[None] | None = None
         self.interrupted = False
+        self.stopping = False
 
     async def main(self) -> int:
         """Open the bank and run it; whatever happens, leave nothing behind."""
@@ -93,11 +94,11 @@ class _Run:
 
     def _interrupt(self, main: asyncio.Task[Any] | None) -> None:
         """Ctrl-C: cut off the calls and go on to the report; outside the load, or the second time, stop at once."""
-        if self.loading is None or self.loading.done() or self.interrupted:
-            if main is not None:
-                main.cancel()
-        else:
+        if self.loading is not None and not self.loading.done() and not self.interrupted:
             self.loading.cancel()
+        elif main is not None and not self.stopping:  # once: what is closing by now takes seconds at most
+            self.stopping = True
+            main.cancel()
         self.interrupted = True
 
     def _listen_to_logs(self) -> None:

@@ -74,7 +74,16 @@ async def served(app: Starlette, port: int = 0) -> AsyncIterator[str]:
     finally:
         up.cancel()
         server.should_exit = True
-        await serving
+        await _end_of(serving)
+
+
+async def _end_of(serving: asyncio.Task[None]) -> None:
+    """Let the requests in flight end, though the one who waits for it is cancelled."""
+    try:
+        await asyncio.shield(serving)
+    except asyncio.CancelledError:
+        await asyncio.wait({serving})
+        raise
 
 
 def _listen(port: int) -> socket.socket:

@@ -139,7 +139,6 @@ async def test_a_credit_below_the_debt_is_refused(bank):
     assert problem(answer) == (409, "the account is overdrawn by more than this credit")
 
 
-@pytest.mark.drivers("sqlite")
 async def test_an_account_is_opened_and_listed(bank):
     """POST answers 201 with the place and the ETag of the new account; the list has it, in its turn."""
     opened = await bank.client.post("/accounts", json={"owner": "Zuse \U0001f9ee", "credit": 7})
