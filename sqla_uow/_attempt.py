@@ -168,7 +168,7 @@ class Attempt(Generic[S]):
         if failure is None:
             return False
         try:
-            await attempts.go_on(failure, error, frame)
+            await attempts.go_on(failure, error, frame, is_last=unit.is_last_attempt)
         except StaleVersionError as gave_up:
             if versions is not None and (stale := await self._find_stale(versions)) is not None:
                 gave_up.model, gave_up.key = stale.model, stale.key

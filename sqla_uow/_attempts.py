@@ -87,15 +87,18 @@ class Attempts(Generic[S]):
         """Say whether the frame that leaves the attempt will ask for the next one."""
         return True
 
-    async def go_on(self, failure: Failure, error: BaseException, frame: FrameType | None) -> None:
+    async def go_on(
+        self, failure: Failure, error: BaseException, frame: FrameType | None, *, is_last: bool = False
+    ) -> None:
         """Wait before the next attempt.
 
         Raises:
             ConflictError: there is none.
             TransactionTimeoutError: the wait would cross the deadline.
         """
-        if self.attempt > self.retries or not self.will_go_on(frame):
-            raise self.gave_up(failure) from error
+        is_last = is_last or self.attempt > self.retries
+        if is_last or not self.will_go_on(frame):
+            raise self.gave_up(failure, is_last=is_last) from error
         wait = self.policy.delay(self.attempt - 1)
         if self.deadline is not None and self.policy.clock() + wait >= self.deadline:
             raise self.timed_out(f"{_of(failure)}, and the next wait would cross the deadline") from error
@@ -112,14 +115,16 @@ class Attempts(Generic[S]):
             self.tainted = WeakKeyDictionary(self.tainted or {})
         transaction.taint(session, self.tainted, "attempt")
 
-    def gave_up(self, failure: Failure) -> ConflictError:
+    def gave_up(self, failure: Failure, *, is_last: bool = True) -> ConflictError:
         """Return the error for a failure that has outlived its retries."""
         who, runs, elapsed = self.options.who, self.attempt, self.elapsed
         plural = "attempt" if runs == 1 else "attempts"
         logger.warning("%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, _of(failure))
-        attempts = "its only attempt" if runs == 1 else f"each of {runs} attempts"
+        attempts = "its only attempt" if self.retries == 0 else f"each of {runs} attempts"
         remedy = "give it retries" if self.retries == 0 else "call it again later, or shorten the transaction"
-        if runs <= self.retries:
+        if is_last and runs <= self.retries:
+            attempts = f"attempt {runs} of {self.retries + 1}, which was made the last,"
+        elif runs <= self.retries:
             attempts = f"attempt {runs} of {self.retries + 1}, which leaves its loop,"
             remedy = "let the block come to its end, return or break behind the loop, or use @transactional"
         error_class = StaleVersionError if failure.kind is Kind.STALE else ConflictError

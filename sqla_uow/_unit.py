@@ -28,7 +28,8 @@ class UnitOfWork(Generic[S]):
 
     Attributes:
         attempt: which run of the body this is, from 1.
-        is_last_attempt: whether a retryable failure of this one will reach the caller.
+        is_last_attempt: whether a retryable failure of this one will reach the caller.  Set it to True in a body that has
+            done what cannot be done again.
     """
 
     __slots__ = ("__weakref__", "_final", "_session", "_transaction", "attempt", "is_last_attempt")

@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqla_uow import UnitOfWorkManager
-from sqla_uow_starlette._request import Connection, Request
+from sqla_uow_starlette._atomic import Atomic, AtomicRequest
+from sqla_uow_starlette._request import handle_connection, handle_request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from sqla_uow import IsolationLevel
+
 __all__ = ["UnitOfWorkMiddleware"]
+
+_MIB = 1024 * 1024
 
 
 class UnitOfWorkMiddleware:
@@ -20,27 +27,87 @@ class UnitOfWorkMiddleware:
     a streaming body or a background task gets `NoUnitError`.  `@transactional` functions commit before they return, so
     before there is a response.
 
+    With ``atomic=True`` a request is one unit, which `@transactional` functions join.  The start of its response is held
+    until COMMIT has answered; if COMMIT fails, the application's own exception handlers answer instead.  A response of
+    status 400 or above, and an exception, also one that a handler answers, roll back.
+
     Args:
         app: the application.
-        manager: whose scopes they are.  For several managers add the middleware several times.
+        manager: whose scopes and units they are.  For several managers add the middleware several times.
+        atomic: make each request a unit.
+        isolation: the level of these units; None is the manager's.
+        retries: how often a request is run again after a conflict, before any byte of a response has left; 0 is one run.
+        timeout: seconds that all attempts and waits of one request may take together; None is the manager's.
+        read_only_methods: the methods, say ``("GET", "HEAD")``, whose units are read-only.
+        should_commit: called with the ASGI scope and the response's status, decides instead of the rule above.
+            A unit that is doomed is rolled back all the same.
+        max_replay_body: bytes of a request's body that are kept for another attempt; a request of which more was read
+            has only one.
 
     Raises:
         TypeError, ValueError: what was passed cannot work, with what would.
     """
 
-    def __init__(self, app: ASGIApp, *, manager: UnitOfWorkManager[Any]) -> None:
-        if not isinstance(manager, UnitOfWorkManager):
-            raise TypeError(
-                f"UnitOfWorkMiddleware got manager={manager!r}; pass the UnitOfWorkManager that the requests are to use"
-            )
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        manager: UnitOfWorkManager[Any],
+        atomic: bool = False,
+        isolation: IsolationLevel | None = None,
+        retries: int = 0,
+        timeout: float | None = None,
+        read_only_methods: Iterable[str] = (),
+        should_commit: Callable[[Scope, int], bool] | None = None,
+        max_replay_body: int = _MIB,
+    ) -> None:
+        _check_types(manager, atomic, read_only_methods, should_commit, max_replay_body)
+        methods = frozenset(method.upper() for method in read_only_methods)
+        if not atomic:
+            _refuse_unused(
+                isolation=isolation, retries=retries or None, timeout=timeout,
+                read_only_methods=tuple(sorted(methods)) or None, should_commit=should_commit,
+            )  # fmt: skip
+        manager.attempts(retries=retries, isolation=isolation, timeout=timeout)  # checks them
         self.app = app
         self.manager = manager
+        self._atomic = Atomic(isolation, retries, timeout, methods, should_commit, max_replay_body) if atomic else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
-        if scope["type"] == "http":
-            await Request(self.app, self.manager)(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await Connection(self.app, self.manager)(scope, receive, send)
-        else:
+        if scope["type"] == "websocket":
+            await handle_connection(self.app, self.manager, scope, receive, send)
+        elif scope["type"] != "http":
             await self.app(scope, receive, send)
+        elif self._atomic is None:
+            await handle_request(self.app, self.manager, scope, receive, send)
+        else:
+            await AtomicRequest(self.app, self.manager, scope, receive, send, options=self._atomic).handle()
+
+
+def _check_types(
+    manager: object, atomic: object, read_only_methods: object, should_commit: object, max_replay_body: object
+) -> None:
+    """Tell those without a type checker what it would have told them; the rest is checked where it is used."""
+    who = "UnitOfWorkMiddleware"
+    if not isinstance(manager, UnitOfWorkManager):
+        raise TypeError(f"{who} has manager={manager!r}; pass the UnitOfWorkManager that its requests are to use")
+    if not isinstance(atomic, bool):
+        raise TypeError(f"{who} has atomic={atomic!r}; use True or False")
+    if isinstance(read_only_methods, str):
+        raise TypeError(f"{who} has read_only_methods={read_only_methods!r}; pass several, as ('GET', 'HEAD')")
+    if should_commit is not None and not callable(should_commit):
+        raise TypeError(f"{who} has should_commit={should_commit!r}; pass a function of the scope and the status")
+    if isinstance(max_replay_body, bool) or not isinstance(max_replay_body, int):
+        raise TypeError(f"{who} has max_replay_body={max_replay_body!r}; use a number of bytes")
+    if max_replay_body < 0:
+        raise ValueError(f"{who} has max_replay_body={max_replay_body!r}; use a number of bytes, 0 or more")
+
+
+def _refuse_unused(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"UnitOfWorkMiddleware has {name}={value!r} without atomic=True, where it means nothing; "
+                "add atomic=True, or say it at the @transactional functions"
+            )

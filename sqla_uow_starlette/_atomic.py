@@ -1,0 +1,208 @@
+"""The request as the transaction: its response is held until COMMIT has answered, and a conflict replays it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqla_uow import Status
+from sqla_uow.errors import ConflictError
+from sqla_uow_starlette._answer import answering
+from sqla_uow_starlette._replay import Body, copied
+from sqla_uow_starlette._request import answer
+from sqla_uow_starlette._sending import ERROR, Sender, run
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Coroutine
+
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from sqla_uow import IsolationLevel, UnitOfWork, UnitOfWorkManager
+    from sqla_uow import Scope as UnitScope
+
+    Units = AsyncGenerator[UnitOfWork[Any] | None]
+
+__all__ = ["Atomic", "AtomicRequest"]
+
+logger = logging.getLogger("sqla_uow_starlette")
+
+
+class Atomic(NamedTuple):
+    """What an atomic middleware was told."""
+
+    isolation: IsolationLevel | None
+    retries: int
+    timeout: float | None
+    read_only_methods: frozenset[str]
+    should_commit: Callable[[Scope, int], bool] | None
+    max_replay_body: int
+
+
+class AtomicRequest:
+    """One request, in as many attempts as it takes."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        manager: UnitOfWorkManager[Any],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        options: Atomic,
+    ) -> None:
+        self.app = app
+        self.manager = manager
+        self.options = options
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.body = Body(receive, options.max_replay_body)
+        self.ending = asyncio.Lock()
+
+    async def handle(self) -> None:
+        """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
+        outer = self.scope.get("app")
+        read_only = self.scope["method"] in self.options.read_only_methods
+        async with self.manager.scope() as unit_scope:
+            units = _units(self.manager, self.options, read_only=read_only)
+            try:
+                failure = await self._attempts(unit_scope, units)
+            finally:
+                if not self.ending.locked():  # by a child task that the application has left behind
+                    await units.aclose()
+        if failure is not None:
+            app = answering(failure, self.scope, outer)
+            await answer(app, self.manager, self.scope, self.receive, self.send)
+
+    async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
+        """Run the application until one of its units has ended for good; return what is left to be answered."""
+        await anext(units)
+        while (unit := await anext(units)) is not None:
+            sender = AtomicSender(self, unit_scope, units, unit)
+            await sender.run(self.app, self.body.replaying(unit))
+            if not sender.again:
+                return self._explained(sender.failure)
+            if await self.body.client_left():
+                logger.info("%s %s: the client left between two attempts", self.scope["method"], self.scope["path"])
+                break
+        return None
+
+    def _explained(self, failure: Exception | None) -> Exception | None:
+        """Say where it is so that the request was not replayed for the length of its body."""
+        if not self.body.overflowed or type(failure) is not ConflictError:
+            return failure
+        explained = ConflictError(
+            f"{self.scope['method']} {self.scope['path']} met a {failure.reason} and was not replayed, because more than "
+            f"{self.options.max_replay_body} bytes of its body had been read; raise max_replay_body, or send it again",
+            attempts=failure.attempts, elapsed=failure.elapsed, reason=failure.reason, code=failure.code,
+        )  # fmt: skip
+        explained.__cause__ = failure
+        return explained
+
+
+async def _units(manager: UnitOfWorkManager[Any], options: Atomic, *, read_only: bool) -> Units:
+    """Yield None, then a unit, for each attempt; the step behind a unit ends it, in whatever task it is taken."""
+    async for attempt in manager.attempts(
+        retries=options.retries, isolation=options.isolation, timeout=options.timeout, read_only=read_only
+    ):
+        yield None  # so that the next unit begins in the task of the request, not where the last one was ended
+        async with attempt as unit:
+            yield unit  # closed in AtomicRequest.handle()
+
+
+class AtomicSender(Sender):
+    """`send()` of one attempt, which ends the attempt's unit before the response starts.
+
+    Attributes:
+        again: whether there is to be another attempt.
+    """
+
+    def __init__(self, request: AtomicRequest, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> None:
+        super().__init__(unit_scope, request.send)
+        self.again = False
+        self._request = request
+        self._units = units
+        self._unit = unit
+        self._given = copied(request.scope) if request.options.retries else request.scope
+        self._ended = False
+        self._handled = sys.exception()
+
+    async def run(self, app: ASGIApp, receive: Receive) -> None:
+        """Run the application, and end the unit if no response did."""
+        try:
+            await run(app, self._given, receive, self)
+        except BaseException as error:
+            await self._left_by(error)
+        else:
+            async with self._request.ending:
+                if not self._ended:  # nothing was answered
+                    await self._roll_back()
+        if not self.again:
+            self._write_back()
+
+    async def _left_by(self, error: BaseException) -> None:
+        async with self._request.ending:
+            if self._ended:
+                raise error
+            failure = await self._end(self._units.athrow(error))
+        if failure is error:
+            raise error
+        if failure is not None:
+            self.refuse(failure)
+
+    async def before_start(self, status: int) -> None:
+        """Commit, or roll back; refuse the response if that is not what it tells of."""
+        async with self._request.ending:
+            if not self._ended:
+                await self._end_for(status)
+        if not self.refused:
+            self._write_back()
+            await super().before_start(status)
+
+    async def _end_for(self, status: int) -> None:
+        try:
+            commits = self._commits(status)
+        except Exception as error:  # of the user's should_commit()
+            self.refuse(await self._end(self._units.athrow(error)))
+            return
+        if commits:
+            failure = await self._end(anext(self._units))
+            if failure is not None:
+                self.refuse(failure)
+        else:
+            await self._roll_back()
+
+    def _commits(self, status: int) -> bool:
+        should_commit = self._request.options.should_commit
+        if should_commit is not None:
+            return should_commit(self._given, status)
+        # A handler sends the response that it made of an exception while that is still being handled.
+        return status < ERROR and sys.exception() is self._handled
+
+    async def _roll_back(self) -> None:
+        """Roll back; a response that tells of an error may leave, unless there is another attempt."""
+        if self._unit.status is not Status.DOOMED:
+            self._unit.doom("the response is no success")
+        # A unit that a conflict has doomed ends by that, also where a handler has made a response of it.
+        await self._end(anext(self._units))
+
+    async def _end(self, step: Coroutine[Any, Any, Any]) -> Exception | None:
+        """End the unit by a step of its generator; return the error that it ends with, if any."""
+        self._ended = True
+        try:
+            await step
+        except StopAsyncIteration:
+            return None
+        except Exception as error:
+            return error
+        self.again = True
+        self.refuse(None)
+        return None
+
+    def _write_back(self) -> None:
+        """Let those around the middleware see what the application has put into the scope."""
+        if self._given is not self._request.scope:
+            self._request.scope.update(self._given)

@@ -1,0 +1,105 @@
+"""The request as the transaction: W3."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Route
+
+from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit, errors, transactional
+from sqla_uow_starlette import UnitOfWorkMiddleware
+from tests.models import Account
+from tests.starlette.client import client_of
+
+
+@pytest.fixture
+async def manager(db):
+    """A manager whose pool lends one connection, and has it back at the end."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 10)")
+    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
+    yield UnitOfWorkManager(engine)
+    assert engine.pool.checkedout() == 0
+
+
+def app_of(manager, *endpoints, exception_handlers=None, **options):
+    """Return an atomic application whose endpoints have their function's name as path."""
+    routes = [Route(f"/{endpoint.__name__}", endpoint, methods=["GET", "POST"]) for endpoint in endpoints]
+    middleware = [Middleware(UnitOfWorkMiddleware, manager=manager, atomic=True, **options)]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=exception_handlers)
+
+
+@transactional
+async def add(key, balance=0):
+    """Write."""
+    current_session().add(Account(id=key, balance=balance))
+
+
+async def test_commits_before_the_response_and_background(db, manager):
+    """W3: when the background task runs, another connection sees the row."""
+    seen = []
+
+    async def look():
+        seen.append(await db.scalar("SELECT count(*) FROM account"))
+
+    async def endpoint(request):
+        await add(2)
+        after_commit(seen.append, "hook")
+        return PlainTextResponse("done", background=BackgroundTask(look))
+
+    async with client_of(app_of(manager, endpoint)) as client:
+        response = await client.post("/endpoint")
+    assert (response.status_code, seen) == (200, ["hook", 2])
+
+
+@pytest.mark.parametrize("how", ["raised", "returned", "handled", "unhandled", "doomed"])
+async def test_errors_roll_back(db, manager, how):
+    """W3: a status from 400, an exception, also a handled one, and doom()."""
+
+    async def endpoint(request):
+        await add(2)
+        if how == "raised":
+            raise HTTPException(400)
+        if how == "handled":
+            raise KeyError
+        if how == "unhandled":
+            raise OSError
+        if how == "doomed":
+            current_unit().doom()
+            return PlainTextResponse("done")
+        return PlainTextResponse("wrong", 422)
+
+    async def handled(request, error):
+        return PlainTextResponse("see other", 303)
+
+    async with client_of(app_of(manager, endpoint, exception_handlers={KeyError: handled})) as client:
+        response = await client.post("/endpoint")
+    expected = {"raised": 400, "returned": 422, "handled": 303, "unhandled": 500, "doomed": 200}
+    assert response.status_code == expected[how]
+    assert await db.scalar("SELECT count(*) FROM account") == 1
+
+
+async def test_a_swallowed_error_is_no_success(db, manager):
+    """W3, D3: an endpoint that swallows a failed statement cannot answer 200 for a transaction that is rolled back."""
+    started = []
+
+    async def endpoint(request):
+        await add(2)
+        with contextlib.suppress(IntegrityError):
+            await current_session().execute(text("INSERT INTO account (id, balance) VALUES (1, 1)"))
+        return PlainTextResponse("done", background=BackgroundTask(started.append, "background"))
+
+    async def own(request, error):
+        return JSONResponse({"own": type(error).__name__}, 418)
+
+    async with client_of(app_of(manager, endpoint, exception_handlers={errors.UnitOfWorkError: own})) as client:
+        response = await client.post("/endpoint")
+    assert (response.status_code, response.json(), started) == (418, {"own": "RollbackOnlyError"}, [])
+    assert await db.scalar("SELECT count(*) FROM account") == 1
