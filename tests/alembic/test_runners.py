@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from alembic.util import CommandError
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.util import await_only
 
+from sqla_uow import _alembic_lock
 from sqla_uow.alembic import migration_lock
 from tests.alembic.project import Project
 from tests.slow import eventually
@@ -142,3 +143,88 @@ async def test_a_lost_lock_is_said(db):
         "the migration lock was lost before the migrations ended, so another runner may have run beside this one; compare "
         "the schema with its revision"
     )
+
+
+async def test_a_failing_body_frees_it(db):
+    """A4: the body's own error goes on, and the lock is free."""
+
+    def fail(_connection):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await locked(db, fail)
+    await locked(db, lambda _: None, seconds=0.0)
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_removed_lock_file_is_said(db):
+    """A4: on SQLite, who removes the file lets another runner in; that is said at the end."""
+    with pytest.raises(CommandError, match="the migration lock was lost"):
+        await locked(db, lambda _: Path(f"{db.url.partition('///')[2]}.migration-lock").unlink())
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_database_in_memory_needs_none(driver):
+    """A4: nobody else sees it; a sync engine will do as well."""
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection, migration_lock(connection):
+        assert connection.scalar(text("SELECT 1")) == 1
+    engine.dispose()
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_sync_runner_waits_too(db):
+    """A4: an env.py without asyncio."""
+    engine = create_engine(f"sqlite:///{db.url.partition('///')[2]}")
+    with (
+        engine.connect() as one,
+        engine.connect() as other,
+        migration_lock(one),
+        pytest.raises(TimeoutError),
+        migration_lock(other, timeout=0.15),
+    ):
+        pass
+    engine.dispose()
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+async def test_a_pooler(db, monkeypatch, mode):
+    """A4: a pooler tells the client of another process than the server's; only one that changes it is refused."""
+    monkeypatch.setattr(_alembic_lock._PostgreSQL, "_told", lambda _self: 0)
+    if mode == "session":
+        await locked(db, lambda _: None)
+        return
+    processes = iter(range(1, 9))
+    monkeypatch.setattr(_alembic_lock._PostgreSQL, "_process", lambda _self: next(processes))
+    with pytest.raises(CommandError) as caught:
+        await locked(db, lambda _: None)
+    assert str(caught.value) == (
+        "the migration lock needs a session of its own, but PostgreSQL is reached through a pooler in transaction mode; "
+        "give the migrations a URL that leads to PostgreSQL itself"
+    )
+
+
+async def test_without_the_lock(db, project):
+    """A4: run_migrations(timeout=None) leaves the lock to others."""
+    env = project.folder / "migrations/env.py"
+    env.write_text(env.read_text().replace("timeout=30", "timeout=None"))
+    project.revision("one", None, "op.add_version_column('account')")
+    held = asyncio.Event()
+
+    def run(_connection):
+        await_only(project.alembic("upgrade", "head"))
+        held.set()
+
+    await locked(db, run)
+    assert held.is_set()
+    assert await db.rows("SELECT version_num FROM alembic_version") == [("one",)]
+
+
+async def test_a_block_in_this_process(db, project):
+    """A4: autocommit_block() within run_migrations is really outside a transaction."""
+    how = "CONCURRENTLY " if db.family == "postgresql" else ""
+    block = f"with op.get_context().autocommit_block(): op.execute('CREATE INDEX {how}ix ON account (balance)')"
+    project.revision("one", None, block)
+    await project.alembic("upgrade", "head")
+    assert await db.rows("SELECT version_num FROM alembic_version") == [("one",)]
