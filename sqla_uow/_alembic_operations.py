@@ -8,6 +8,7 @@ from alembic.operations import BatchOperations, Operations
 from alembic.operations.batch import BatchOperationsImpl
 from alembic.operations.ops import MigrateOperation
 
+from sqla_uow._alembic_mariadb import add_instantly, keeping_trigger
 from sqla_uow._alembic_patience import Patience, patiently
 from sqla_uow._alembic_target import Target, kind_named, version_column
 from sqla_uow._alembic_triggers import Trigger, literally
@@ -147,7 +148,10 @@ class AddVersionColumnOp(VersionOp):
                 return
 
         def ddl() -> None:
-            impl.add_column(self.table_name, column, schema=self.schema)
+            if family_of(operations.migration_context.dialect) == "mysql":
+                add_instantly(operations, self.table_name, column, self.schema)
+            else:
+                impl.add_column(self.table_name, column, schema=self.schema)
 
         patiently(operations, self.table_name, self.patience, ddl)
 
@@ -216,10 +220,13 @@ class DropVersionColumnOp(VersionOp):
         if not context.as_sql:
             Target(operations, self.table_name, self.schema).check_present(self.column_name)
         trigger = Trigger(self.table_name, self.column_name, self.schema)
+        in_batch = isinstance(operations.impl, BatchOperationsImpl)
 
         def ddl() -> None:
-            self._execute(operations, trigger.drop(context.dialect))
-            impl.drop_column(self.table_name, column, schema=self.schema)
+            with keeping_trigger(operations, trigger):
+                if not in_batch:  # whose copy of the table gets no trigger without its column
+                    self._execute(operations, trigger.drop(context.dialect))
+                impl.drop_column(self.table_name, column, schema=self.schema)
 
         patiently(operations, self.table_name, self.patience, ddl)
 

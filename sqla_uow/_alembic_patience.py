@@ -69,7 +69,8 @@ def patiently(operations: Operations, table: str, patience: Patience, ddl: Calla
     connection = operations.get_bind()
     family = family_of(connection.dialect)
     if family == "sqlite":  # one writer at a time, and no table's own lock; the connection waits its busy timeout
-        ddl()
+        with connection.begin_nested():  # without a transaction too: the driver begins none before DDL
+            ddl()
         return
     retries = patience.retries if family == "mysql" else _retries_postgresql(connection, context, table, patience)
     limit = _limit_mariadb if family == "mysql" else _limit_postgresql

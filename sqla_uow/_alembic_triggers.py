@@ -47,10 +47,10 @@ class Trigger(NamedTuple):
     def create(self, dialect: Dialect) -> list[str]:
         """Return the statements that make it, anew where there is one already."""
         quote = dialect.identifier_preparer.quote
-        table, name, column = self._qualified(dialect, self.table), quote(self.name), quote(self.column)
+        table, name, column = self.qualified(dialect, self.table), quote(self.name), quote(self.column)
         family = family_of(dialect)
         if family == "postgresql":
-            function = self._qualified(dialect, self.name)
+            function = self.qualified(dialect, self.name)
             body = f"$body$ BEGIN NEW.{column} := OLD.{column} + 1; RETURN NEW; END $body$"
             return [
                 f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {body}",
@@ -58,7 +58,7 @@ class Trigger(NamedTuple):
                 f"CREATE TRIGGER {name} BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION {function}()",
             ]
         if family == "mysql":
-            trigger = self._qualified(dialect, self.name)
+            trigger = self.qualified(dialect, self.name)
             count = f"SET NEW.{column} = OLD.{column} + 1"
             return [f"CREATE OR REPLACE TRIGGER {trigger} BEFORE UPDATE ON {table} FOR EACH ROW {count}"]
         keys = [quote(column) for column in self.key] or ["rowid"]
@@ -66,18 +66,19 @@ class Trigger(NamedTuple):
         count = f"UPDATE {quote(self.table)} SET {column} = OLD.{column} + 1 WHERE {row}"  # noqa: S608  # names, quoted
         return [
             *self.drop(dialect),
-            f"CREATE TRIGGER {self._qualified(dialect, self.name)} AFTER UPDATE ON {quote(self.table)} FOR EACH ROW WHEN NEW.{column} <= OLD.{column} BEGIN {count}; END",
+            f"CREATE TRIGGER {self.qualified(dialect, self.name)} AFTER UPDATE ON {quote(self.table)} FOR EACH ROW WHEN NEW.{column} <= OLD.{column} BEGIN {count}; END",
         ]
 
     def drop(self, dialect: Dialect) -> list[str]:
         """Return the statements that remove it, where it is there."""
-        name = self._qualified(dialect, self.name)
+        name = self.qualified(dialect, self.name)
         if family_of(dialect) != "postgresql":
             return [f"DROP TRIGGER IF EXISTS {name}"]
-        table, quote = self._qualified(dialect, self.table), dialect.identifier_preparer.quote
+        table, quote = self.qualified(dialect, self.table), dialect.identifier_preparer.quote
         return [f"DROP TRIGGER IF EXISTS {quote(self.name)} ON {table}", f"DROP FUNCTION IF EXISTS {name}()"]
 
-    def _qualified(self, dialect: Dialect, name: str) -> str:
+    def qualified(self, dialect: Dialect, name: str) -> str:
+        """Return a name in the table's schema."""
         prepare = dialect.identifier_preparer
         return f"{prepare.quote_schema(self.schema)}.{prepare.quote(name)}" if self.schema else prepare.quote(name)
 
