@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 from sqlalchemy import exc
@@ -41,14 +42,12 @@ class _Problem(NamedTuple):
 
     Attributes:
         status: of the response.
-        title: the status's name, as RFC 9457 asks of the type "about:blank".
         code: what a program may look at.
         detail: what a person may read: what happened, and what to do.
         headers: of the response.
     """
 
     status: int
-    title: str
     code: str
     detail: str
     headers: Mapping[str, str] = {}
@@ -57,7 +56,7 @@ class _Problem(NamedTuple):
         """Return the response; no cache may store it (RFC 6585, 3)."""
         content = {
             "type": "about:blank",
-            "title": self.title,
+            "title": HTTPStatus(self.status).phrase,  # as RFC 9457, 4.2.1 asks of this type
             "status": self.status,
             "detail": self.detail,
             "code": self.code,
@@ -66,7 +65,7 @@ class _Problem(NamedTuple):
 
 
 def _unavailable(code: str, detail: str) -> _Problem:
-    return _Problem(503, "Service Unavailable", code, detail, _RETRY_AFTER)
+    return _Problem(503, code, detail, _RETRY_AFTER)
 
 
 _CONFLICT: Final = _unavailable(
@@ -76,22 +75,17 @@ _UNAVAILABLE: Final = _unavailable(
     "database-unavailable", "the database cannot be reached; this request was rolled back, send it again later"
 )
 _BUSY: Final = _unavailable("database-busy", "the database did not answer in time; send the request again later")
-_STALE: Final = _Problem(
-    409, "Conflict", "stale-version", "the resource was changed by another request meanwhile; get it again"
-)
+_STALE: Final = _Problem(409, "stale-version", "the resource was changed by another request meanwhile; get it again")
 _FAILED: Final = _Problem(
     412,
-    "Precondition Failed",
     "precondition-failed",
     "If-Match does not hold: the resource has changed since, or is gone; get it again",
 )
 _AMBIGUOUS: Final = _Problem(
     500,
-    "Internal Server Error",
     "ambiguous-commit",
     "whether this request was carried out is unknown; look before sending it again",
 )
-_TITLES: Final = {400: "Bad Request", 412: _FAILED.title, 428: "Precondition Required"}
 _UNREACHED: Final = frozenset({"not started", "lost connection"})
 
 
@@ -104,7 +98,7 @@ async def _stale(connection: Request, _error: StaleVersionError) -> Response:
 
 
 async def _busy(connection: Request, error: Exception) -> Response:
-    logger.warning("%s %s", type(error).__name__, connection.scope["path"])
+    logger.warning("%s at %r", type(error).__name__, connection.scope["path"])
     return _answer(connection, _BUSY)
 
 
@@ -113,10 +107,9 @@ async def _ambiguous(connection: Request, _error: AmbiguousCommitError) -> Respo
 
 
 async def _precondition(connection: Request, error: PreconditionError) -> Response:
-    if error.status_code not in _TITLES:  # 304 has no body
+    if error.status_code == HTTPStatus.NOT_MODIFIED:  # which has no body
         return Response(status_code=error.status_code, headers=error.headers)
-    status = error.status_code
-    return _answer(connection, _Problem(status, _TITLES[status], error.code, error.detail))
+    return _answer(connection, _Problem(error.status_code, error.code, error.detail))
 
 
 def _answer(connection: Request, problem: _Problem) -> Response:

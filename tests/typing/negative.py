@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from starlette.requests import Request
 
 from sqla_uow import (
     RetryPolicy,
@@ -22,6 +23,7 @@ from sqla_uow import (
     transactional,
 )
 from sqla_uow.mixins import Versioned, expect_version, get_versioned, touch
+from sqla_uow_starlette import check_preconditions, etag
 
 # ---- managers
 
@@ -242,3 +244,13 @@ async def versions(session: AsyncSession, plain: Plain) -> None:
     await get_versioned(session, Plain, 1, version=1)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
     expect_version(plain, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     touch(plain)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+# ---- the web package
+
+
+def preconditions(request: Request, order: Order, plain: Plain) -> None:
+    etag(plain)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    check_preconditions(request, plain)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    check_preconditions(request, order, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    check_preconditions(order)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]

@@ -10,9 +10,14 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar, assert_type
 from uuid import UUID, uuid4
 
+from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
 
 from sqla_uow import (
     IsolationLevel,
@@ -39,6 +44,14 @@ from sqla_uow.mixins import (
     get_versioned,
     next_version,
     touch,
+)
+from sqla_uow_starlette import (
+    AnyVersioned,
+    PreconditionError,
+    UnitOfWorkMiddleware,
+    check_preconditions,
+    etag,
+    exception_handlers,
 )
 
 T = TypeVar("T")
@@ -371,3 +384,32 @@ def stale(error: errors.StaleVersionError) -> None:
     assert_type(error.key, tuple[Any, ...] | None)
     assert_type(error.expected, Any)
     assert_type(error.found, Any)
+
+
+# ---- the web package
+
+
+def fastapi_and_starlette(manager: UnitOfWorkManager[AsyncSession]) -> None:
+    middleware = [Middleware(UnitOfWorkMiddleware, manager=manager)]
+    Starlette(middleware=middleware, exception_handlers=exception_handlers)
+    FastAPI(middleware=middleware, exception_handlers=exception_handlers)
+    Starlette(exception_handlers={**exception_handlers, ValueError: answer})
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    return Response(str(error), 400, headers=dict(request.headers))
+
+
+def preconditions(request: Request, order: Order, by_uuid: ByUUID | None, by_xmin: ByXmin) -> None:
+    assert_type(etag(order), str)
+    assert_type(etag(by_xmin), str)
+    check_preconditions(request, order)
+    check_preconditions(request, by_uuid, required=True)
+    check_preconditions(request, None)
+    either: AnyVersioned = order
+    check_preconditions(request, either)
+
+
+def refused(error: PreconditionError) -> None:
+    assert_type(error.code, str)
+    assert_type(error.status_code, int)
