@@ -7,17 +7,13 @@ import contextlib
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
-from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Route
 
 from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit, errors, transactional
-from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.models import Account
-from tests.starlette.client import client_of
+from tests.starlette.client import app_of, client_of
 
 
 @pytest.fixture
@@ -27,13 +23,6 @@ async def manager(db):
     engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
     yield UnitOfWorkManager(engine)
     assert engine.pool.checkedout() == 0
-
-
-def app_of(manager, *endpoints, exception_handlers=None, **options):
-    """Return an atomic application whose endpoints have their function's name as path."""
-    routes = [Route(f"/{endpoint.__name__}", endpoint, methods=["GET", "POST"]) for endpoint in endpoints]
-    middleware = [Middleware(UnitOfWorkMiddleware, manager=manager, atomic=True, **options)]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=exception_handlers)
 
 
 @transactional
@@ -54,7 +43,7 @@ async def test_commits_before_the_response_and_background(db, manager):
         after_commit(seen.append, "hook")
         return PlainTextResponse("done", background=BackgroundTask(look))
 
-    async with client_of(app_of(manager, endpoint)) as client:
+    async with client_of(app_of(manager, endpoint, atomic=True)) as client:
         response = await client.post("/endpoint")
     assert (response.status_code, seen) == (200, ["hook", 2])
 
@@ -79,7 +68,7 @@ async def test_errors_roll_back(db, manager, how):
     async def handled(request, error):
         return PlainTextResponse("see other", 303)
 
-    async with client_of(app_of(manager, endpoint, exception_handlers={KeyError: handled})) as client:
+    async with client_of(app_of(manager, endpoint, atomic=True, exception_handlers={KeyError: handled})) as client:
         response = await client.post("/endpoint")
     expected = {"raised": 400, "returned": 422, "handled": 303, "unhandled": 500, "doomed": 200}
     assert response.status_code == expected[how]
@@ -99,7 +88,9 @@ async def test_a_swallowed_error_is_no_success(db, manager):
     async def own(request, error):
         return JSONResponse({"own": type(error).__name__}, 418)
 
-    async with client_of(app_of(manager, endpoint, exception_handlers={errors.UnitOfWorkError: own})) as client:
+    async with client_of(
+        app_of(manager, endpoint, atomic=True, exception_handlers={errors.UnitOfWorkError: own})
+    ) as client:
         response = await client.post("/endpoint")
     assert (response.status_code, response.json(), started) == (418, {"own": "RollbackOnlyError"}, [])
     assert await db.scalar("SELECT count(*) FROM account") == 1

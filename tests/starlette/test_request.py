@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import text
-from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Route
 
 from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.models import Account
-from tests.starlette.client import client_of
+from tests.starlette.client import app_of, client_of
 
 SCOPE_ENDED = (
     "the scope that was open here has ended; in a task that outlives it, or a background task, "
@@ -28,13 +24,6 @@ async def manager(db):
     engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
     yield UnitOfWorkManager(engine)
     assert engine.pool.checkedout() == 0
-
-
-def app_of(manager, *endpoints, **options):
-    """Return an application whose endpoints have their function's name as path."""
-    routes = [Route(f"/{endpoint.__name__}", endpoint, methods=["GET", "POST"]) for endpoint in endpoints]
-    middleware = [Middleware(UnitOfWorkMiddleware, manager=manager)]
-    return Starlette(routes=routes, middleware=middleware, **options)
 
 
 @transactional
