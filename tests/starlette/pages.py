@@ -57,13 +57,14 @@ async def nothing():
     """Be called where an application waits for nobody."""
 
 
-def app(*, arrived=nothing, read=nothing, required=True, **options):
+def app(*, arrived=nothing, read=nothing, required=True, middleware=(), **options):
     """Make the application.
 
     Args:
         arrived: awaited by each PUT before its unit.
         read: awaited by each PUT that passed its preconditions, before it writes.
         required: of the PUT's preconditions.
+        middleware: of the application.
         options: of its `@transactional`.
     """
 
@@ -91,7 +92,7 @@ def app(*, arrived=nothing, read=nothing, required=True, **options):
         return answer(await put(request, value))
 
     routes = [Route("/pages/{id:int}", show), Route("/pages/{id:int}", change, methods=["PUT"])]
-    return Starlette(routes=routes, exception_handlers=exception_handlers)
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=exception_handlers)
 
 
 def answer(page):

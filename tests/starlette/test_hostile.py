@@ -37,6 +37,7 @@ cases = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 MEGABYTE = 1_000_000
+MODES = ["scope", "atomic", "replayed"]
 
 
 def page_at(version):
@@ -221,11 +222,11 @@ async def test_whatever_is_requested_has_an_answer(hostile, method, headers, rec
     assert pool.checkedout() == 0
 
 
-@pytest.fixture(params=["scope"])
+@pytest.fixture(params=[{}, {"atomic": True}, {"atomic": True, "retries": 2, "max_replay_body": 8}], ids=MODES)
 async def hostile(db, request):
     """Provide the application behind the middleware, and its pool."""
     async with pages(db) as manager:
-        yield UnitOfWorkMiddleware(application(), manager=manager), manager.engine.pool
+        yield UnitOfWorkMiddleware(application(), manager=manager, **request.param), manager.engine.pool
 
 
 @pytest.mark.drivers("sqlite", "asyncpg")

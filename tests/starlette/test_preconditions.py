@@ -9,12 +9,13 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from sqla_uow import current_session, errors, transactional
-from sqla_uow_starlette import PreconditionError, check_preconditions, etag, exception_handlers
+from sqla_uow_starlette import PreconditionError, UnitOfWorkMiddleware, check_preconditions, etag, exception_handlers
 from tests.models import Account
 from tests.starlette.pages import Meeting, Page, answer, app, client, nothing, pages
 
@@ -42,6 +43,19 @@ async def test_one_of_many_writers_wins(db, isolation):
     async with pages(db, pool_size=WRITERS):
         read = Meeting(WRITERS)
         writing = app(read=read.wait, isolation=isolation, retries=5)
+        assert await race(writing, {"If-Match": await tag_of(writing)}) == {200: 1, 412: WRITERS - 1}
+        assert read.met
+    assert await db.scalar("SELECT version FROM page") == 2
+
+
+@pytest.mark.drivers("asyncpg")
+@pytest.mark.parametrize("isolation", LEVELS)
+async def test_one_of_many_requests_that_are_units_wins(db, isolation):
+    """W4, W7: the same where the request is the transaction; a replay would make nothing fresh."""
+    async with pages(db, pool_size=WRITERS) as manager:
+        read = Meeting(WRITERS)
+        unit = Middleware(UnitOfWorkMiddleware, manager=manager, atomic=True, retries=5, isolation=isolation)
+        writing = app(read=read.wait, middleware=[unit])
         assert await race(writing, {"If-Match": await tag_of(writing)}) == {200: 1, 412: WRITERS - 1}
         assert read.met
     assert await db.scalar("SELECT version FROM page") == 2
