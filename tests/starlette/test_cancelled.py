@@ -1,0 +1,160 @@
+"""Requests that are cancelled: nothing stays checked out, nothing idle in its transaction (C3)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+
+import anyio
+import httpx
+import pytest
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from sqla_uow import UnitOfWorkManager, after_commit, current_session, transactional
+from sqla_uow_starlette import UnitOfWorkMiddleware
+from tests.models import Account
+from tests.starlette.client import client_of
+from tests.starlette.serving import served, until_free
+
+pytestmark = pytest.mark.drivers("sqlite", "asyncpg", "psycopg")
+
+ROUNDS = 1000 if os.environ.get("SQLA_UOW_LONG") else 50
+MODES = pytest.mark.parametrize("atomic", [False, True], ids=["default", "atomic"])
+
+
+class Passing(BaseHTTPMiddleware):
+    """Runs the application in a child task."""
+
+    async def dispatch(self, request, call_next):
+        return await call_next(request)
+
+
+class Bank:
+    """An application whose endpoint reads, writes, and may wait in its unit.
+
+    Attributes:
+        hooks: the accounts whose after_commit hook ran.
+    """
+
+    def __init__(self, manager, *, atomic, around=(), waits=None):
+        self.hooks = []
+        self.waiting = asyncio.Event()
+        self._waits = waits
+        ours = Middleware(UnitOfWorkMiddleware, manager=manager, atomic=atomic)
+        self.app = Starlette(
+            routes=[Route("/{number:int}", self._endpoint)], middleware=[*around, ours, Middleware(Passing)]
+        )
+
+    async def _endpoint(self, request):
+        await current_session().execute(text("SELECT 1"))
+        await transactional(self._open)(request.path_params["number"])
+        return PlainTextResponse("done", 201)
+
+    async def _open(self, number):
+        current_session().add(Account(id=number))
+        after_commit(self.hooks.append, number)
+        await current_session().flush()
+        if self._waits is not None:
+            self.waiting.set()
+            await self._waits.wait()
+
+
+async def nothing_is_left(db, engine):
+    """Assert that no connection is lent, and that the server sees no open transaction."""
+    await until_free(engine)
+    async with asyncio.timeout(10):
+        while any(state != "idle" for _, state in await db.sessions()):  # noqa: ASYNC110  # the server tells nobody
+            await asyncio.sleep(0.01)
+
+
+class Deadline:
+    """Cancels the application inside after some time, with anyio.
+
+    Attributes:
+        cut: how many requests it has cancelled.
+    """
+
+    cut = 0
+
+    def __init__(self, app, *, random):
+        self.app = app
+        self._random = random
+
+    async def __call__(self, scope, receive, send):
+        with anyio.move_on_after(self._random.uniform(0, 0.02)) as limit:
+            await self.app(scope, receive, send)
+        if limit.cancelled_caught:
+            type(self).cut += 1
+
+
+@MODES
+@pytest.mark.timeout(600)
+async def test_an_anyio_timeout_around_the_application(db, atomic):
+    """C3: wherever it strikes; each row is there exactly if its hook ran, and a success only if the row is there."""
+    engine = db.engine(pool_size=3, max_overflow=0, pool_timeout=30)
+
+    class Counted(Deadline):
+        cut = 0
+
+    seeded = random.Random(ROUNDS)  # noqa: S311  # no secret
+    bank = Bank(UnitOfWorkManager(engine), atomic=atomic, around=[Middleware(Counted, random=seeded)])
+    succeeded = set()
+
+    async def request(number):
+        async with client_of(bank.app) as http:
+            try:
+                response = await http.get(f"/{number}")
+            except (RuntimeError, AssertionError):  # httpx's transport, where no response was made at all
+                return
+            if response.status_code == 201:
+                succeeded.add(number)
+
+    for number in range(1, ROUNDS + 1, 2):
+        await asyncio.gather(request(number), request(number + 1))
+    await nothing_is_left(db, engine)
+    there = {row[0] for row in await db.rows("SELECT id FROM account")}
+    assert Counted.cut > 0
+    assert succeeded <= there
+    assert set(bank.hooks) == there
+    assert len(bank.hooks) == len(there)
+
+
+@MODES
+async def test_the_server_shuts_down_under_a_request(db, atomic):
+    """C3: uvicorn cancels what has not ended within its grace; the unit is rolled back."""
+    engine = db.engine()
+    bank = Bank(UnitOfWorkManager(engine), atomic=atomic, waits=asyncio.Event())
+    async with httpx.AsyncClient() as http:
+        async with served(bank.app, timeout_graceful_shutdown=0) as address:
+            request = asyncio.create_task(http.get(f"http://{address}/1"))
+            await bank.waiting.wait()
+            assert engine.pool.checkedout() == 1
+        answers = await asyncio.gather(request, return_exceptions=True)
+    assert [getattr(answer, "status_code", None) for answer in answers] in ([500], [None])
+    await nothing_is_left(db, engine)
+    assert await db.scalar("SELECT count(*) FROM account") == 0
+    assert bank.hooks == []
+
+
+@MODES
+async def test_a_client_that_leaves_in_the_middle_stops_nothing(db, atomic):
+    """C3: an ASGI server tells, and cancels nothing: the request ends by itself, and nothing is left of it."""
+    engine = db.engine()
+    go_on = asyncio.Event()
+    bank = Bank(UnitOfWorkManager(engine), atomic=atomic, waits=go_on)
+    async with served(bank.app) as address:
+        async with httpx.AsyncClient() as http:
+            request = asyncio.create_task(http.get(f"http://{address}/1"))
+            await bank.waiting.wait()
+            request.cancel()
+            await asyncio.wait({request})
+        go_on.set()
+        await nothing_is_left(db, engine)
+    rows = await db.scalar("SELECT count(*) FROM account")
+    assert (rows, bank.hooks) in [(0, []), (1, [1])]
