@@ -60,6 +60,8 @@ def _render(context: AutogenContext, op: VersionOp) -> str:
     arguments = [] if batch else [repr(str(op.table_name))]
     if op.column_name != "version":
         arguments.append(f"column_name={str(op.column_name)!r}")
+    if op.parent is not None:
+        arguments.append(f"parent={op.parent!r}")
     if op.keeps_kind and op.kind != "integer":
         arguments.append(f"kind={op.kind!r}")
     if op.schema and not batch:

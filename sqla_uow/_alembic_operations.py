@@ -9,6 +9,7 @@ from alembic.operations.batch import BatchOperationsImpl
 from alembic.operations.ops import MigrateOperation
 
 from sqla_uow._alembic_mariadb import add_instantly, keeping_trigger
+from sqla_uow._alembic_parents import ChildTrigger, child_trigger
 from sqla_uow._alembic_patience import Patience, patiently
 from sqla_uow._alembic_target import Target, kind_named, version_column
 from sqla_uow._alembic_triggers import Trigger, literally
@@ -29,6 +30,8 @@ class VersionOp(MigrateOperation):
 
     name: ClassVar[str]
     keeps_kind: ClassVar[bool] = False
+    parent: str | None = None
+    """With joined inheritance, the table that has the version; of triggers."""
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class VersionOp(MigrateOperation):
     def _reversed(self, kind: type[VersionOp]) -> VersionOp:
         reverse = kind(self.table_name, self.column_name, kind=self.kind, schema=self.schema)
         reverse.patience = self.patience
+        if self.parent is not None:
+            reverse.parent = self.parent
         return reverse
 
 
@@ -243,6 +248,7 @@ class CreateVersionTriggerOp(VersionOp):
         table_name: str,
         column_name: str = "version",
         *,
+        parent: str | None = None,
         schema: str | None = None,
         lock_timeout: float = 1.0,
         retries: int = 30,
@@ -256,6 +262,7 @@ class CreateVersionTriggerOp(VersionOp):
             operations: given by Alembic.
             table_name: a table with a primary key.
             column_name: of the version column.
+            parent: with joined inheritance, the parent's table, which has the version; this is a child's.  PostgreSQL only.
             schema: the table's.
             lock_timeout: seconds of one try, as in ``add_version_column``.
             retries: further tries.
@@ -263,7 +270,9 @@ class CreateVersionTriggerOp(VersionOp):
         Raises:
             CommandError: there is no such table or column, or it is no integer, or the table was in use for all tries.
         """
-        operations.invoke(cls(table_name, column_name, schema=schema, lock_timeout=lock_timeout, retries=retries))
+        op = cls(table_name, column_name, schema=schema, lock_timeout=lock_timeout, retries=retries)
+        op.parent = parent
+        operations.invoke(op)
 
     def reverse(self) -> VersionOp:
         """Return what takes it back."""
@@ -272,8 +281,11 @@ class CreateVersionTriggerOp(VersionOp):
     def run(self, operations: Operations) -> None:
         """Do it, on a database or into a script."""
         context = operations.migration_context
-        trigger = self._trigger(operations)
-        if not context.as_sql:
+        own = self._trigger(operations)
+        trigger: Trigger | ChildTrigger = own
+        if self.parent is not None:
+            trigger = child_trigger(operations, own, self.parent)
+        elif not context.as_sql:
             Target(operations, self.table_name, self.schema).check_integer(self.column_name)
 
         def ddl() -> None:
@@ -294,6 +306,7 @@ class DropVersionTriggerOp(VersionOp):
         table_name: str,
         column_name: str = "version",
         *,
+        parent: str | None = None,
         schema: str | None = None,
         lock_timeout: float = 1.0,
         retries: int = 30,
@@ -305,7 +318,9 @@ class DropVersionTriggerOp(VersionOp):
         Raises:
             CommandError: there is no such table, or it was in use for all tries.
         """
-        operations.invoke(cls(table_name, column_name, schema=schema, lock_timeout=lock_timeout, retries=retries))
+        op = cls(table_name, column_name, schema=schema, lock_timeout=lock_timeout, retries=retries)
+        op.parent = parent
+        operations.invoke(op)
 
     def reverse(self) -> VersionOp:
         """Return what takes it back."""

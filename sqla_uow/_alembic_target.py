@@ -80,6 +80,21 @@ class Target:
             )
         return list(key)
 
+    def refers_to(self, parent: str) -> list[tuple[str, str]]:
+        """Return the primary key's columns, each with that of the parent to which it refers.
+
+        Raises:
+            CommandError: the primary key is no foreign key to the parent.
+        """
+        for foreign in self._inspector.get_foreign_keys(self.table, schema=self.schema):
+            same = set(foreign["constrained_columns"]) == set(self.primary_key())
+            if same and foreign["referred_table"] == parent:
+                return list(zip(foreign["constrained_columns"], foreign["referred_columns"], strict=True))
+        raise CommandError(
+            f"the primary key of table {self.table!r} is no foreign key to {parent!r}; name the parent of its joined "
+            "inheritance"
+        )
+
     def has(self, column: Column[Any]) -> bool:
         """Say whether the column is there already, as on MariaDB after a migration that failed half-way.
 

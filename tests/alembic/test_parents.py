@@ -1,0 +1,144 @@
+import asyncio
+
+import pytest
+from alembic.util import CommandError
+from sqlalchemy import ForeignKey, String, insert, text, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sqla_uow import UnitOfWorkManager
+from sqla_uow.alembic import CreateVersionTriggerOp, DropVersionTriggerOp
+from sqla_uow.mixins import Versioned
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Item(Versioned, Base):
+    __tablename__ = "item"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(String(20), default="")
+
+
+class Part(Item):
+    __tablename__ = "part"
+    id: Mapped[int] = mapped_column(ForeignKey("item.id"), primary_key=True, autoincrement=False)
+    size: Mapped[int] = mapped_column(default=0)
+
+
+@pytest.fixture
+async def parts(db, operate):
+    """Two rows of a child with joined inheritance, and a trigger for each table."""
+    engine = db.engine()
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    await operate(
+        lambda op: [op.create_version_trigger("item"), op.create_version_trigger("part", parent="item")],
+    )
+    uow = UnitOfWorkManager(engine)
+    async with uow.begin() as unit:
+        unit.session.add_all([Part(id=1), Part(id=2)])
+    return uow
+
+
+async def versions(db):
+    """Return the versions of the two rows."""
+    return [row[0] for row in await db.rows("SELECT version FROM item ORDER BY id")]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_child_that_is_written_past_the_orm_counts(db, parts):
+    """A3: once in a transaction; rows that are not meant stay."""
+    await db.run("UPDATE part SET size = 1 WHERE id = 1")
+    assert await versions(db) == [2, 1]
+    await db.run("UPDATE part SET size = 2 WHERE id = 1", "UPDATE part SET size = 3 WHERE id = 1")
+    assert await versions(db) == [3, 1]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_child_that_the_orm_writes_counts_once(db, parts):
+    """A3: in a flush, in one behind a savepoint, in one of several rows, and in an ORM update()."""
+    async with parts.begin() as unit:
+        one, two = await unit.session.get_one(Part, 1), await unit.session.get_one(Part, 2)
+        one.size = 5
+        await unit.session.flush()
+        async with unit.session.begin_nested():
+            one.size = two.size = 6
+        one.size = two.size = 7
+    assert await versions(db) == [one.version, two.version] == [4, 3]
+    async with parts.begin() as unit:
+        await unit.session.execute(update(Part).values(size=8))
+    assert await versions(db) == [5, 4]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_write_after_a_savepoint_that_was_rolled_back_counts(db, parts):
+    """A3: what was undone has not counted."""
+    async with parts.begin() as unit:
+        savepoint = await unit.session.begin_nested()
+        await unit.session.execute(text("UPDATE part SET size = 1 WHERE id = 1"))
+        await savepoint.rollback()
+        await unit.session.execute(text("UPDATE part SET size = 1 WHERE id = 2"))
+    assert await versions(db) == [1, 2]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_one_write_behind_another_counts(db, parts):
+    """A3: who waited for another's write counts too, though the row was of a transaction in progress when it began."""
+    async with db.outside() as first:
+        await first.execute(text("UPDATE part SET size = 1 WHERE id = 1"))
+        second = asyncio.create_task(db.run("UPDATE part SET size = 2 WHERE id = 1"))
+        await db.until_waiting()
+        await first.commit()
+    await second
+    assert await versions(db) == [3, 1]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_new_in_this_transaction(db, parts):
+    """A3: nobody has seen a version of a row that is new, and its first stays."""
+    async with parts.begin() as unit:
+        await unit.session.execute(insert(Item.__table__).values(id=3, name="", version=1))
+        await unit.session.execute(insert(Part.__table__).values(id=3, size=0))
+        await unit.session.execute(text("UPDATE part SET size = 1 WHERE id = 3"))
+    assert await versions(db) == [1, 1, 1]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_dropped(db, operate, parts):
+    """A3: it is dropped as any other, by its table's name."""
+    await operate(lambda op: op.drop_version_trigger("part", parent="item"))
+    await db.run("UPDATE part SET size = 1")
+    assert await versions(db) == [1, 1]
+
+
+async def test_a_parent_that_cannot_be_counted_in(db, operate):
+    """A3: another database, or no reference: one clear error."""
+    await operate(lambda op: op.add_version_column("account"))
+    message = (
+        "the primary key of table 'note' is no foreign key to 'account'; name the parent of its joined inheritance"
+        if db.family == "postgresql"
+        else f"the trigger of table 'note' cannot count for its parent 'account' on {db.family}, where it cannot tell "
+        "whether the ORM has; write the table through the ORM, or leave parent out"
+    )
+    with pytest.raises(CommandError) as caught:
+        await operate(lambda op: op.create_version_trigger("note", parent="account"))
+    assert str(caught.value) == message
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_not_in_a_script(db, operate):
+    """A3: a script is written without a database to ask."""
+    with pytest.raises(CommandError) as caught:
+        await operate(lambda op: op.create_version_trigger("part", parent="item"), as_sql=True)
+    assert str(caught.value) == (
+        "how table 'part' refers to its parent 'item' is not known with --sql; run it on a database"
+    )
+
+
+def test_the_reverse_keeps_the_parent():
+    """A3: as all arguments."""
+    create = CreateVersionTriggerOp("part")
+    create.parent = "item"
+    assert isinstance(create.reverse(), DropVersionTriggerOp)
+    assert vars(create.reverse().reverse()) == vars(create)
