@@ -90,7 +90,7 @@ class _Bulk:
         """Put versions into memory, as loaded ones."""
         for state, version in versions.items():
             instance = state.obj()
-            if instance is not None and version is not None:
+            if instance is not None:
                 set_committed_value(instance, self.attribute, version)
 
     def read(self, states: Sequence[InstanceState[Any]], *, lock: bool = False) -> dict[InstanceState[Any], Any]:

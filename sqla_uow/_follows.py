@@ -90,8 +90,6 @@ def _is_names(names: tuple[object, ...]) -> bool:
 
 @event.listens_for(VersionMixin, "mapper_configured", propagate=True)
 def _configured(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
-    if not _is_names(model.__version_follows__):  # refused above, and somebody went on
-        return
     parent = mapper.inherits.class_ if mapper.inherits is not None else None
     for name in model.__version_follows__:
         if name in getattr(parent, "__version_follows__", ()):
@@ -121,8 +119,7 @@ def _all_followings() -> list[Following]:
 
 def _before_flush(session: UnitSession, *_: Any) -> None:
     transaction = session.transaction_of_unit
-    if transaction is None or transaction.read_only:
-        return
+    assert transaction is not None
     search = _Search(session, _all_followings(), versions_of(transaction))
     search.run()
     for mapper, keys in search.by_mapper():

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from sqlalchemy import bindparam, delete, func, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import SAWarning
 from sqlalchemy.orm import aliased
 
 from sqla_uow import errors
@@ -303,6 +304,21 @@ async def test_an_upsert_counts_with_the_helper(db, three):
     assert next_version(tables.ByXmin) == {}
     with pytest.raises(TypeError, match="which has no version; give the model a mixin"):
         next_version(db.__class__)
+
+
+async def test_nothing_matches(db, three):
+    """V3: nothing is counted, with objects in memory or a list that is empty by its criteria."""
+    async with three.begin() as unit:
+        rows = [await unit.session.get_one(model, 1) for model in (Plain, JoinedChild)]
+        for model in (Plain, JoinedChild):
+            assert (await unit.session.execute(update(model).where(model.value == 99).values(value=1))).rowcount == 0
+        listed = update(Plain).where(Plain.value == 99)
+        with pytest.warns(SAWarning, match="versioning cannot be verified"):  # SQLAlchemy's, of any list with a WHERE
+            await unit.session.execute(
+                listed, [{"id": 1, "value": 1}, {"id": 77, "value": 1}], execution_options={"synchronize_session": None}
+            )
+        assert [row.version for row in rows] == [1, 1]
+    assert await db.rows("SELECT version FROM plain UNION SELECT version FROM joined") == [(1,)]
 
 
 async def test_inserts_are_left_alone(db, three):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import NoResultFound
 
-from sqla_uow import RetryPolicy, Status, current_session, current_unit, errors, transactional
+from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow.mixins import expect_version, get_versioned, touch
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
@@ -354,3 +355,31 @@ async def test_the_read_session_keeps_no_expectation(versioned):
         "expect_version() was called for Plain(1) in the read session of a scope; write in a @transactional function: pass "
         "the key and get_one() the object inside, or open the unit around the read as well; never merge() it"
     )
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_versions_that_cannot_be_read_afresh(db, one, caplog):
+    """V2: the only connection is somebody else's by then; it is stale all the same, and the log says what is missing."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0, pool_timeout=0.2))
+    done = asyncio.Event()
+
+    async def wait_for_it_and_keep_it():
+        async with manager.begin() as unit:
+            await unit.session.execute(text("SELECT 1"))
+            await done.wait()
+
+    with pytest.raises(errors.StaleVersionError) as caught:
+        async with manager.begin() as unit:
+            row = await get_versioned(unit.session, Plain, 1, version=1)
+            await overtake(db, unit.session, Plain)
+            row.value = 5
+            other = asyncio.create_task(wait_for_it_and_keep_it(), context=contextvars.Context())
+            await asyncio.sleep(0)  # it asks for the connection now
+    done.set()
+    await other
+    assert str(caught.value) == (
+        "begin() wrote a row that was changed since it was read, in a unit that expects a version; read it again, and let "
+        "the client decide"
+    )
+    assert (caught.value.model, caught.value.key, caught.value.expected, caught.value.found) == (Plain, (1,), 1, None)
+    assert "the versions of begin() could not be read (TimeoutError)" in caplog.messages
