@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqla_uow import Status
-from sqla_uow.errors import ConflictError
+from sqla_uow.errors import ConflictError, RollbackOnlyError
 from sqla_uow_starlette._answer import answering
 from sqla_uow_starlette._replay import Body, copied
 from sqla_uow_starlette._request import answer
@@ -158,6 +158,9 @@ class AtomicSender(Sender):
         async with self._request.ending:
             if not self._ended:
                 await self._end_for(status)
+            elif self._commits(status) and self._unit.status is not Status.COMMITTED:
+                # Cancelled at the first start of a response, inside the application, which has made another one.
+                self.refuse(RollbackOnlyError("the request was cancelled while its unit ended; send it again"))
         if not self.refused:
             self._write_back()
             await super().before_start(status)

@@ -16,7 +16,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from sqla_uow import UnitOfWorkManager, after_commit, current_session, transactional
+from sqla_uow import UnitOfWorkManager, after_commit, before_commit, current_session, transactional
 from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.models import Account
 from tests.starlette.client import client_of
@@ -158,3 +158,34 @@ async def test_a_client_that_leaves_in_the_middle_stops_nothing(db, atomic):
         await nothing_is_left(db, engine)
     rows = await db.scalar("SELECT count(*) FROM account")
     assert (rows, bank.hooks) in [(0, []), (1, [1])]
+
+
+class Impatient:
+    """Answers with a success of its own where the application inside takes too long."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        with anyio.move_on_after(0.1) as limit:
+            await self.app(scope, receive, send)
+        if limit.cancelled_caught:
+            await PlainTextResponse("fallback", 200)(scope, receive, send)
+
+
+async def test_no_other_success_after_the_end_of_the_unit_was_cancelled(db):
+    """W3: the unit was rolled back, so a success that the application makes afterwards does not leave either."""
+    engine = db.engine()
+
+    async def endpoint(request):
+        current_session().add(Account(id=1))
+        before_commit(asyncio.Event().wait)
+        return PlainTextResponse("done", 201)
+
+    ours = Middleware(UnitOfWorkMiddleware, manager=UnitOfWorkManager(engine), atomic=True)
+    app = Starlette(routes=[Route("/", endpoint)], middleware=[ours, Middleware(Impatient)])
+    async with client_of(app) as http:
+        response = await http.get("/")
+    assert (response.status_code, response.text) == (500, "Internal Server Error")
+    assert await db.scalar("SELECT count(*) FROM account") == 0
+    await nothing_is_left(db, engine)
