@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
     from sqla_uow._attempts import Attempts
+    from sqla_uow._contention import Gate, Slot
     from sqla_uow._verify import Witness
     from sqla_uow._versions import Versions
 
@@ -39,14 +40,18 @@ logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 
+_CONTENDED = (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE, Kind.CHOSEN)
+
+
 class Attempt(Generic[S]):
     """One run of the body in a unit of its own."""
 
-    __slots__ = ("_attempts", "_place", "_timeout", "_witness", "unit")
+    __slots__ = ("_attempts", "_place", "_slot", "_timeout", "_witness", "unit")
 
     def __init__(self, attempts: Attempts[S]) -> None:
         self._attempts = attempts
         self._place: UnitPlace | None = None
+        self._slot: Slot | None = None
         self._timeout: asyncio.Timeout | None = None
         self._witness: Witness | None = None
         self.unit: UnitOfWork[S] | None = None
@@ -57,6 +62,33 @@ class Attempt(Generic[S]):
             raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
         if attempts.reading is not None:
             await attempts.reading.give_way()
+        if attempts.gate is not None:
+            self._slot = attempts.gate.try_enter() or await self._turn(attempts.gate)
+        try:
+            return await self._begin()
+        except BaseException:
+            if self._slot is not None:
+                self._slot.free(committed=False)
+            raise
+
+    async def _turn(self, gate: Gate) -> Slot:
+        """Wait until this attempt may run.
+
+        Raises:
+            TransactionTimeoutError: the deadline passed first.
+        """
+        attempts, slot = self._attempts, None
+        try:
+            slot = await gate.enter(attempts.deadline, again=attempts.attempt > 1)
+        finally:
+            if slot is None and attempts.reading is not None:
+                await attempts.reading.end_what_gave_way()
+        if slot is None:
+            raise attempts.timed_out("its turn to run did not come")
+        return slot
+
+    async def _begin(self) -> UnitOfWork[S]:
+        attempts, options = self._attempts, self._attempts.options
         manager = attempts.manager
         transaction = manager._transaction(
             options.who,
@@ -70,6 +102,9 @@ class Attempt(Generic[S]):
         is_last = attempts.attempt > attempts.retries
         if not is_last:
             transaction.on_rollback = attempts.remember
+        if self._slot is not None and attempts.gate is not None:
+            transaction.slot = self._slot
+            transaction.lock_wait = None if is_last else attempts.gate.lock_wait(attempts.attempt)
         unit = self.unit = UnitOfWork(transaction, attempt=attempts.attempt, is_last_attempt=is_last)
         self._witness = manager._witness(transaction)
         self._place = UnitPlace(manager, unit)
@@ -162,6 +197,8 @@ class Attempt(Generic[S]):
         if attempts.deadline is not None and _is_timeout(error) and attempts.policy.clock() >= attempts.deadline:
             raise self._timed_out(error)
         failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
+        if self._slot is not None and failure is not None and failure.kind in _CONTENDED:
+            self._slot.conflicted()
         versions = unit._transaction.versions
         if versions is not None and versions.expectations:
             await self._check_expectations(versions, failure, error)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import InstanceState, Session
 
+    from sqla_uow._contention import Gate
     from sqla_uow._context import Scope
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._options import Options
@@ -41,11 +42,11 @@ class Attempts(Generic[S]):
     """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
 
     __slots__ = (
-        "attempt", "deadline", "enclosing",
+        "attempt", "deadline", "enclosing", "gate",
         "manager", "more", "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout",
     )  # fmt: skip
 
-    def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
+    def __init__(self, manager: UnitOfWorkManager[S], options: Options, function: object = None) -> None:
         self.manager = manager
         self.options = options
         self.policy = options.retry or manager.retry
@@ -61,6 +62,10 @@ class Attempts(Generic[S]):
         self.reading = None if inside else self.scope
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
         self.more = True
+        self.gate: Gate | None = None
+        # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
+        if self.retries and not self.enclosing and self.policy.contention == "auto":
+            self.gate = manager._gate(function or options, options.who, self.policy.clock)
 
     def __aiter__(self) -> Attempts[S]:
         return self
@@ -148,8 +153,8 @@ class LoopedAttempts(Attempts[S]):
 
     __slots__ = ("_loop",)
 
-    def __init__(self, manager: UnitOfWorkManager[S], options: Options) -> None:
-        super().__init__(manager, options)
+    def __init__(self, manager: UnitOfWorkManager[S], options: Options, function: object) -> None:
+        super().__init__(manager, options, function)
         self._loop: Loop | None = None
 
     def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:  # no coroutine function: its caller's frame is the loop's

@@ -148,4 +148,5 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
             if not attempts.more:  # else the attempt has swallowed its failure
                 return result
 
+    vars(transactional_call)["__transactional__"] = options  # how `UnitOfWorkManager.contention` knows it
     return transactional_call

@@ -205,7 +205,7 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     """Note the outcome, free everything, run the hooks."""
     transaction = unit._transaction
     unit._final = Status.COMMITTED
-    _release(transaction)
+    _release(transaction, committed=True)
     failures: list[Exception] = []
     hooks = transaction.hooks
     if hooks.after_commit:
@@ -362,7 +362,9 @@ def _close_unused(unit: UnitOfWork[Any]) -> None:
         unit._session.sync_session.close()
 
 
-def _release(transaction: Transaction) -> None:
+def _release(transaction: Transaction, *, committed: bool = False) -> None:
+    if transaction.slot is not None:  # before the hooks: one may call the same function
+        transaction.slot.free(committed=committed)
     transaction.give_back_turn()
     transaction.phase = Phase.ENDED
     transaction.closer = None

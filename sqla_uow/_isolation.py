@@ -76,7 +76,13 @@ def engine_options(family: str, isolation: IsolationLevel | None, *, read_only: 
 
 
 def opening(
-    connection: Connection, family: str, isolation: IsolationLevel | None, *, read_only: bool, seconds: float | None
+    connection: Connection,
+    family: str,
+    isolation: IsolationLevel | None,
+    *,
+    read_only: bool,
+    seconds: float | None,
+    lock_wait: float | None = None,
 ) -> None:
     """Send what this transaction needs before its first statement.
 
@@ -86,10 +92,14 @@ def opening(
         isolation: the level, or None for the database's default.
         read_only: have the database refuse writes.
         seconds: what is left of the deadline, for the server to enforce as well.
+        lock_wait: how long to wait for a lock, on PostgreSQL: it looks for deadlocks only after a second (deadlock_timeout).
     """
     if family == "postgresql":
         if seconds is not None:
             _limit_postgresql(connection, seconds)
+        if lock_wait is not None:
+            # SET, unlike SELECT set_config(), does not take the snapshot.
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{max(1, round(lock_wait * 1000))}ms'")
     elif family == "mysql":
         parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
         parts += ["READ ONLY"] if read_only else []

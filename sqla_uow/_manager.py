@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
+from weakref import WeakKeyDictionary
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
 from sqla_uow._attempts import Attempts, LoopedAttempts
+from sqla_uow._contention import UNKNOWN, Gate
 from sqla_uow._context import ManagerPlace, ScopeContext, locate
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
@@ -23,14 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
-    from weakref import WeakKeyDictionary
 
     from sqlalchemy.orm import InstanceState
 
     from sqla_uow._attempt import Attempt
     from sqla_uow._context import Scope
     from sqla_uow._unit import UnitOfWork
-    from sqla_uow.typing import IsolationLevel, Propagation
+    from sqla_uow.typing import Contention, IsolationLevel, Propagation
 
 __all__ = ["UnitOfWorkManager"]
 
@@ -86,6 +89,7 @@ class UnitOfWorkManager(Generic[S]):
         self._retries = retries
         self._timeout = timeout
         self._retry = retry
+        self._gates: WeakKeyDictionary[object, Gate] = WeakKeyDictionary()
         self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
 
     @property
@@ -179,7 +183,24 @@ class UnitOfWorkManager(Generic[S]):
         """
         options = Options(who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
         check_level(self._database.family, isolation, who=options.who)
-        return LoopedAttempts(self, options)
+        return LoopedAttempts(self, options, sys._getframe(1).f_code)
+
+    def contention(self, function: Callable[..., object], /) -> Contention:
+        """Return how many calls of a function run at once now, and how many wait because of their conflicts.
+
+        Args:
+            function: one that `transactional` has decorated, or one with an `attempts` loop in it.
+        """
+        key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None)
+        gate = self._gates.get(key) if key is not None else None
+        return UNKNOWN if gate is None else gate.state()
+
+    def _gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
+        """Return where the calls of one function wait for their turn."""
+        gate = self._gates.get(key)
+        if gate is None or not gate.is_of(asyncio.get_running_loop()):
+            gate = self._gates[key] = Gate(who, clock)
+        return gate
 
     def _enter(self, options: Options) -> Attempt[S] | Joined[S] | Nested[S]:
         """Return what `options.propagation` means here: a new unit, a joined one, or a savepoint."""

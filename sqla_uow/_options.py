@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Options", "check_name", "check_policy", "check_retries", "check_timeout"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Known by identity, not by value: one function's options are not another's, however alike.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Options:
     """The options of one call site; None leaves the choice to the manager.
 

@@ -1,4 +1,4 @@
-"""How long to wait between two attempts."""
+"""How long to wait between two attempts, and whether calls take turns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,6 +24,8 @@ class RetryPolicy:
     Args:
         base: upper bound of the first wait, in seconds.
         cap: upper bound of any wait, in seconds; clamped *before* the jitter, so that late waits stay spread out.
+        contention: ``"auto"`` lets fewer calls of a function run at once while their attempts waste time on conflicts;
+            ``"off"`` lets all of them run, always.
         clock: monotonic seconds.
         sleep: waits that many seconds, and can be cancelled.
         rng: returns a float between its two arguments.
@@ -34,6 +36,7 @@ class RetryPolicy:
 
     base: float = 0.01
     cap: float = 1.0
+    contention: Literal["auto", "off"] = "auto"
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
     rng: Callable[[float, float], float] = random.uniform
@@ -42,6 +45,12 @@ class RetryPolicy:
         if not 0 <= self.base <= self.cap < float("inf"):
             raise ValueError(
                 f"RetryPolicy(base={self.base!r}, cap={self.cap!r}) cannot wait; use seconds with 0 <= base <= cap"
+            )
+
+        if self.contention not in ("auto", "off"):
+            raise ValueError(
+                f"RetryPolicy(contention={self.contention!r}) is unknown; use 'auto' to let calls take turns under conflicts, "
+                "or 'off'"
             )
 
     def delay(self, retry: int) -> float:

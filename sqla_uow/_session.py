@@ -249,7 +249,14 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     unit.begun(connection)
     remember(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
-    opening(connection, unit.database.family, unit.isolation, read_only=unit.read_only, seconds=seconds)
+    opening(
+        connection,
+        unit.database.family,
+        unit.isolation,
+        read_only=unit.read_only,
+        seconds=seconds,
+        lock_wait=unit.lock_wait,
+    )
 
 
 @event.listens_for(UnitSession, "after_commit", insert=True)

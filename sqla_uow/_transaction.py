@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState, Session
 
+    from sqla_uow._contention import Slot
     from sqla_uow._database import Database
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
@@ -96,6 +97,7 @@ class Transaction:
         "hooks",
         "isolation",
         "joined",
+        "lock_wait",
         "name",
         "on_rollback",
         "owner",
@@ -104,6 +106,7 @@ class Transaction:
         "read_only",
         "rolling_back_to_savepoint",
         "scope_read",
+        "slot",
         "tainted",
         "versions",
         "wrote",
@@ -142,6 +145,8 @@ class Transaction:
         self.attached: WeakSet[InstanceState[Any]] | None = None
         self.on_rollback: Callable[[Transaction, Session], None] | None = None
         self.joined: int = 0
+        self.slot: Slot | None = None
+        self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
         self.wrote: bool = False
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint = False

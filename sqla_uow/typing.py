@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
-__all__ = ["IsolationLevel", "Propagation", "Status"]
+__all__ = ["Contention", "IsolationLevel", "Propagation", "Status"]
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """An isolation level in SQL spelling.  Which database has which one: see the isolation table in the docs."""
@@ -29,3 +29,19 @@ class Status(enum.Enum):
     """Nothing of the unit is in the database."""
     AMBIGUOUS = "ambiguous"
     """COMMIT was sent and its answer is unknown."""
+
+
+class Contention(NamedTuple):
+    """What `UnitOfWorkManager.contention` returns.
+
+    Attributes:
+        width: how many calls may run at once; None is no limit.
+        running: how many do.
+        waiting: how many wait for their turn; they hold no connection.
+        wasted: share of the time, of late, that went into attempts ended by a conflict.
+    """
+
+    width: int | None
+    running: int
+    waiting: int
+    wasted: float

@@ -1,0 +1,219 @@
+"""Transfers between two of a few rows under SERIALIZABLE, and one hot row: what contention leaves of the throughput.
+
+Every side runs the same SQL on the same server for some seconds after a warm-up, one side after the other.  A commit
+counts when its caller has seen it; a call that gave up counts as that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, is_retryable, transactional
+from sqla_uow.errors import ConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+RETRIES = 5
+SLICE = 1.5
+TAKE = text("UPDATE account SET balance = balance - 1 WHERE id = :id")
+GIVE = text("UPDATE account SET balance = balance + 1 WHERE id = :id")
+READ = text("SELECT balance FROM account WHERE id = :id")
+WRITE = text("UPDATE account SET balance = :balance WHERE id = :id")
+
+
+class Cell(NamedTuple):
+    """One situation: rows, seconds of pause in the body, workers, and whether rows are locked in order."""
+
+    rows: int
+    pause: float
+    workers: int
+    ordered: bool = False
+
+
+class Outcome(NamedTuple):
+    """What one side did in one cell."""
+
+    commits: float
+    gave_up: float
+    p99: float
+    attempts: float
+
+
+async def body(session: AsyncSession, cell: Cell, payer: int, payee: int) -> None:
+    """Move money; with a single row, read it and write it back."""
+    if cell.rows == 1:
+        balance = (await session.execute(READ, {"id": 1})).scalar_one()
+        if cell.pause:
+            await asyncio.sleep(cell.pause)
+        await session.execute(WRITE, {"id": 1, "balance": balance + 1})
+        return
+    first, second = ((TAKE, payer), (GIVE, payee))
+    if cell.ordered and payer > payee:
+        first, second = second, first
+    await session.execute(first[0], {"id": first[1]})
+    if cell.pause:
+        await asyncio.sleep(cell.pause)
+    await session.execute(second[0], {"id": second[1]})
+
+
+class Side:
+    """One way of writing it."""
+
+    runs = 0
+
+    async def call(self, cell: Cell, payer: int, payee: int) -> bool:
+        """Return whether it was committed."""
+        raise NotImplementedError
+
+
+class Ours(Side):
+    """`@transactional(retries=5, isolation="SERIALIZABLE")`."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        @transactional(retries=RETRIES, isolation="SERIALIZABLE", retry=policy)
+        async def transfer(cell: Cell, payer: int, payee: int) -> None:
+            self.runs += 1
+            await body(current_session(), cell, payer, payee)
+
+        self.transfer = transfer
+
+    async def call(self, cell: Cell, payer: int, payee: int) -> bool:
+        try:
+            await self.transfer(cell, payer, payee)
+        except ConflictError:
+            return False
+        return True
+
+
+class ByHand(Side):
+    """A loop as it is usually written: session, body and COMMIT again, after a wait."""
+
+    def __init__(self, engine: AsyncEngine, wait: Callable[[int], float], *, lock: asyncio.Lock | None = None) -> None:
+        strict = engine.execution_options(isolation_level="SERIALIZABLE")
+        self.maker = async_sessionmaker(strict, expire_on_commit=False)
+        self.wait = wait
+        self.lock = lock
+
+    async def call(self, cell: Cell, payer: int, payee: int) -> bool:
+        if self.lock is not None:
+            async with self.lock:
+                return await self._loop(cell, payer, payee)
+        return await self._loop(cell, payer, payee)
+
+    async def _loop(self, cell: Cell, payer: int, payee: int) -> bool:
+        for attempt in range(RETRIES + 1):
+            self.runs += 1
+            try:
+                async with self.maker.begin() as session:
+                    await body(session, cell, payer, payee)
+                return True
+            except DBAPIError as error:
+                if not is_retryable(error):
+                    raise
+            if attempt < RETRIES:
+                await asyncio.sleep(self.wait(attempt))
+        return False
+
+
+def full_jitter(retry: int) -> float:
+    """Return what `RetryPolicy()` would wait."""
+    return random.uniform(0, min(1.0, 0.01 * 2**retry))  # noqa: S311  # no secret
+
+
+def sides(engine: AsyncEngine) -> dict[str, Side]:
+    """Return who is compared."""
+    return {
+        "sqla_uow": Ours(RetryPolicy()),
+        "full jitter": ByHand(engine, full_jitter),
+        "one at a time": ByHand(engine, full_jitter, lock=asyncio.Lock()),
+    }
+
+
+class Meter:
+    """What one side has done so far, over all its slices."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.seconds = 0.0
+        self.latencies: list[float] = []
+        self.gave_up = 0
+        self.runs = 0
+
+    async def slice(self, cell: Cell, seconds: float, *, counts: bool) -> None:
+        """Let the workers call it for some seconds."""
+        end = time.perf_counter() + seconds
+        self.side.runs = 0
+        latencies: list[float] = []
+        gave_up = 0
+
+        async def worker() -> None:
+            nonlocal gave_up
+            while (started := time.perf_counter()) < end:
+                payer, payee = random.sample(range(1, cell.rows + 1), 2) if cell.rows > 1 else (1, 1)
+                committed = await self.side.call(cell, payer, payee)
+                if committed:
+                    latencies.append(time.perf_counter() - started)
+                else:
+                    gave_up += 1
+
+        started = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(cell.workers)))
+        if counts:
+            self.seconds += time.perf_counter() - started  # to the end of the last call: a stall counts
+            self.latencies += latencies
+            self.gave_up += gave_up
+            self.runs += self.side.runs
+
+    def outcome(self) -> Outcome:
+        """Return the figures."""
+        done = len(self.latencies)
+        p99 = sorted(self.latencies)[int(done * 0.99)] if done else float("inf")
+        calls = done + self.gave_up
+        return Outcome(done / self.seconds, self.gave_up / (calls or 1), p99, self.runs / (calls or 1))
+
+
+async def prepare(engine: AsyncEngine, rows: int) -> None:
+    """Fill the table."""
+    async with engine.begin() as connection:
+        await connection.execute(text("DROP TABLE IF EXISTS account"))
+        await connection.execute(text("CREATE TABLE account (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL)"))
+        await connection.execute(
+            text("INSERT INTO account VALUES (:id, 0)"), [{"id": number} for number in range(1, rows + 1)]
+        )
+        if engine.dialect.name == "postgresql":
+            # else the planner knows nothing of the table and scans it, and SERIALIZABLE takes that for a read of every row
+            await connection.exec_driver_sql("ANALYZE account")
+
+
+async def measure(
+    url: str,
+    cells: list[Cell],
+    seconds: float,
+    warm_up: float,
+    report: Callable[[Cell, dict[str, Outcome]], Awaitable[None]],
+) -> None:
+    """Run every side in every cell: a warm-up each, then slices of 1.5 s in turns, so that they share the machine's moods."""
+    logging.getLogger("sqla_uow").setLevel(logging.ERROR)
+    for cell in cells:
+        engine = create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120)
+        await prepare(engine, cell.rows)
+        meters = {name: Meter(side) for name, side in sides(engine).items()}
+        with UnitOfWorkManager(engine).activate():
+            for meter in meters.values():
+                await meter.slice(cell, warm_up, counts=False)
+            for _ in range(round(seconds / SLICE)):
+                for meter in meters.values():
+                    await meter.slice(cell, SLICE, counts=True)
+        await engine.dispose()
+        await report(cell, {name: meter.outcome() for name, meter in meters.items()})

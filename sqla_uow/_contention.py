@@ -1,0 +1,387 @@
+"""How many calls of one function run at once, while they get in each other's way.
+
+Under contention most of the time goes into attempts that are aborted, and PostgreSQL looks for a deadlock only after a
+second, for which everybody behind those locks waits.  With nothing in the way, one at a time would be several times too
+slow.  So the width is chosen by what it brings: commits a second, measured at widths of 1, 2, 4 and so on, and looked for
+again and again, for at most a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqla_uow.typing import Contention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["UNKNOWN", "Controller", "Gate", "Slot"]
+
+logger = logging.getLogger("sqla_uow")
+
+FIRST_WIDTH = 2
+"""Calls of a function that run at once before anything is known of it; each one that commits lets another in."""
+WIDEST = 7
+"""The last rung with a limit: 2 ** 7 = 128 calls at once.  Above it nothing is held back."""
+FREE = WIDEST + 1
+TROUBLE = 0.1
+"""Share of the time in aborted attempts from which other widths are tried."""
+COLLAPSE = 0.5
+"""Share from which the search begins with one call at a time, the only width that is sure not to stall."""
+GAIN = 1.05
+"""How much more another width must bring to be worth a change."""
+MEMORY_SECONDS = 2.0
+"""The time in which a measurement loses all but a third of its weight."""
+SEARCH_SHARE = 0.1
+"""How much of the throughput may be spent on trying widths that turn out to be worse."""
+SEARCH_SECONDS = (0.2, 10.0)
+"""Bounds of the time between two tries."""
+EPOCH_COMMITS = 16
+EPOCH_SECONDS = 0.5
+"""How long a width is measured at most before it is judged."""
+STALL_SECONDS = (0.1, 2.0)
+"""When nobody has finished for so long, more are let in: those who run may be slow, or wait for those who do not.
+
+The first is for a function of which nothing is known yet: as many again come in.  The second is for one that is held back
+for a reason: one more."""
+SHORTEST_LOCK_WAIT = 0.02
+"""Seconds that an attempt waits at least for a lock while the width is limited, before it makes way for the others."""
+
+UNKNOWN = Contention(FIRST_WIDTH, 0, 0, 0.0)
+"""What is known of a function that was not called yet."""
+
+
+class _Rate(NamedTuple):
+    """Commits a second at one width; what is older weighs less, and is kept until something newer is known."""
+
+    goodput: float = 0.0
+    seconds: float = 0.0  # the weight of the evidence
+    at: float = 0.0
+
+    def then(self, commits: int, seconds: float, now: float) -> _Rate:
+        weight = self.seconds * math.exp((self.at - now) / MEMORY_SECONDS)
+        return _Rate((self.goodput * weight + commits) / (weight + seconds), weight + seconds, now)
+
+
+class Controller:
+    """Chooses the width by what it brings; knows no loop and no database, so that it can be simulated.
+
+    A width is a *rung*: 2 ** rung calls at once, or `FREE`.  It begins narrow and opens up with each commit.  Once
+    conflicts waste a tenth of the time, neighbouring rungs are tried, and the one with the most commits a second is held.
+
+    Args:
+        clock: monotonic seconds.
+        who: the function, for the log.
+    """
+
+    def __init__(self, clock: Callable[[], float], who: str = "") -> None:
+        self._clock = clock
+        self._who = who
+        self.width: float = FIRST_WIDTH
+        self.wasted_share: float = 0.0
+        self.opening = True
+        self._rung = self._best = 0
+        self._downwards = False
+        self._measured = [_Rate()] * (FREE + 1)
+        self._contended = False
+        self._typical = 0.0  # seconds of an attempt that waits for nobody
+        self._running = 0
+        self._idle = False
+        self._next_try = 0.0
+        self._left_over = 0  # attempts of the width before, whose ends say nothing of this one
+        self._begin_epoch(clock())
+
+    def lock_wait(self, attempt: int, running: int) -> float | None:
+        """Return how long an attempt that begins now should wait for a lock, in seconds; None is for ever.
+
+        A retry waits longer than a first run, so that not all of those who wait for each other make way at once.
+        """
+        if running <= 1 or (self._rung == FREE and not self.opening):
+            return None
+        return attempt * max(SHORTEST_LOCK_WAIT, 8 * self._typical)
+
+    def committed(self, seconds: float, running: int, waiting: int) -> None:
+        """Take note of an attempt that committed.
+
+        Args:
+            seconds: how long it took.
+            running: how many others run.
+            waiting: how many wait.
+        """
+        # Near the shortest: what the others took includes their waits for locks.
+        self._typical = min(self._typical * 1.01, seconds) if self._typical else seconds
+        if self.opening:
+            self.width += 1
+            if self.width > 2**WIDEST:
+                self.opening = False
+                self._go(FREE)
+        self._wake(seconds)
+        self._useful += seconds
+        self._count(1, running, waiting)
+
+    def conflicted(self, seconds: float, running: int, waiting: int) -> None:
+        """Take note of an attempt that a conflict ended; the arguments are those of `committed`."""
+        self._wake(seconds)
+        self._wasted += seconds
+        self._contended = self._contended or running > 0 or waiting > 0  # a call that was alone is not helped by turns
+        self._count(0, running, waiting)
+
+    # -- epochs: a width is judged by what happened while it was in force
+
+    def _begin_epoch(self, now: float) -> None:
+        self._since = now
+        self._done = 0
+        self._useful = self._wasted = 0.0
+        self._contended = self._held_back = False
+        self._peak = 0
+
+    def _wake(self, seconds: float) -> None:
+        """Leave out the time in which nobody called."""
+        if self._idle:
+            self._idle = False
+            self._begin_epoch(self._clock() - seconds)
+
+    def _count(self, commits: int, running: int, waiting: int) -> None:
+        if self._left_over > 0:
+            self._left_over -= 1
+            if self._left_over == 0:
+                self._begin_epoch(self._clock())
+            return
+        self._done += commits
+        self._running = running
+        self._idle = running == 0 and waiting == 0
+        self._peak = max(self._peak, running + 1)
+        self._held_back = self._held_back or waiting > 0
+        if self._done < EPOCH_COMMITS and not self._contended:
+            return
+        now = self._clock()
+        elapsed = now - self._since
+        if self._done >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
+            self.wasted_share = self._wasted / ((self._wasted + self._useful) or 1.0)
+            self._judge(now, elapsed)
+
+    def _patience(self) -> float:
+        """Return the seconds after which an epoch is judged in any case: a try, when three times as many could be done."""
+        if self._rung == self._best or not (known := self._measured[self._best].goodput):
+            return EPOCH_SECONDS
+        return min(EPOCH_SECONDS, 3 * EPOCH_COMMITS / known)
+
+    def _judge(self, now: float, elapsed: float) -> None:
+        share, done, peak, held_back, contended = (
+            self.wasted_share, self._done, self._peak, self._held_back, self._contended,
+        )  # fmt: skip
+        self._begin_epoch(now)
+        if self.opening:
+            if contended and share >= TROUBLE:
+                self.opening = False
+                self._try(0)
+            return
+        self._measured[self._rung] = self._measured[self._rung].then(done, elapsed, now)
+        if self._rung != self._best:
+            self._compare(now, elapsed, done, share, held_back=held_back)
+        elif now >= self._next_try:
+            self._look_around(share, peak, contended=contended)
+        elif self._best > 0 and self._measured[self._best - 1].goodput > GAIN * self._measured[self._best].goodput:
+            self._hold(self._best - 1)
+
+    # -- decisions
+
+    def _look_around(self, share: float, peak: int, *, contended: bool) -> None:
+        """Try another width than the best one known: a wider one, or in turns a narrower one while time is wasted."""
+        best = self._best
+        if share >= TROUBLE and contended and best > 0:
+            if best == FREE or not self._downwards:
+                self._downwards = True
+                self._try(0 if share >= COLLAPSE else self._below(best, peak))
+                return
+            self._downwards = False
+        if best < FREE:
+            self._downwards = False
+            self._try(best + 1)
+
+    def _compare(self, now: float, elapsed: float, done: int, share: float, *, held_back: bool) -> None:
+        """Go on in the same direction while that brings more; else go back, and wait as long as the try was dear."""
+        rung, best = self._rung, self._best
+        brought, known = done / elapsed, self._measured[best].goodput
+        worth = known if rung < best else known * (GAIN if share >= TROUBLE else 2 - GAIN)
+        if brought >= worth:
+            going_up = rung > best
+            self._best = rung
+            if going_up and rung < FREE:
+                self._try(rung + 1 if held_back and rung < WIDEST else FREE)
+            elif not going_up and rung > 0 and share >= TROUBLE:
+                self._try(rung - 1)
+            else:
+                self._hold(rung)
+            return
+        cost = elapsed * (1 - brought / known)
+        soonest, latest = SEARCH_SECONDS
+        self._next_try = now + min(latest, max(soonest, cost / SEARCH_SHARE))
+        self._hold(best)
+
+    def _below(self, rung: int, peak: int) -> int:
+        """Return the next rung down that holds anybody back."""
+        return max(0, min(rung - 1, (peak - 1).bit_length() - 1))
+
+    def _try(self, rung: int) -> None:
+        if self._rung == FREE or (self._best == 0 and rung == 0):
+            logger.info(
+                "%s: %.0f %% of the time went into conflicts; calls take turns", self._who, self.wasted_share * 100
+            )
+        self._go(rung)
+
+    def _hold(self, rung: int) -> None:
+        if rung == FREE and self._rung != FREE:
+            logger.info("%s: conflicts are few; no call waits for its turn any more", self._who)
+        self._best = rung
+        self._go(rung)
+
+    def _go(self, rung: int) -> None:
+        if rung != self._rung:
+            self._left_over = self._running
+        self._rung = rung
+        self.width = math.inf if rung == FREE else 2**rung
+
+
+class Slot:
+    """The right of one attempt to run."""
+
+    __slots__ = ("_gate", "_seconds", "_started")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._started: float | None = gate.clock()
+        self._seconds = 0.0
+
+    def free(self, *, committed: bool) -> None:
+        """Give it back; called as soon as the transaction has ended, before its hooks."""
+        if self._started is None:
+            return
+        self._seconds, self._started = self._gate.clock() - self._started, None
+        self._gate.left(self._seconds if committed else None)
+
+    def conflicted(self) -> None:
+        """Say that a conflict had ended the attempt."""
+        self._gate.conflicted(self._seconds)
+
+
+class Gate:
+    """Where the calls of one function wait for their turn: first come, first served, a retry before a first run.
+
+    Args:
+        who: the function, for the log.
+        clock: monotonic seconds.
+    """
+
+    __slots__ = ("_again", "_controller", "_loop", "_moved", "_queue", "_running", "_timer", "clock")
+
+    def __init__(self, who: str, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self._controller = Controller(clock, who)
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[asyncio.Future[bool]] = deque()
+        self._again: deque[asyncio.Future[bool]] = deque()
+        self._running = 0
+        self._moved = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def is_of(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Say whether this gate is for calls of that loop."""
+        return self._loop is loop
+
+    def state(self) -> Contention:
+        """Return what users see of it."""
+        width = self._controller.width
+        limit = None if width == math.inf else int(width)
+        return Contention(limit, self._running, self._waiting(), self._controller.wasted_share)
+
+    def lock_wait(self, attempt: int) -> float | None:
+        """Return how long the attempt that has just come in should wait for locks, in seconds; None is for ever."""
+        return self._controller.lock_wait(attempt, self._running)
+
+    def try_enter(self) -> Slot | None:
+        """Let the attempt in if nothing holds it back: one comparison where there is no contention."""
+        if self._running < self._controller.width and not self._queue and not self._again:
+            self._running += 1
+            return Slot(self)
+        return None
+
+    async def enter(self, deadline: float | None, *, again: bool) -> Slot | None:
+        """Wait for a turn.
+
+        Args:
+            deadline: on `clock`, or None.
+            again: it is a retry.
+
+        Returns:
+            None if the deadline has passed.
+        """
+        queue = self._again if again else self._queue
+        turn: asyncio.Future[bool] = self._loop.create_future()
+        queue.append(turn)
+        late = None if deadline is None else self._loop.call_later(deadline - self.clock(), _too_late, turn)
+        if self._timer is None:
+            self._watch()
+        try:
+            return Slot(self) if await turn else None
+        except asyncio.CancelledError:
+            if not turn.cancelled() and turn.result():  # let in and cancelled in the same turn of the loop
+                self._running -= 1
+                self._admit()
+            raise
+        finally:
+            if turn in queue:
+                queue.remove(turn)
+            if late is not None:
+                late.cancel()
+
+    def left(self, seconds: float | None) -> None:
+        """Let the next one in; `seconds` is how long the one that leaves took, if it committed."""
+        self._running -= 1
+        self._moved = True
+        if seconds is not None:
+            self._controller.committed(seconds, self._running, self._waiting())
+        self._admit()
+
+    def conflicted(self, seconds: float) -> None:
+        """Count what the attempt that has left took as wasted."""
+        self._controller.conflicted(seconds, self._running, self._waiting())
+        self._admit()
+
+    def _waiting(self) -> int:
+        return len(self._queue) + len(self._again)
+
+    def _admit(self) -> None:
+        while self._running < self._controller.width and self._let_in():
+            pass
+
+    def _let_in(self) -> bool:
+        for queue in (self._again, self._queue):
+            while queue:
+                turn = queue.popleft()
+                if not turn.done():  # else cancelled, or too late
+                    self._running += 1
+                    turn.set_result(True)
+                    return True
+        return False
+
+    def _watch(self) -> None:
+        self._moved = False
+        self._timer = self._loop.call_later(STALL_SECONDS[not self._controller.opening], self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._waiting():
+            if not self._moved:
+                for _ in range(self._running if self._controller.opening else 1):
+                    self._let_in()
+            self._watch()
+
+
+def _too_late(turn: asyncio.Future[bool]) -> None:
+    if not turn.done():
+        turn.set_result(False)
