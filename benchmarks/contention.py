@@ -20,12 +20,15 @@ from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, is_retryab
 from sqla_uow.errors import ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 RETRIES = 5
+WARM_UP = 2.0
 SLICE = 1.5
+CELLS = "2/0/32,10/0/32,100/0/32,1000/0/32,10000/0/32,10/5/32,100/5/32,1000/5/32,10/0/8,10/0/32/ordered,1/0/32"
+"""rows / pause in the body, ms / workers; one row is read and written back."""
 TAKE = text("UPDATE account SET balance = balance - 1 WHERE id = :id")
 GIVE = text("UPDATE account SET balance = balance + 1 WHERE id = :id")
 READ = text("SELECT balance FROM account WHERE id = :id")
@@ -89,6 +92,7 @@ class Ours(Side):
         self.transfer = transfer
 
     async def call(self, cell: Cell, payer: int, payee: int) -> bool:
+        """Return whether it was committed."""
         try:
             await self.transfer(cell, payer, payee)
         except ConflictError:
@@ -106,6 +110,7 @@ class ByHand(Side):
         self.lock = lock
 
     async def call(self, cell: Cell, payer: int, payee: int) -> bool:
+        """Return whether it was committed."""
         if self.lock is not None:
             async with self.lock:
                 return await self._loop(cell, payer, payee)
@@ -117,10 +122,11 @@ class ByHand(Side):
             try:
                 async with self.maker.begin() as session:
                     await body(session, cell, payer, payee)
-                return True
             except DBAPIError as error:
                 if not is_retryable(error):
                     raise
+            else:
+                return True
             if attempt < RETRIES:
                 await asyncio.sleep(self.wait(attempt))
         return False
@@ -196,24 +202,43 @@ async def prepare(engine: AsyncEngine, rows: int) -> None:
             await connection.exec_driver_sql("ANALYZE account")
 
 
-async def measure(
-    url: str,
-    cells: list[Cell],
-    seconds: float,
-    warm_up: float,
-    report: Callable[[Cell, dict[str, Outcome]], Awaitable[None]],
-) -> None:
-    """Run every side in every cell: a warm-up each, then slices of 1.5 s in turns, so that they share the machine's moods."""
+async def measure(url: str, cell: Cell, seconds: float) -> dict[str, Outcome]:
+    """Run every side: a warm-up each, then slices in turns, so that they share the machine's moods."""
     logging.getLogger("sqla_uow").setLevel(logging.ERROR)
-    for cell in cells:
-        engine = create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120)
-        await prepare(engine, cell.rows)
-        meters = {name: Meter(side) for name, side in sides(engine).items()}
-        with UnitOfWorkManager(engine).activate():
+    engine = create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120)
+    await prepare(engine, cell.rows)
+    meters = {name: Meter(side) for name, side in sides(engine).items()}
+    with UnitOfWorkManager(engine).activate():
+        for meter in meters.values():
+            await meter.slice(cell, WARM_UP, counts=False)
+        for _ in range(max(1, round(seconds / SLICE))):
             for meter in meters.values():
-                await meter.slice(cell, warm_up, counts=False)
-            for _ in range(round(seconds / SLICE)):
-                for meter in meters.values():
-                    await meter.slice(cell, SLICE, counts=True)
-        await engine.dispose()
-        await report(cell, {name: meter.outcome() for name, meter in meters.items()})
+                await meter.slice(cell, SLICE, counts=True)
+    await engine.dispose()
+    return {name: meter.outcome() for name, meter in meters.items()}
+
+
+def cells(text_of_cells: str) -> list[Cell]:
+    """Parse ``rows/pause in ms/workers[/ordered]``, several with commas between them."""
+    parsed = []
+    for one in text_of_cells.split(","):
+        rows, pause, workers, *ordered = one.split("/")
+        parsed.append(Cell(int(rows), float(pause) / 1000, int(workers), ordered == ["ordered"]))
+    return parsed
+
+
+def report(url: str, which: str, seconds: float) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure the cells, print a line for each side as soon as it is known, and return the figures."""
+    figures = {}
+    print(f"{'rows/pause/workers':22}{'':16}{'commits/s':>10}{'gave up':>9}{'p99, ms':>9}{'attempts':>10}")
+    for cell in cells(which):
+        name = f"{cell.rows}/{cell.pause * 1000:g}/{cell.workers}{'/ordered' if cell.ordered else ''}"
+        outcomes = asyncio.run(measure(url, cell, seconds))
+        for side, outcome in outcomes.items():
+            print(
+                f"{name:22}{side:16}{outcome.commits:>10.0f}{outcome.gave_up:>9.1%}{outcome.p99 * 1000:>9.0f}"
+                f"{outcome.attempts:>10.2f}",
+                flush=True,
+            )
+        figures[name] = {side: outcome._asdict() for side, outcome in outcomes.items()}
+    return figures

@@ -6,6 +6,7 @@ quoted, because the machine's speed drifts.
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -104,3 +105,12 @@ async def _time(call: Callable[[], Awaitable[None]], calls: int) -> float:
     for _ in range(calls):
         await call()
     return (time.perf_counter() - started) / calls * 1e6
+
+
+def report(url: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Measure, print a table, and return the figures."""
+    figures = asyncio.run(measure(url, rounds))
+    print(f"{'':28}{'by hand, us':>14}{'sqla_uow, us':>14}{'ratio':>8}")
+    for name, figure in figures.items():
+        print(f"{name:28}{figure['by_hand']:>14.1f}{figure['sqla_uow']:>14.1f}{figure['ratio']:>8.2f}")
+    return figures

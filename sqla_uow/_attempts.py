@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Generic
 from weakref import WeakKeyDictionary
 
@@ -64,6 +65,8 @@ class Attempts(Generic[S]):
         self.more = True
         self.gate: Gate | None = None
         # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
+        if self.retries:
+            manager._database.budget.earn()
         if self.retries and not self.enclosing and self.policy.contention == "auto":
             self.gate = manager._gate(function or options, options.who, self.policy.clock)
 
@@ -105,6 +108,11 @@ class Attempts(Generic[S]):
         if is_last or not self.will_go_on(frame):
             raise self.gave_up(failure, is_last=is_last) from error
         wait = self.policy.delay(self.attempt - 1)
+        if failure.kind in (Kind.NOT_STARTED, Kind.LOST):
+            soonest = self.manager._database.budget.reserve(time.monotonic(), patience=self.policy.cap)
+            if soonest is None:
+                raise self.gave_up(failure, spent=True) from error
+            wait = max(wait, soonest)
         if self.deadline is not None and self.policy.clock() + wait >= self.deadline:
             raise self.timed_out(f"{_of(failure)}, and the next wait would cross the deadline") from error
         logger.info(
@@ -120,8 +128,8 @@ class Attempts(Generic[S]):
             self.tainted = WeakKeyDictionary(self.tainted or {})
         transaction.taint(session, self.tainted, "attempt")
 
-    def gave_up(self, failure: Failure, *, is_last: bool = True) -> ConflictError:
-        """Return the error for a failure that has outlived its retries."""
+    def gave_up(self, failure: Failure, *, is_last: bool = True, spent: bool = False) -> ConflictError:
+        """Return the error for a failure that has outlived its retries, or the budget that all calls have for them."""
         who, runs, elapsed = self.options.who, self.attempt, self.elapsed
         plural = "attempt" if runs == 1 else "attempts"
         logger.warning("%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, _of(failure))
@@ -132,6 +140,9 @@ class Attempts(Generic[S]):
         elif runs <= self.retries:
             attempts = f"attempt {runs} of {self.retries + 1}, which leaves its loop,"
             remedy = "let the block come to its end, return or break behind the loop, or use @transactional"
+        if spent:
+            attempts = f"attempt {runs} of {self.retries + 1}, and too many calls wait to be run again,"
+            remedy = "call it again later, when the database answers"
         error_class = StaleVersionError if failure.kind is Kind.STALE else ConflictError
         return error_class(
             f"{who} failed in {attempts} within {elapsed:.3f} s, last by {_of(failure)}; {remedy}",

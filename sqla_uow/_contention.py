@@ -28,19 +28,21 @@ FIRST_WIDTH = 2
 WIDEST = 7
 """The last rung with a limit: 2 ** 7 = 128 calls at once.  Above it nothing is held back."""
 FREE = WIDEST + 1
-TROUBLE = 0.1
-"""Share of the time in aborted attempts from which other widths are tried."""
+TROUBLE = 0.2
+"""Share of the time in aborted attempts from which narrower widths are tried."""
 COLLAPSE = 0.5
 """Share from which the search begins with one call at a time, the only width that is sure not to stall."""
-GAIN = 1.05
-"""How much more another width must bring to be worth a change."""
+GAIN = 1.1
+"""How much more another width must bring to be worth a change: epochs are short, and tell no smaller difference."""
 MEMORY_SECONDS = 2.0
 """The time in which a measurement loses all but a third of its weight."""
-SEARCH_SHARE = 0.1
-"""How much of the throughput may be spent on trying widths that turn out to be worse."""
+SEARCH_SHARES = (0.1, 0.02)
+"""How much of the throughput may be spent on tries that fail: of wider widths, so that the end of a burst is seen within a
+second, and of narrower ones."""
 SEARCH_SECONDS = (0.2, 10.0)
 """Bounds of the time between two tries."""
 EPOCH_COMMITS = 16
+SHORTEST_EPOCH = 1e-6  # s; a clock may be too coarse, or stand still in a test
 EPOCH_SECONDS = 0.5
 """How long a width is measured at most before it is judged."""
 STALL_SECONDS = (0.1, 2.0)
@@ -71,7 +73,7 @@ class Controller:
     """Chooses the width by what it brings; knows no loop and no database, so that it can be simulated.
 
     A width is a *rung*: 2 ** rung calls at once, or `FREE`.  It begins narrow and opens up with each commit.  Once
-    conflicts waste a tenth of the time, neighbouring rungs are tried, and the one with the most commits a second is held.
+    conflicts waste a fifth of the time, neighbouring rungs are tried, and the one with the most commits a second is held.
 
     Args:
         clock: monotonic seconds.
@@ -91,7 +93,7 @@ class Controller:
         self._typical = 0.0  # seconds of an attempt that waits for nobody
         self._running = 0
         self._idle = False
-        self._next_try = 0.0
+        self._next_try = self._tried_at = 0.0
         self._left_over = 0  # attempts of the width before, whose ends say nothing of this one
         self._begin_epoch(clock())
 
@@ -159,7 +161,7 @@ class Controller:
         if self._done < EPOCH_COMMITS and not self._contended:
             return
         now = self._clock()
-        elapsed = now - self._since
+        elapsed = max(now - self._since, SHORTEST_EPOCH)
         if self._done >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
             self.wasted_share = self._wasted / ((self._wasted + self._useful) or 1.0)
             self._judge(now, elapsed)
@@ -196,7 +198,9 @@ class Controller:
         if share >= TROUBLE and contended and best > 0:
             if best == FREE or not self._downwards:
                 self._downwards = True
-                self._try(0 if share >= COLLAPSE else self._below(best, peak))
+                # All the way down where most is wasted, unless it is known what that brings.
+                unknown = not self._measured[0].goodput
+                self._try(0 if unknown and share >= COLLAPSE else self._below(best, peak))
                 return
             self._downwards = False
         if best < FREE:
@@ -207,7 +211,9 @@ class Controller:
         """Go on in the same direction while that brings more; else go back, and wait as long as the try was dear."""
         rung, best = self._rung, self._best
         brought, known = done / elapsed, self._measured[best].goodput
-        worth = known if rung < best else known * (GAIN if share >= TROUBLE else 2 - GAIN)
+        worth = known * (GAIN if share >= TROUBLE or rung < best else 2 - GAIN)
+        if brought >= worth > self._measured[rung].goodput and rung > best:
+            return  # it was worse, of late: a stall may be rare; stay until one comes, or what was is outweighed
         if brought >= worth:
             going_up = rung > best
             self._best = rung
@@ -218,9 +224,9 @@ class Controller:
             else:
                 self._hold(rung)
             return
-        cost = elapsed * (1 - brought / known)
+        cost = (now - self._tried_at) * (1 - brought / known)
         soonest, latest = SEARCH_SECONDS
-        self._next_try = now + min(latest, max(soonest, cost / SEARCH_SHARE))
+        self._next_try = now + min(latest, max(soonest, cost / SEARCH_SHARES[rung < best]))
         self._hold(best)
 
     def _below(self, rung: int, peak: int) -> int:
@@ -243,6 +249,7 @@ class Controller:
     def _go(self, rung: int) -> None:
         if rung != self._rung:
             self._left_over = self._running
+            self._tried_at = self._clock()
         self._rung = rung
         self.width = math.inf if rung == FREE else 2**rung
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -10,6 +11,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 from typing_extensions import TypeVar
 
+from sqla_uow._budget import Budget
 from sqla_uow._isolation import engine_options, family_of
 from sqla_uow._session import UnitEngine, UnitSession, install, unit_session_class
 from sqla_uow._turns import Turns
@@ -25,6 +27,7 @@ __all__ = ["Database"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
+_budgets: weakref.WeakKeyDictionary[Pool, Budget] = weakref.WeakKeyDictionary()
 _turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
 
 
@@ -57,6 +60,8 @@ class Database(Generic[S]):
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
         self._make(self.engine)
         install(self.sync_engine)
+        # Of the pool, as managers share it through copies of their engine.
+        self.budget: Budget = _budgets.setdefault(self.pool, Budget(time.monotonic()))
 
     @property
     def limits_statements(self) -> bool:

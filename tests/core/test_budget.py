@@ -1,0 +1,52 @@
+"""R2: an outage does not multiply the load."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from sqlalchemy import text
+
+from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
+from sqla_uow._budget import LARGEST, Budget
+
+
+def test_a_fifth_of_the_calls_and_ten_a_second():
+    """R2: whoever finds it spent is told how long to wait, or that it would be too long."""
+    budget = Budget(now=0.0)
+    assert [budget.reserve(0.0, patience=0.0) for _ in range(int(LARGEST))] == [0.0] * int(LARGEST)
+    assert budget.reserve(0.0, patience=0.05) is None
+    assert budget.reserve(0.0, patience=0.2) == pytest.approx(0.1)
+    assert budget.reserve(0.0, patience=0.2) == pytest.approx(0.2)
+    assert budget.reserve(0.0, patience=0.2) is None
+    for _ in range(20):
+        budget.earn()
+    assert budget.reserve(0.0, patience=0.0) == 0.0
+    assert budget.reserve(3600.0, patience=0.0) == 0.0
+    assert [budget.reserve(3600.0, patience=0.0) for _ in range(20)].count(None) == 1
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_calls_while_the_database_is_away(db):
+    """R2: a hundred callers with five retries each make far fewer attempts than six hundred, and are told why."""
+    with socket.socket() as nobody:  # bound, so that nobody else listens there, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        await calls_refused(UnitOfWorkManager(db.engine(port=nobody.getsockname()[1], pool_size=100)))
+
+
+async def calls_refused(manager):
+    """Call from a hundred tasks at once."""
+    attempts = []
+
+    @transactional(using=manager, retries=5, retry=RetryPolicy(cap=0.05))
+    async def count():
+        attempts.append(1)
+        await current_session(manager).execute(text("SELECT 1"))
+
+    results = await asyncio.gather(*(count() for _ in range(100)), return_exceptions=True)
+    assert {type(one) for one in results} == {errors.ConflictError}
+    assert 100 < len(attempts) < 100 + 20 + 20 + 15  # saved up, a fifth of the calls, and what a second or so brings
+    spent = [str(one) for one in results if "too many calls wait" in str(one)]
+    assert spent
+    assert spent[0].endswith("call it again later, when the database answers")

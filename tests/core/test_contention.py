@@ -1,0 +1,325 @@
+"""R10: how many calls of one function run at once."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import heapq
+import itertools
+import random
+import weakref
+
+import pytest
+
+from sqla_uow import RetryPolicy, UnitOfWorkManager, _contention, current_session, current_unit, errors, transactional
+from sqla_uow._contention import Controller
+from sqla_uow.typing import Contention
+from tests.models import Account
+
+OFF = RetryPolicy(contention="off")
+
+
+class Simulation:
+    """So many workers call one function without a pause; an attempt beside others is in a conflict now and then."""
+
+    def __init__(self, workers, conflicts, *, stall=0.0):
+        self.now = 0.0
+        self.controller = Controller(lambda: self.now)
+        self.conflicts = conflicts  # probability for each other attempt that runs
+        self.stall = stall  # seconds that a conflict takes
+        self.waiting = workers
+        self.commits = []
+        self._random = random.Random(1)  # noqa: S311
+        self._ends = []
+        self._numbers = itertools.count()
+
+    def run(self, seconds):
+        """Go on for so long; return the commits a second."""
+        until, before = self.now + seconds, len(self.commits)
+        self._start()
+        while self._ends and self._ends[0][0] <= until:
+            self.now, _number, began, conflict = heapq.heappop(self._ends)
+            self.waiting += 1
+            tell = self.controller.conflicted if conflict else self.controller.committed
+            tell(self.now - began, len(self._ends), self.waiting)
+            if not conflict:
+                self.commits.append(self.now)
+            self._start()
+        self.now = until
+        return (len(self.commits) - before) / seconds
+
+    def _start(self):
+        while self.waiting and len(self._ends) < self.controller.width:
+            self.waiting -= 1
+            conflict = self._random.random() > (1 - self.conflicts) ** len(self._ends)
+            seconds = 0.002 + (self.stall if conflict else 0.0)
+            heapq.heappush(self._ends, (self.now + seconds, next(self._numbers), self.now, conflict))
+
+
+def test_without_conflicts_nothing_is_held_back():
+    """R10: it opens up with each commit, and soon asks for nothing more than a comparison."""
+    simulation = Simulation(workers=32, conflicts=0.0)
+    simulation.run(0.1)
+    assert simulation.controller.width == float("inf")
+    assert simulation.run(1.0) == pytest.approx(32 / 0.002, rel=0.01)
+
+
+@pytest.mark.parametrize("stall", [0.0, 0.05, 1.0])
+def test_where_nothing_goes_side_by_side_calls_take_turns(stall):
+    """R10: every second attempt beside another one is in a conflict; one at a time would do 500 a second."""
+    simulation = Simulation(workers=32, conflicts=0.9, stall=stall)
+    simulation.run(4.0)
+    assert simulation.run(10.0) >= 0.8 * 500
+
+
+@pytest.mark.parametrize("conflicts", [0.002, 0.02, 0.1])
+def test_the_width_that_brings_most_is_found(conflicts):
+    """R10: with some conflicts the best is in between, and is not missed by much."""
+    best = max(fixed(width, conflicts).run(10.0) for width in (1, 2, 4, 8, 16, 32))
+    simulation = Simulation(workers=32, conflicts=conflicts, stall=0.02)
+    simulation.run(3.0)
+    assert simulation.run(20.0) >= 0.8 * best
+
+
+def fixed(width, conflicts, stall=0.02):
+    """Return a simulation whose width does not change."""
+    simulation = Simulation(workers=32, conflicts=conflicts, stall=stall)
+    simulation.controller.committed = simulation.controller.conflicted = lambda *_args: None
+    simulation.controller.width = width
+    return simulation
+
+
+def test_few_dear_conflicts_narrow_nothing():
+    """R10: a deadlock now and then costs a second, and still most is done side by side."""
+    wide = fixed(float("inf"), 0.0001, stall=1.0).run(20.0)
+    simulation = Simulation(workers=32, conflicts=0.0001, stall=1.0)
+    simulation.run(2.0)
+    assert simulation.run(20.0) >= 0.93 * wide
+
+
+@pytest.mark.parametrize("contended", [0.5, 5.0, 60.0])
+def test_after_a_burst_the_full_width_is_back(contended):
+    """R10: conflicts, then none: within 100 calls or one second nobody is held back any more."""
+    simulation = Simulation(workers=32, conflicts=0.9, stall=0.02)
+    simulation.run(contended)
+    assert simulation.controller.width <= 4
+    simulation.conflicts = 0.0
+    simulation.run(1.0)
+    assert simulation.controller.width >= 32
+
+
+def test_who_is_alone_is_not_helped_by_turns():
+    """R10: the conflicts of a single worker come from somewhere else."""
+    simulation = Simulation(workers=1, conflicts=0.0)
+    for _ in range(50):
+        simulation.controller.conflicted(0.002, 0, 0)
+    assert simulation.controller.width == _contention.FIRST_WIDTH
+
+
+def test_idle_time_does_not_count():
+    """R10: nobody called for a minute; that says nothing of the width in force."""
+    simulation = Simulation(workers=32, conflicts=0.9, stall=0.02)
+    simulation.run(5.0)
+    before = simulation.controller._measured[0].goodput
+    waiting, simulation.waiting = simulation.waiting, 0
+    simulation.run(60.0)
+    simulation.waiting = waiting
+    simulation.run(1.0)
+    assert simulation.controller._measured[0].goodput == pytest.approx(before, rel=0.2)
+
+
+# -- the gate, in front of real units
+
+
+def narrow(manager, function):
+    """Let one call of `function` run at a time, from now on."""
+    gate = manager._gate(function.__transactional__, "test", manager.retry.clock)
+    gate._controller.opening = False
+    gate._controller._go(0)
+    return gate
+
+
+class Busy:
+    """A function whose calls wait for `let_go`, and tell the order in which they came in."""
+
+    def __init__(self, manager, **options):
+        self.order, self.let_go, self.came = [], asyncio.Event(), asyncio.Event()
+
+        @transactional(using=manager, retries=1, **options)
+        async def call(number):
+            self.order.append(number)
+            self.came.set()
+            await self.let_go.wait()
+
+        self.call = call
+
+
+async def waiting(manager, function, count):
+    """Wait until so many calls wait for their turn."""
+    async with asyncio.timeout(5):
+        while manager.contention(function).waiting != count:  # noqa: ASYNC110  # nobody sets an event for it
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def manager(db):
+    """Return one over a fresh database."""
+    return UnitOfWorkManager(db.engine())
+
+
+one_driver = pytest.mark.drivers("sqlite")  # what is about no database
+
+
+@one_driver
+async def test_first_come_first_served(manager):
+    """R10: in the order in which they were called; and `contention` tells how many run and wait."""
+    busy = Busy(manager)
+    assert manager.contention(busy.call) == Contention(width=2, running=0, waiting=0, wasted=0.0)
+    narrow(manager, busy.call)
+    calls = [asyncio.create_task(busy.call(number)) for number in range(5)]
+    await waiting(manager, busy.call, 4)
+    assert manager.contention(busy.call) == Contention(width=1, running=1, waiting=4, wasted=0.0)
+    busy.let_go.set()
+    await asyncio.gather(*calls)
+    assert busy.order == [0, 1, 2, 3, 4]
+    assert manager.contention(busy.call).running == manager.contention(busy.call).waiting == 0
+
+
+@one_driver
+@pytest.mark.parametrize("let_in", [False, True])
+async def test_a_cancelled_call_leaves_its_place_to_the_next(manager, let_in):
+    """R10: while it waits, and in the very turn of the loop in which it is let in."""
+    busy = Busy(manager)
+    busy.let_go.set()
+    gate = narrow(manager, busy.call)
+    slot = gate.try_enter()
+    calls = [asyncio.create_task(busy.call(number)) for number in range(2)]
+    await waiting(manager, busy.call, 2)
+    if let_in:
+        slot.free(committed=False)
+    calls[0].cancel()
+    slot.free(committed=False)  # once more is nothing
+    assert [type(one) for one in await asyncio.gather(*calls, return_exceptions=True)] == [
+        asyncio.CancelledError,
+        type(None),
+    ]
+    assert busy.order == [1]
+    assert gate.state()[1:3] == (0, 0)
+
+
+@one_driver
+async def test_the_deadline_counts_while_a_call_waits(manager):
+    """R10, R6: it holds no connection meanwhile."""
+    busy = Busy(manager, timeout=0.1)
+    gate = narrow(manager, busy.call)
+    slot = gate.try_enter()
+    with pytest.raises(errors.TransactionTimeoutError) as caught:
+        await busy.call(1)
+    assert "its turn to run did not come in attempt 1" in str(caught.value)
+    assert (busy.order, manager.engine.pool.checkedout(), gate.state()[1:3]) == ([], 0, (1, 0))
+    slot.free(committed=True)
+    busy.let_go.set()
+    await busy.call(2)
+    assert busy.order == [2]
+
+
+@one_driver
+async def test_a_call_from_within_does_not_wait_for_itself(manager):
+    """R10: recursion, requires_new and a hook that calls the same function."""
+    runs = []
+
+    @transactional(using=manager, retries=1, propagation="requires_new")
+    async def call(depth):
+        runs.append(depth)
+        if depth == 2:
+            current_unit(manager).after_commit(call, 0)
+        if depth:
+            await call(depth - 1)
+
+    narrow(manager, call)
+    async with asyncio.timeout(5):
+        await call(2)
+    assert runs == [2, 1, 0, 0]
+
+
+@one_driver
+async def test_calls_that_wait_for_each_other_come_through(manager):
+    """R10: bodies that meet at a barrier; turns are no lock, and nobody knows what a body waits for."""
+    barrier = asyncio.Barrier(16)
+
+    @transactional(using=manager, retries=1)
+    async def call():
+        await barrier.wait()
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(call() for _ in range(16)))
+
+
+@one_driver
+async def test_off_means_off(manager):
+    """R10: no gate is made."""
+    busy = Busy(manager, retry=OFF)
+    calls = [asyncio.create_task(busy.call(number)) for number in range(5)]
+    async with asyncio.timeout(5):
+        while len(busy.order) < 5:  # noqa: ASYNC110  # nobody sets an event for it
+            await asyncio.sleep(0)
+    busy.let_go.set()
+    await asyncio.gather(*calls)
+    assert len(manager._gates) == 0
+
+
+@one_driver
+async def test_what_is_known_of_a_function_goes_with_it(manager):
+    """R10: decorated anew for each request, as closures are, they leave nothing behind."""
+    for _ in range(50):
+        busy = Busy(manager)
+        busy.let_go.set()
+        await busy.call(1)
+    gone = weakref.ref(busy.call)
+    del busy
+    gc.collect()
+    assert gone() is None
+    assert len(manager._gates) == 0
+
+
+SERVERS = pytest.mark.drivers("asyncpg", "asyncmy")
+
+
+@SERVERS
+@pytest.mark.parametrize("contention", ["off", "auto"])
+async def test_transfers_between_three_rows(db, contention):
+    """R10: the control spends most of its attempts on conflicts; in turns hardly any, and no one gives up."""
+    for key in range(3):
+        await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
+    # PostgreSQL looks for deadlocks after a second; the control has many
+    soon = {"server_settings": {"deadlock_timeout": "50ms"}} if db.family == "postgresql" else {}
+    manager = UnitOfWorkManager(db.engine(pool_size=16, connect_args=soon))
+    attempts, failed, widths = [], [], set()
+
+    @transactional(
+        using=manager, retries=40, isolation="SERIALIZABLE", retry=RetryPolicy(cap=0.05, contention=contention)
+    )
+    async def transfer(payer, payee):
+        attempts.append(payer)
+        session = current_session(manager)
+        for key, amount in ((payer, -1), (payee, 1)):
+            account = await session.get_one(Account, key)
+            account.balance += amount
+            await session.flush()
+
+    async def worker(number):
+        for turn in range(12):
+            try:
+                await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
+            except errors.ConflictError as error:
+                failed.append(error)
+            widths.add(manager.contention(transfer).width)
+
+    await asyncio.gather(*(worker(number) for number in range(16)))
+    assert await db.scalar("SELECT sum(balance) FROM account") == 0
+    wasted = len(attempts) - 16 * 12
+    if contention == "off":
+        assert wasted > 16 * 12
+    else:
+        assert (failed, 1 in widths) == ([], True)
+        assert wasted < 16 * 12
