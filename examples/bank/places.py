@@ -24,6 +24,11 @@ SERVERS = {"postgresql": ("PostgreSQL", ("asyncpg", "psycopg")), "mariadb": ("Ma
 _EXTRAS = {"PostgreSQL": "postgresql", "MariaDB": "mysql"}
 
 
+_PATIENCE = (
+    30  # s; SQLite lets in one writer at a time, and on a busy machine its own 5 s are too few for a queue of 16
+)
+
+
 class UnavailableError(Exception):
     """The database cannot be had; the message is one line: what is missing; how to get it."""
 
@@ -112,8 +117,9 @@ def engine_of(where: Place, workers: int) -> AsyncEngine:
     # An in-memory SQLite database is one connection, whose pool takes no size.
     memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
     room = {} if memory else {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": _FOR_PEOPLE}
+    patience = {"connect_args": {"timeout": _PATIENCE}} if url.get_backend_name() == "sqlite" else {}
     try:
-        engine = create_async_engine(url, **room)
+        engine = create_async_engine(url, **room, **patience)
     except ModuleNotFoundError as error:
         raise UnavailableError(f"driver {error.name!r} is not installed; pip install {error.name}") from error
     if engine.dialect.name == "sqlite":

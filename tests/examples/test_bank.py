@@ -143,14 +143,13 @@ def test_ctrl_c_cuts_off_the_calls_and_reports(driver, tmp_path):
 
 
 @pytest.mark.drivers("sqlite")
-def test_ctrl_c_again_and_again_leaves_nothing_behind(driver, tmp_path):
+def test_ctrl_c_again_leaves_nothing_behind(driver, tmp_path):
     """Whoever presses Ctrl-C while it is closing sees no traceback and leaves no file; the status stays 130."""
     with started("--calls", "1000000", folder=tmp_path) as process:
-        for beginning in ("250 of 1000000 calls", "interrupted; the calls in flight"):
+        for beginning in ("250 of 1000000 calls", "every rule holds"):  # the load; the server's end, which takes 0.1 s
             while not process.stdout.readline().startswith(beginning):
                 pass
             process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
         _, complaints = process.communicate(timeout=50)
     assert (process.returncode, complaints) == (130, "")
     assert list(tmp_path.iterdir()) == []
