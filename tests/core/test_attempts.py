@@ -379,3 +379,22 @@ async def test_a_unit_is_entered_and_left_once(db):
             await block.__aenter__()
     with pytest.raises(errors.PropagationError, match=r"^a unit of begin\(\) was left twice; use each unit in one"):
         await block.__aexit__(None, None, None)
+
+
+async def test_a_body_can_make_its_attempt_the_last(db):
+    """R1: a body that has done what cannot be done again is not run again; the message says so."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
+    runs, trouble = [], QUICK[db.family](db)
+    manager = UnitOfWorkManager(trouble.engine())
+    with pytest.raises(errors.ConflictError) as caught:
+        async for attempt in manager.attempts(retries=5, isolation=trouble.isolation):
+            async with attempt as unit:
+                runs.append(unit.attempt)
+                unit.is_last_attempt = True
+                await trouble.strike(unit.session)
+    await trouble.settle()
+    assert runs == [1]
+    assert str(caught.value) == (
+        f"attempts() failed in attempt 1 of 6, which was made the last, within {caught.value.elapsed:.3f} s, last by "
+        f"{trouble.reason} {trouble.code}; call it again later, or shorten the transaction"
+    )

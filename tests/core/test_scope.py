@@ -631,3 +631,71 @@ async def test_a_unit_of_a_child_closes_no_read_session_begun_beside_it(db):
             await child
             assert await session.scalar(text("SELECT 7")) == 7
     assert await db.rows("SELECT id FROM account") == [(1,)]
+
+
+async def test_close_ends_the_scope_before_its_block(db, manager):
+    """S7, W5: its session is refused, transactional functions go on, to close it again does nothing."""
+    write = transactional(_write)
+    async with manager.scope() as scope:
+        session = current_session()
+        await session.scalar(select(Account.balance).where(Account.id == 1))
+        await scope.close()
+        assert manager.engine.pool.checkedout() == 0
+        with pytest.raises(errors.NoUnitError) as caught:
+            current_session()
+        await write()
+        await scope.close()
+    assert str(caught.value) == (
+        "the scope that was open here has ended; in a task that outlives it, or a background task, "
+        "call a @transactional function, which opens its own unit"
+    )
+    assert await db.scalar("SELECT count(*) FROM account") == 3
+
+
+async def _write():
+    current_session().add(Account(id=9))
+
+
+@pytest.mark.parametrize("how", ["close", "rest"])
+async def test_close_and_rest_refuse_a_change_and_end_the_reading_all_the_same(db, manager, how):
+    """S7: nothing would ever write it."""
+    async with manager.scope() as scope:
+        (await current_session().get_one(Account, 1)).balance = 99
+        with pytest.raises(errors.ReadOnlyError):
+            await getattr(scope, how)()
+        assert manager.engine.pool.checkedout() == 0
+    assert await db.scalar("SELECT balance FROM account WHERE id = 1") == 10
+
+
+async def test_rest_gives_the_connection_back_and_the_next_use_begins_afresh(db, manager):
+    """S7, W5: what was written meanwhile is seen."""
+    async with manager.scope() as scope:
+        await scope.rest()
+        assert (await current_session().get_one(Account, 1)).balance == 10
+        await scope.rest()
+        assert manager.engine.pool.checkedout() == 0
+        await db.run("UPDATE account SET balance = 11 WHERE id = 1")
+        assert (await current_session().get_one(Account, 1)).balance == 11
+
+
+async def test_rest_leaves_the_session_to_a_sibling_that_uses_it(db, manager):
+    """S3: a task that waits for a message does not close the session under one that sends."""
+    read, rested = asyncio.Event(), asyncio.Event()
+
+    async def sends():
+        account = await current_session().get_one(Account, 1)
+        read.set()
+        await rested.wait()
+        await current_session().refresh(account)
+        return account.balance
+
+    async with manager.scope() as scope:
+        sending = asyncio.create_task(sends())
+        await read.wait()
+
+        async def receives():
+            await scope.rest()
+            rested.set()
+
+        await asyncio.create_task(receives())
+        assert await sending == 10
