@@ -62,7 +62,10 @@ async def manager(db):
             "UnitOfWorkMiddleware has max_replay_body=-1; use a number of bytes, 0 or more",
         ),
         ({"atomic": True, "retries": -1}, "attempts() has retries=-1; use 0 for a single run"),
-        ({"manager": None}, "UnitOfWorkMiddleware has manager=None; pass the UnitOfWorkManager that its requests are to use"),
+        (
+            {"manager": None},
+            "UnitOfWorkMiddleware has manager=None; pass the UnitOfWorkManager that its requests are to use",
+        ),
     ],
 )
 @pytest.mark.drivers("sqlite")
@@ -84,7 +87,11 @@ async def test_read_only_methods(db, manager):
         return PlainTextResponse("read-only", 405)
 
     app = app_of(
-        manager, endpoint, atomic=True, read_only_methods=["get", "head"], exception_handlers={errors.ReadOnlyError: own}
+        manager,
+        endpoint,
+        atomic=True,
+        read_only_methods=["get", "head"],
+        exception_handlers={errors.ReadOnlyError: own},
     )
     async with client_of(app) as client:
         assert (await client.get("/endpoint")).text == "read-only"
