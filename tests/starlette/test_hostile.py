@@ -30,7 +30,7 @@ from sqla_uow_starlette import (
 from tests.starlette.pages import Page, answer, pages
 
 CASES = 10_000 if os.environ.get("SQLA_UOW_LONG") else 300
-pytestmark = pytest.mark.timeout(1200 if CASES > 300 else 60)
+pytestmark = [pytest.mark.drivers("sqlite"), pytest.mark.timeout(1200 if CASES > 300 else 60)]
 cases = settings(
     max_examples=CASES,
     deadline=None,
