@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from sqla_uow import UnitOfWorkManager
 
     State = Mapping[str, Any] | None
-    Lifespan = Callable[[Any], AbstractAsyncContextManager[State]]
+    # Starlette's own type is a union of two, one for each kind of state; only Any is assignable to either.
+    Lifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
 __all__ = ["dispose_on_shutdown"]
 

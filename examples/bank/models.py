@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import Any
 
 from sqlalchemy import BigInteger, DateTime, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -25,7 +25,7 @@ class Base(DeclarativeBase):
     """The metadata of the example."""
 
     # A MariaDB whose default is latin1 or utf8mb3 could not store every name.
-    __table_args__: ClassVar[dict[str, str]] = {"mysql_charset": "utf8mb4", "mariadb_charset": "utf8mb4"}
+    __table_args__: Any = ({"mysql_charset": "utf8mb4", "mariadb_charset": "utf8mb4"},)
 
 
 class Account(Versioned, Base):

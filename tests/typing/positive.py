@@ -50,6 +50,7 @@ from sqla_uow_starlette import (
     PreconditionError,
     UnitOfWorkMiddleware,
     check_preconditions,
+    dispose_on_shutdown,
     etag,
     exception_handlers,
 )
@@ -391,7 +392,7 @@ def stale(error: errors.StaleVersionError) -> None:
 
 def fastapi_and_starlette(manager: UnitOfWorkManager[AsyncSession]) -> None:
     middleware = [Middleware(UnitOfWorkMiddleware, manager=manager)]
-    Starlette(middleware=middleware, exception_handlers=exception_handlers)
+    Starlette(middleware=middleware, exception_handlers=exception_handlers, lifespan=dispose_on_shutdown(manager))
     FastAPI(middleware=middleware, exception_handlers=exception_handlers)
     Starlette(exception_handlers={**exception_handlers, ValueError: answer})
 
