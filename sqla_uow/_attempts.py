@@ -43,7 +43,7 @@ class Attempts(Generic[S]):
     """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
 
     __slots__ = (
-        "attempt", "deadline", "enclosing", "gate",
+        "attempt", "deadline", "enclosing", "function", "gate",
         "manager", "more", "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout",
     )  # fmt: skip
 
@@ -63,12 +63,8 @@ class Attempts(Generic[S]):
         self.reading = None if inside else self.scope
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
         self.more = True
+        self.function = function or options  # whose calls take turns with this one
         self.gate: Gate | None = None
-        # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
-        if self.retries:
-            manager._database.budget.earn()
-        if self.retries and not self.enclosing and self.policy.contention == "auto":
-            self.gate = manager._gate(function or options, options.who, self.policy.clock)
 
     def __aiter__(self) -> Attempts[S]:
         return self
@@ -85,7 +81,17 @@ class Attempts(Generic[S]):
         """Return the next attempt; the caller knows that there is one."""
         self.more = False
         self.attempt += 1
+        if self.attempt == 1 and self.retries:
+            self._count_in()
         return Attempt(self)
+
+    def _count_in(self) -> None:
+        """Take part in what the calls that may be run again share: their budget, and their turns."""
+        manager = self.manager
+        manager._database.budget.earn()
+        # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
+        if not self.enclosing and self.policy.contention == "auto":
+            self.gate = manager._gate(self.function, self.options.who, self.policy.clock)
 
     @property
     def elapsed(self) -> float:

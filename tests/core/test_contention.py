@@ -10,6 +10,7 @@ import random
 import weakref
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, _contention, current_session, current_unit, errors, transactional
 from sqla_uow._contention import Controller
@@ -253,6 +254,13 @@ async def test_calls_that_wait_for_each_other_come_through(manager):
 
     async with asyncio.timeout(5):
         await asyncio.gather(*(call() for _ in range(16)))
+
+
+def test_attempts_may_be_made_where_no_loop_runs():
+    """R10: as `UnitOfWorkMiddleware` does to have its options checked."""
+    manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
+    manager.attempts(retries=5)
+    assert len(manager._gates) == 0
 
 
 @one_driver
