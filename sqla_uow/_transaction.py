@@ -29,7 +29,7 @@ from sqla_uow.errors import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from weakref import WeakKeyDictionary
 
     from greenlet import greenlet
@@ -263,7 +263,7 @@ class Transaction:
 
     def _foreign_level(self, connection: Connection) -> str | None:
         """Return a level that the body asked SQLAlchemy for behind the unit's back; AUTOCOMMIT would undo the unit."""
-        ours = self.engine.get_execution_options() if self.engine else {}
+        ours: Mapping[str, Any] = self.engine.get_execution_options() if self.engine else {}
         theirs = connection.get_execution_options()
         if theirs is ours:
             return None
