@@ -59,9 +59,14 @@ def migration_lock(connection: Connection, *, timeout: float = 60.0) -> Generato
 
     Raises:
         TimeoutError: another runner held it for longer.
-        CommandError: PostgreSQL is reached through a transaction-mode pooler, which keeps no session to hold a lock; or the
+        CommandError: the connection is in a transaction; PostgreSQL is reached through a transaction-mode pooler, which keeps no session to hold a lock; or the
             lock was lost while the migrations ran.
     """
+    if connection.in_transaction():
+        raise CommandError(
+            "migration_lock() was begun inside a transaction of the connection, which would commit after the lock is free; "
+            "begin it first, around context.begin_transaction()"
+        )
     with _lock_of(connection) as lock:
         _acquire(lock, connection, timeout)
         try:

@@ -228,3 +228,20 @@ async def test_a_block_in_this_process(db, project):
     project.revision("one", None, block)
     await project.alembic("upgrade", "head")
     assert await db.rows("SELECT version_num FROM alembic_version") == [("one",)]
+
+
+async def test_not_inside_a_transaction(db):
+    """A4: the lock would be free before the COMMIT, and on MariaDB the transaction would see the revision of before."""
+    async with db.engine().begin() as connection:
+        await connection.execute(text("SELECT 1"))
+
+        def run(sync):
+            with migration_lock(sync):
+                raise AssertionError("it runs")
+
+        with pytest.raises(CommandError) as caught:
+            await connection.run_sync(run)
+    assert str(caught.value) == (
+        "migration_lock() was begun inside a transaction of the connection, which would commit after the lock is free; begin "
+        "it first, around context.begin_transaction()"
+    )
