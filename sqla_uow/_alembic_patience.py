@@ -69,7 +69,7 @@ def patiently(operations: Operations, table: str, patience: Patience, ddl: Calla
     connection = operations.get_bind()
     family = family_of(connection.dialect)
     if family == "sqlite":  # one writer at a time, and no table's own lock; the connection waits its busy timeout
-        with connection.begin_nested():  # without a transaction too: the driver begins none before DDL
+        with _transaction_sqlite(connection):
             ddl()
         return
     retries = patience.retries if family == "mysql" else _retries_postgresql(connection, context, table, patience)
@@ -103,6 +103,27 @@ def _timed_out(error: DBAPIError) -> bool:
     failures = [classify(behind) for behind in chain(error)]
     # A deadlock: others may wait for us, who hold other locks, while we wait for them.
     return any(failure is not None and failure.kind in (Kind.LOCK_TIMEOUT, Kind.CONFLICT) for failure in failures)
+
+
+# ---- SQLite
+
+
+@contextmanager
+def _transaction_sqlite(connection: Connection) -> Generator[None]:
+    """Make the statements one transaction: by itself the driver begins none before DDL."""
+    driver: Any = connection.connection.driver_connection
+    if driver.in_transaction:
+        with connection.begin_nested():
+            yield
+        return
+    # Not a savepoint: where others write, a transaction that begins by reading may not write any more.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.exec_driver_sql("ROLLBACK")
+        raise
+    connection.exec_driver_sql("COMMIT")
 
 
 # ---- PostgreSQL

@@ -1,5 +1,9 @@
+import sqlite3
+from contextlib import closing
+
 import pytest
 from alembic.util import CommandError
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 from tests.alembic.catalog import columns, identity, triggers
@@ -52,3 +56,24 @@ async def test_a_batch_that_fails_keeps_the_trigger(db, operate):
         await operate(drop)
     await db.run("UPDATE account SET balance = 1")
     assert await db.scalar("SELECT version FROM account") == 2
+
+
+@pytest.mark.drivers("sqlite")
+async def test_no_write_comes_between_two_statements(db, operate):
+    """A3: the trigger's statements hold SQLite's write lock from the first on; a write in between would make the second fail."""
+    await operate(lambda op: op.add_version_column("account"))
+    refused = []
+
+    def write(_connection, _cursor, statement, *_rest):
+        if "DROP TRIGGER" in statement:
+            with closing(sqlite3.connect(db.url.partition("///")[2], timeout=0, isolation_level=None)) as other:
+                try:
+                    other.execute("UPDATE account SET balance = 1")
+                except sqlite3.OperationalError as error:
+                    refused.append(str(error))
+
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
+    event.listen(db._engines[-1].sync_engine, "after_cursor_execute", write)
+    await operate(lambda op: op.create_version_trigger("account"))
+    assert refused == ["database is locked"]
+    assert await triggers(db) == ["sqla_uow_version_account"]
