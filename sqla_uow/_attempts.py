@@ -175,7 +175,8 @@ class LoopedAttempts(Attempts[S]):
         self._loop: Loop | None = None
 
     def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:  # no coroutine function: its caller's frame is the loop's
-        self._loop = loop_of(sys._getframe(1)) if self.retries else None
+        if self.more:
+            self._loop = loop_of(sys._getframe(1)) if self.retries else None
         return super().__anext__()
 
     def will_go_on(self, frame: FrameType | None) -> bool:

@@ -9,13 +9,16 @@ import pytest
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from sqla_uow import UnitOfWorkManager, current_session, current_unit, errors
+from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.starlette.client import client_of
-from tests.troubles import QUICK
+from tests.troubles import QUICK, BusyAtCommit, MariaDBDeadlock, WriteSkewAtCommit
+
+AT_COMMIT = {"postgresql": WriteSkewAtCommit, "sqlite": BusyAtCommit, "mysql": MariaDBDeadlock}
 
 
 @pytest.fixture
@@ -173,3 +176,41 @@ async def test_a_client_that_leaves_between_attempts_ends_them(trouble, caplog):
     await app_of(trouble, endpoint)(scope, receive, send)
     assert (runs, sent) == ([1], [])
     assert caplog.messages == ["GET /: the client left between two attempts"]
+
+
+class Inside(BaseHTTPMiddleware):
+    async def dispatch(self, request, call_next):
+        return await call_next(request)
+
+
+async def test_each_attempt_begins_in_the_task_of_the_request(db, driver):
+    """W4, S3: behind two `BaseHTTPMiddleware`s the last attempt was ended elsewhere, and the next one sees its own unit."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
+    trouble = AT_COMMIT[db.family](db)
+    units = []
+
+    async def endpoint(request):
+        await trouble.settle()
+        units.append(current_unit())
+        if len(units) < 3:
+            await trouble.strike(current_session())
+        else:
+            await trouble.write(current_session())
+        return StreamingResponse(iter(["done"]))
+
+    routes = [Route("/", endpoint)]
+    own = Middleware(
+        UnitOfWorkMiddleware,
+        manager=UnitOfWorkManager(trouble.engine()),
+        atomic=True,
+        isolation=trouble.isolation,
+        retries=5,
+    )
+    app = Starlette(routes=routes, middleware=[own, Middleware(Inside), Middleware(Inside)])
+    async with client_of(app, raise_app_exceptions=True) as client:
+        response = await client.get("/")
+    await trouble.settle()
+    assert (response.text, [unit.status for unit in units]) == (
+        "done", [Status.ROLLED_BACK, Status.ROLLED_BACK, Status.COMMITTED]
+    )  # fmt: skip
+    assert await db.scalar("SELECT count(*) FROM note") == 1
