@@ -22,6 +22,7 @@ from sqla_uow import (
     errors,
     transactional,
 )
+from sqla_uow.alembic import AddVersionColumnOp, migration_lock, run_migrations
 from sqla_uow.mixins import Versioned, expect_version, get_versioned, touch
 from sqla_uow_starlette import check_preconditions, etag
 
@@ -244,6 +245,17 @@ async def versions(session: AsyncSession, plain: Plain) -> None:
     await get_versioned(session, Plain, 1, version=1)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
     expect_version(plain, 1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     touch(plain)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+# ---- migrations
+
+
+async def env(engine: AsyncEngine) -> None:
+    await run_migrations(engine.sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    migration_lock(engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    async with engine.connect() as connection:
+        await connection.run_sync(migration_lock, 5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    AddVersionColumnOp("orders", "version", "uuid")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 # ---- the web package

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, assert_type
 from uuid import UUID, uuid4
 
 from fastapi import FastAPI
+from sqlalchemy import Column, Connection, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
@@ -34,6 +35,15 @@ from sqla_uow import (
     errors,
     is_retryable,
     transactional,
+)
+from sqla_uow.alembic import (
+    AddVersionColumnOp,
+    CreateVersionTriggerOp,
+    DropVersionColumnOp,
+    UtcTimestamp,
+    install,
+    migration_lock,
+    run_migrations,
 )
 from sqla_uow.mixins import (
     Versioned,
@@ -385,6 +395,28 @@ def stale(error: errors.StaleVersionError) -> None:
     assert_type(error.key, tuple[Any, ...] | None)
     assert_type(error.expected, Any)
     assert_type(error.found, Any)
+
+
+# ---- migrations
+
+
+async def env(engine: AsyncEngine, metadata: MetaData) -> None:
+    install()
+    await run_migrations(engine, target_metadata=metadata)
+    await run_migrations(engine, timeout=None, compare_type=True)
+
+
+def one_runner(connection: Connection) -> None:
+    with migration_lock(connection, timeout=5) as held:
+        assert_type(held, None)
+
+
+def in_a_program() -> None:
+    AddVersionColumnOp("orders", kind="uuid", lock_timeout=0.5, retries=3).reverse()
+    DropVersionColumnOp("orders", "rev", schema="shop")
+    CreateVersionTriggerOp("orders").reverse()
+    column: Column[datetime] = Column("version", UtcTimestamp())
+    assert_type(column, Column[datetime])
 
 
 # ---- the web package
