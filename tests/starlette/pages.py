@@ -26,6 +26,13 @@ class Page(Versioned, Base):
     value: Mapped[int] = mapped_column(default=0)
 
 
+class Draft(Versioned, Base):
+    """Another type with the same keys."""
+
+    __tablename__ = "draft"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
 @contextlib.asynccontextmanager
 async def pages(db, **options):
     """Provide a manager, activated, over a fresh table with page 1; nothing stays checked out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 
 import pytest
@@ -17,7 +18,7 @@ from starlette.routing import Route
 from sqla_uow import current_session, errors, transactional
 from sqla_uow_starlette import PreconditionError, UnitOfWorkMiddleware, check_preconditions, etag, exception_handlers
 from tests.models import Account
-from tests.starlette.pages import Meeting, Page, answer, app, client, nothing, pages
+from tests.starlette.pages import Draft, Meeting, Page, answer, app, client, nothing, pages
 
 WRITERS = 20
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -30,6 +31,11 @@ async def race(application, headers, number=WRITERS):
         return Counter(answer.status_code for answer in await asyncio.gather(*puts))
 
 
+def retried(caplog):
+    """Return what was logged of attempts that are to be followed by another."""
+    return [record.getMessage() for record in caplog.records if "again in" in record.getMessage()]
+
+
 async def tag_of(application):
     """Return the ETag of page 1, as a client gets it."""
     async with client(application) as http:
@@ -38,26 +44,30 @@ async def tag_of(application):
 
 @pytest.mark.drivers("asyncpg", "asyncmy")
 @pytest.mark.parametrize("isolation", LEVELS)
-async def test_one_of_many_writers_wins(db, isolation):
-    """W7: all have compared the tag before anybody writes; the UPDATE's WHERE lets one of them through."""
+async def test_one_of_many_writers_wins(db, isolation, caplog):
+    """W7: all have compared the tag before anybody writes; one UPDATE finds the version, and nobody is run again."""
+    caplog.set_level(logging.INFO, "sqla_uow")
     async with pages(db, pool_size=WRITERS):
         read = Meeting(WRITERS)
         writing = app(read=read.wait, isolation=isolation, retries=5)
         assert await race(writing, {"If-Match": await tag_of(writing)}) == {200: 1, 412: WRITERS - 1}
         assert read.met
+        assert not retried(caplog)
     assert await db.scalar("SELECT version FROM page") == 2
 
 
 @pytest.mark.drivers("asyncpg")
 @pytest.mark.parametrize("isolation", LEVELS)
-async def test_one_of_many_requests_that_are_units_wins(db, isolation):
+async def test_one_of_many_requests_that_are_units_wins(db, isolation, caplog):
     """W4, W7: the same where the request is the transaction; a replay would make nothing fresh."""
+    caplog.set_level(logging.INFO, "sqla_uow")
     async with pages(db, pool_size=WRITERS) as manager:
         read = Meeting(WRITERS)
         unit = Middleware(UnitOfWorkMiddleware, manager=manager, atomic=True, retries=5, isolation=isolation)
         writing = app(read=read.wait, middleware=[unit])
         assert await race(writing, {"If-Match": await tag_of(writing)}) == {200: 1, 412: WRITERS - 1}
         assert read.met
+        assert not retried(caplog)
     assert await db.scalar("SELECT version FROM page") == 2
 
 
@@ -87,6 +97,30 @@ def by_hand(read):
     return Starlette(routes=[Route("/pages/1", put, methods=["PUT"])])
 
 
+@pytest.mark.drivers("asyncpg", "asyncmy", "psycopg", "aiomysql")
+async def test_a_write_elsewhere_is_held_to_the_tag(db):
+    """V2, W7: a request that changes other rows on the strength of a tag fails if the page was changed meanwhile."""
+    compared, changed = asyncio.Event(), asyncio.Event()
+
+    @transactional(retries=5)
+    async def draft(request):
+        check_preconditions(request, await current_session().get_one(Page, 1))
+        compared.set()
+        await changed.wait()
+        current_session().add(Draft(id=1))
+        return Response(status_code=201)
+
+    drafting = Starlette(routes=[Route("/", draft, methods=["POST"])], exception_handlers=exception_handlers)
+    async with pages(db), client(drafting) as http, asyncio.timeout(20):
+        headers = {"If-Match": await tag_of(app())}
+        post = asyncio.create_task(http.post("/", headers=headers))
+        await compared.wait()
+        assert await race(app(), headers, 1) == {200: 1}
+        changed.set()
+        assert (await post).status_code == 412
+    assert await db.rows("SELECT id FROM draft") == []
+
+
 @pytest.mark.drivers("asyncpg", "asyncmy")
 async def test_a_tag_compared_by_hand_lets_all_through(db):
     """The control of the race: where only the program compares, twenty of twenty overwrite each other."""
@@ -97,7 +131,7 @@ async def test_a_tag_compared_by_hand_lets_all_through(db):
 
 
 @pytest.mark.drivers("asyncpg", "asyncmy")
-async def test_a_race_without_if_match_is_a_conflict(db):
+async def test_a_race_without_if_match_is_a_conflict(db, caplog):
     """W6: a client that does not say what it has seen gets 409; with retries, its work is done."""
     async with pages(db, pool_size=4):
         read = Meeting(4)
@@ -105,7 +139,16 @@ async def test_a_race_without_if_match_is_a_conflict(db):
         assert await race(writing, {}, 4) == {200: 1, 409: 3}
         assert read.met
         assert await db.scalar("SELECT version FROM page") == 2
-        assert await race(app(required=False, retries=8), {}, 4) == {200: 4}
+        caplog.set_level(logging.INFO, "sqla_uow")
+        again = Meeting(4)
+        runs = iter([again.wait] * 4)
+
+        async def first_run():
+            await next(runs, nothing)()
+
+        assert await race(app(read=first_run, required=False, retries=8), {}, 4) == {200: 4}
+        assert again.met
+        assert retried(caplog)
 
 
 @pytest.mark.drivers("asyncpg", "asyncmy")
@@ -164,7 +207,17 @@ async def test_a_tag_is_of_one_object_at_one_version(db):
     assert await db.rows("SELECT id, value, version FROM page ORDER BY id") == [(1, 7, 2), (2, 0, 1)]
 
 
-NONE = object()
+@pytest.mark.drivers("sqlite")
+async def test_a_tag_is_of_one_type(db):
+    """W7: objects of two types with the same key and version have different tags."""
+    async with pages(db) as manager, manager.begin() as unit:
+        unit.session.add(draft := Draft(id=1))
+        page = await unit.session.get_one(Page, 1)
+        await unit.session.flush()
+        assert (draft.id, draft.version) == (page.id, page.version)
+        assert etag(draft) != etag(page)
+
+
 FAILED = 412
 MATCHES = {
     "the tag": ("{tag}", 200),
