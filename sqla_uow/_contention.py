@@ -287,7 +287,7 @@ class Gate:
     __slots__ = ("_again", "_controller", "_loop", "_moved", "_queue", "_running", "_timer", "clock")
 
     def __init__(self, who: str, clock: Callable[[], float]) -> None:
-        self.clock = clock
+        self.clock: Callable[[], float] = clock
         self._controller = Controller(clock, who)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[asyncio.Future[bool]] = deque()

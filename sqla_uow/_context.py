@@ -52,8 +52,8 @@ class ManagerPlace(Place):
 
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
         super().__init__(manager)
-        self.manager = manager
-        self.name = manager.name
+        self.manager: UnitOfWorkManager[Any] = manager
+        self.name: str = manager.name
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""
@@ -103,7 +103,7 @@ class Scope:
     """
 
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
-        self.manager = manager
+        self.manager: UnitOfWorkManager[Any] = manager
         self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
         self.place: ScopePlace | None = None
@@ -228,7 +228,7 @@ class ScopePlace(ManagerPlace):
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope.manager)
-        self.scope = scope
+        self.scope: Scope = scope
 
     def unit(self) -> UnitOfWork[Any]:
         if self.closed:

@@ -35,8 +35,8 @@ class Place:
     __slots__ = ("closed", "key")
 
     def __init__(self, key: object) -> None:
-        self.key = key
-        self.closed = False
+        self.key: object = key
+        self.closed: bool = False
 
 
 class Frame:

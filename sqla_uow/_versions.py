@@ -37,11 +37,11 @@ class Expectation:
     __slots__ = ("checked", "expected", "instance", "now", "state")
 
     def __init__(self, instance: object, version: Any) -> None:
-        self.instance = instance
+        self.instance: object = instance
         self.state: InstanceState[Any] = inspect(instance)
-        self.expected = version
-        self.now = version
-        self.checked = False
+        self.expected: Any = version
+        self.now: Any = version
+        self.checked: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
