@@ -47,7 +47,7 @@ class VersionOp(MigrateOperation):
         self.column_name = column_name
         self.kind = kind
         self.schema = schema
-        self.patience = Patience(lock_timeout, retries)
+        self.patience: Patience = Patience(lock_timeout, retries)
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return what ``alembic check`` shows."""

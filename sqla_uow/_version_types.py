@@ -30,8 +30,8 @@ _MICROSECOND = timedelta(microseconds=1)
 class UtcTimestamp(TypeDecorator[datetime]):
     """An aware UTC timestamp in microseconds on every database; MariaDB and SQLite keep it without its zone."""
 
-    impl = DateTime
-    cache_ok = True
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = DateTime
+    cache_ok: bool | None = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the database's type: MariaDB's DATETIME alone would cut off the fraction of the second."""
