@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from sqla_uow_starlette import (
     exception_handlers,
 )
 from tests.starlette.pages import Page, answer, pages
+from tests.starlette.serving import served
 
 CASES = 10_000 if os.environ.get("SQLA_UOW_LONG") else 300
 pytestmark = [pytest.mark.drivers("sqlite"), pytest.mark.timeout(1200 if CASES > 300 else 60)]
@@ -277,3 +279,34 @@ async def test_messages_of_unknown_types_pass(hostile, db):
     exchange = Exchange([])
     await middleware({"type": "http", "method": "GET", "path": "/", "headers": []}, exchange.receive, exchange.send)
     assert exchange.sent == sent
+
+
+WHOLE = b"PUT / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1\r\n"
+OPEN = b"PUT / HTTP/1.1\r\nHost: a\r\n"
+LIES = {
+    "a body that ends early": (OPEN + b"Content-Length: 1000\r\n\r\n7", b""),
+    "a length that is no number": (OPEN + b"Content-Length: -1\r\n\r\n7", b"HTTP/1.1 400 "),
+    "a chunk that is none": (OPEN + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n7\r\n0\r\n\r\n", b"HTTP/1.1 400 "),
+    "a tag of 50 kB": (WHOLE + b'If-Match: "' + b"a" * 50_000 + b'"\r\n\r\n7', b"HTTP/1.1 412 "),
+    "half a tag": (WHOLE + b'If-Match: "a\xff\r\n\r\n7', b"HTTP/1.1 400 "),
+    "no HTTP": (b"\x16\x03\x01" * 50 + b"\r\n\r\n", b"HTTP/1.1 400 "),
+}
+
+
+@pytest.mark.parametrize(("lie", "expected"), LIES.values(), ids=LIES)
+async def test_a_real_server_is_lied_to(hostile, db, lie, expected):
+    """W2: behind a real server: a refusal or silence, never a 500; nothing is changed, and the next request is served."""
+    app, pool = hostile
+    async with served(app) as address, asyncio.timeout(20):
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(lie)
+        if not expected:
+            writer.write_eof()
+        answered = await reader.read()
+        writer.close()
+        assert answered[:13] == expected
+        assert await db.rows("SELECT value, version FROM page") == [(0, 1)]
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"http://{address}/")).json() == {"value": 0}
+    assert pool.checkedout() == 0
