@@ -74,16 +74,18 @@ def patiently(operations: Operations, table: str, patience: Patience, ddl: Calla
         return
     retries = patience.retries if family == "mysql" else _retries_postgresql(connection, context, table, patience)
     limit = _limit_mariadb if family == "mysql" else _limit_postgresql
-    for attempt in range(retries + 1):
+    attempt = 0
+    while True:
         try:
             with limit(connection, patience):
                 ddl()
         except DBAPIError as error:
             if not _timed_out(error):
                 raise
-            if attempt == retries:
+            if attempt >= retries:
                 raise CommandError(_message(table, patience, retries)) from error
-            logger.info("table %r is in use; attempt %d of %d to change it", table, attempt + 2, retries + 1)
+            attempt += 1
+            logger.info("table %r is in use; attempt %d of %d to change it", table, attempt + 1, retries + 1)
             sleep(connection, patience.lock_timeout * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
         else:
             return

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
+
 import pytest
 from alembic.autogenerate import produce_migrations, render_python_code
+from alembic.operations import Operations
 from alembic.operations.ops import CreateTableOp, ModifyTableOps, UpgradeOps
 from alembic.runtime.migration import MigrationContext
+from alembic.util import CommandError
 from sqlalchemy import BigInteger, Column, MetaData, Table
 
 from sqla_uow.alembic import (
@@ -12,6 +17,7 @@ from sqla_uow.alembic import (
     DropVersionColumnOp,
     DropVersionTriggerOp,
     install,
+    migration_lock,
 )
 
 OPS = {
@@ -101,3 +107,49 @@ async def test_a_schema_of_its_own(db, operate):
     await operate(lambda op: op.drop_version_column("t", schema="side"))
     assert await db.scalar("SELECT count(*) FROM pg_proc WHERE proname LIKE 'sqla_uow%'") == 0
     await db.run("DROP SCHEMA side CASCADE")
+
+
+def test_a_parent_is_written():
+    """A3: the parent of a child's trigger is among the arguments."""
+    install()
+    create = CreateVersionTriggerOp("part")
+    create.parent = "item"
+    assert "op.create_version_trigger('part', parent='item')" in render_python_code(UpgradeOps([create]))
+
+
+SCRIPTS = {
+    "postgresql": [
+        "SET LOCAL lock_timeout = '1000ms'",
+        "DROP TRIGGER IF EXISTS sqla_uow_version_account ON account",
+        "DROP FUNCTION IF EXISTS sqla_uow_version_account()",
+        "ALTER TABLE account DROP COLUMN version",
+        "SET LOCAL lock_timeout = DEFAULT",
+    ],
+    "mysql": [
+        "SET SESSION lock_wait_timeout = 1",
+        "DROP TRIGGER IF EXISTS sqla_uow_version_account",
+        "ALTER TABLE account DROP COLUMN version",
+        "SET SESSION lock_wait_timeout = DEFAULT",
+    ],
+    "sqlite": ["DROP TRIGGER IF EXISTS sqla_uow_version_account", "ALTER TABLE account DROP COLUMN version"],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_one_try(name):
+    """A2: with --sql the statements are written once, with the limit of one try around them."""
+    install()
+    script = io.StringIO()
+    options = {"as_sql": True, "output_buffer": script}
+    Operations(MigrationContext.configure(dialect_name=name, opts=options)).drop_version_column("account")
+    assert [line.strip() for line in script.getvalue().split(";") if line.strip()] == SCRIPTS[name]
+
+
+def test_an_unknown_database_has_no_lock():
+    """A4: better no lock than one that holds nobody off."""
+    oracle = SimpleNamespace(dialect=SimpleNamespace(name="oracle"), in_transaction=lambda: False)
+    with pytest.raises(CommandError) as caught, migration_lock(oracle):
+        pass
+    assert str(caught.value) == (
+        "migration_lock() knows PostgreSQL, MariaDB and SQLite, not oracle; run the migrations from one process"
+    )
