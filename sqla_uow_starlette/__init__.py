@@ -1,6 +1,7 @@
 """Units of work for Starlette and FastAPI, on public names of `sqla_uow` only.
 
-* `UnitOfWorkMiddleware`: pure ASGI; opens a scope for each request and WebSocket connection.
+* `UnitOfWorkMiddleware`: pure ASGI; opens a scope for each request and WebSocket connection.  With ``atomic=True`` a request
+  is one unit: its response starts after COMMIT has answered, and with ``retries=`` a conflict replays it.
 * `exception_handlers`: what a client is told, as RFC 9457 problem details, when a conflict outlives its retries, a
   version is stale or the answer to a COMMIT is lost.
 * `etag`, `check_preconditions`: RFC 9110 If-Match and If-None-Match on a version column.
