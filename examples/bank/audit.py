@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import func, select
 
-from examples.bank.models import Account, Entry
+from examples.bank.models import Account, Clerk, Entry
 from sqla_uow import current_session, transactional
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ async def inspect_books(tally: Tally) -> list[Finding]:
     return [
         await _money(session),
         await _overdrawn(session),
+        await _duty(session),
         await _acknowledged(session, tally),
         await _edits(session, tally),
     ]
@@ -60,10 +61,22 @@ async def _overdrawn(session: AsyncSession) -> Finding:
     )
 
 
+async def _duty(session: AsyncSession) -> Finding:
+    """Look who is there now, and whether anybody who came found nobody."""
+    there = await _whole(session, select(func.count()).where(Clerk.on_duty))
+    clerks = await _whole(session, select(func.count()).select_from(Clerk))
+    nobody = await _whole(session, select(func.sum(Clerk.found_nobody)))
+    return Finding(
+        "somebody is on duty",
+        there > 0 and nobody == 0,
+        f"{there} of {clerks} clerks are; {nobody} times one who came found nobody",
+    )
+
+
 async def _acknowledged(session: AsyncSession, tally: Tally) -> Finding:
     booked = {row.id: row.reference for row in await session.execute(select(Entry.id, Entry.reference))}
     lost = len(tally.booked - booked.keys())
-    refused = len(tally.refused.intersection(booked.values()) - {""})
+    refused = len(tally.refused.intersection(booked.values()))
     return Finding(
         "what was answered is so",
         not lost and not refused,

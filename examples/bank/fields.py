@@ -21,7 +21,9 @@ __all__ = [
     "LIMIT",
     "NAME",
     "NUMBER",
+    "ON_DUTY",
     "REFERENCE",
+    "Flag",
     "Text",
     "Whole",
     "body",
@@ -33,6 +35,26 @@ LARGEST_BODY = 16 * 1024
 """Bytes.  What is asked for needs a few hundred."""
 _PRINTABLE = r"^[^\u0000-\u001f\u007f-\u009f]*$"  # PostgreSQL stores no NUL
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")  # JSON can write one, and no encoding has it
+
+
+class Flag(NamedTuple):
+    """True or false."""
+
+    default: bool | None = None
+
+    def read(self, value: Any) -> bool:
+        """Return it.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")  # noqa: TRY004  # as the other fields do
+        return value
+
+    def schema(self) -> dict[str, Any]:
+        """Describe it as a JSON schema."""
+        return {"type": "boolean"}
 
 
 class Whole(NamedTuple):
@@ -96,19 +118,20 @@ AFTER = Whole(0, NUMBER.most, 0)
 LIMIT = Whole(1, 500, 100)
 NAME = Text(1, LONGEST)
 REFERENCE = Text(0, LONGEST, "")
+ON_DUTY = Flag()
 
 
 def number(request: Request) -> int:
-    """Return the account number in the path.
+    """Return the number in the path.
 
     Raises:
-        ProblemError: 404, it cannot be the number of an account.
+        ProblemError: 404, it cannot be the number of an account or a clerk.
     """
     word = request.path_params["number"]
     try:
         return NUMBER.read(_digits(word))
     except ValueError as error:
-        raise ProblemError(404, "an account number " + str(error)) from None
+        raise ProblemError(404, "the number " + str(error)) from None
 
 
 def query(request: Request, name: str, field: Whole) -> int:
@@ -131,7 +154,7 @@ def _digits(word: str | None) -> int | None:
     return int(word) if word is not None and re.fullmatch("[0-9]{1,10}", word) else None
 
 
-async def body(request: Request, fields: Mapping[str, Text | Whole]) -> dict[str, Any]:
+async def body(request: Request, fields: Mapping[str, Flag | Text | Whole]) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
@@ -156,7 +179,7 @@ async def body(request: Request, fields: Mapping[str, Text | Whole]) -> dict[str
     return {name: _read(name, field, content) for name, field in fields.items()}
 
 
-def _read(name: str, field: Text | Whole, content: dict[str, Any]) -> int | str:
+def _read(name: str, field: Flag | Text | Whole, content: dict[str, Any]) -> int | str:
     try:
         return field.read(content.get(name, field.default))
     except ValueError as error:

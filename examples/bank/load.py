@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
+from examples.bank.schema import CLERKS
 from examples.bank.tally import FUNCTIONS, Row, Tally
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Call", "calls", "client_of", "run"]
 
-_SHARES = (60, 20, 20)
+_SHARES = (45, 15, 20, 20)
+_COMING = 0.5  # of the calls about clerks: one comes; in the others one leaves
 _MOST = 50_00  # cents; an account begins with 200.00
 _TIMEOUT = 60  # s; a call of many that fight for one row waits its turn
 
@@ -38,6 +40,7 @@ def calls(number: int, *, accounts: int, seed: int) -> Iterator[Call]:
             "transfer": {"source": source, "target": target, **money},
             "deposit": {"number": target, **money},
             "edit": {"number": target},
+            "set_duty": {"number": rng.randint(1, CLERKS), "on_duty": rng.random() < _COMING},
         }
         yield Call(function, arguments[function])
 
@@ -122,4 +125,13 @@ async def _edit(client: httpx.AsyncClient, row: Row, number: int) -> httpx.Respo
         row.outrun += 1  # somebody was first, so somebody got on: this ends
 
 
-_ASKS: dict[str, Callable[..., Any]] = {"transfer": _transfer, "deposit": _deposit, "edit": _edit}
+async def _set_duty(client: httpx.AsyncClient, _row: Row, number: int, **wish: Any) -> httpx.Response:
+    return await client.put(f"/clerks/{number}", json=wish)
+
+
+_ASKS: dict[str, Callable[..., Any]] = {
+    "transfer": _transfer,
+    "deposit": _deposit,
+    "edit": _edit,
+    "set_duty": _set_duty,
+}

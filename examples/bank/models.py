@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_uow.mixins import Versioned
 
-__all__ = ["LONGEST", "Account", "Base", "Entry", "now"]
+__all__ = ["LONGEST", "Account", "Base", "Clerk", "Entry", "now"]
 
 LONGEST = 80
 """Characters of an owner's name, and of a reference."""
@@ -55,3 +55,18 @@ class Entry(Base):
     amount: Mapped[int] = mapped_column(BigInteger)
     reference: Mapped[str] = mapped_column(String(LONGEST), default="")
     at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
+
+
+class Clerk(Base):
+    """Somebody who serves at the counter, where one of them has to be at any time.
+
+    Attributes:
+        number: which clerk.
+        on_duty: is at the counter.
+        found_nobody: how often this clerk came on duty and nobody was there, which must not be.
+    """
+
+    __tablename__ = "sqla_uow_bank_clerk"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    on_duty: Mapped[bool] = mapped_column(default=True)
+    found_nobody: Mapped[int] = mapped_column(default=0)

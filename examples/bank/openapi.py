@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, REFERENCE, Text, Whole
+from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, ON_DUTY, REFERENCE, Flag, Text, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,15 @@ def _object(**fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
 
 
-_EXAMPLE: Final = {"owner": "Ada", "credit": 50_00, "source": 1, "target": 2, "amount": 5, "reference": "tea"}
+_EXAMPLE: Final = {
+    "owner": "Ada",
+    "credit": 50_00,
+    "source": 1,
+    "target": 2,
+    "amount": 5,
+    "reference": "tea",
+    "on_duty": True,
+}
 _INTEGER: Final = {"type": "integer"}
 _TEXT: Final = {"type": "string"}
 _ACCOUNT = _object(id=_INTEGER, owner=_TEXT, credit=_INTEGER, balance=_INTEGER, version=_INTEGER)
@@ -30,6 +38,7 @@ _ENTRY = _object(
     reference=_TEXT,
     at={"type": "string", "format": "date-time"},
 )
+_CLERK = _object(number=_INTEGER, on_duty={"type": "boolean"})
 _LETTER = _object(entry=_INTEGER, to=_TEXT, text=_TEXT)
 _PROBLEM = {
     "type": "object",
@@ -45,7 +54,7 @@ def _header(name: str, description: str, *, required: bool = False) -> dict[str,
     return {"name": name, "in": "header", "required": required, "schema": _TEXT, "description": description}
 
 
-def _body(**fields: Text | Whole) -> dict[str, Any]:
+def _body(**fields: Flag | Text | Whole) -> dict[str, Any]:
     schema = _object(**{name: field.schema() for name, field in fields.items()})
     schema["examples"] = [{name: example for name, example in _EXAMPLE.items() if name in fields}]
     schema["required"] = [name for name, field in fields.items() if field.default is None]
@@ -118,6 +127,20 @@ _TRANSFERS = {
         "responses": {"201": _answer(_ENTRY), **_problems(*_READ_BODY, 404, 409)},
     }
 }
+_CLERKS = {
+    "get": {
+        "operationId": "list_clerks",
+        "responses": {"200": _answer({"type": "array", "items": _CLERK}), **_problems()},
+    }
+}
+_ONE_CLERK = {
+    "parameters": [_NUMBER],
+    "put": {
+        "operationId": "put_clerk",
+        "requestBody": _body(on_duty=ON_DUTY),
+        "responses": {"200": _answer(_CLERK), **_problems(*_READ_BODY, 404, 409)},
+    },
+}
 _LETTERS = {
     "get": {
         "operationId": "letters",
@@ -134,6 +157,8 @@ DOCUMENT: Final[Mapping[str, Any]] = {
         "/accounts/{number}/statement": _STATEMENT,
         "/accounts/{number}/deposits": _DEPOSITS,
         "/transfers": _TRANSFERS,
+        "/clerks": _CLERKS,
+        "/clerks/{number}": _ONE_CLERK,
         "/letters": _LETTERS,
     },
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import DateTime
+from sqlalchemy import DateTime, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.applications import Starlette
@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from examples.bank import models
-from examples.bank.fields import AMOUNT, CREDIT, NAME, NUMBER, REFERENCE, body, number
+from examples.bank.fields import AMOUNT, CREDIT, NAME, NUMBER, ON_DUTY, REFERENCE, body, number
 from examples.bank.problems import HANDLERS, ProblemError
-from examples.bank.shapes import account_json, entry_json
+from examples.bank.shapes import account_json, clerk_json, entry_json
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -95,6 +95,20 @@ async def transfer(request: Request) -> Response:
     return JSONResponse(entry_json(entry), 201)
 
 
+async def put_clerk(request: Request) -> Response:
+    """Let a clerk come or leave."""
+    wish = await body(request, {"on_duty": ON_DUTY})
+    async with _sessions(request).begin() as session:
+        clerk = await session.get_one(models.Clerk, number(request))
+        there = await session.scalar(select(func.count()).where(models.Clerk.on_duty)) or 0
+        if not wish["on_duty"] and clerk.on_duty and there == 1:
+            raise ProblemError(409, "nobody would be left on duty")
+        if wish["on_duty"] and not there:
+            clerk.found_nobody += 1
+        clerk.on_duty = wish["on_duty"]
+    return JSONResponse(clerk_json(clerk))
+
+
 def create_plain_app(engine: AsyncEngine) -> Starlette:
     """Make the service."""
     routes = [
@@ -102,6 +116,7 @@ def create_plain_app(engine: AsyncEngine) -> Starlette:
         Route("/accounts/{number}", put_account, methods=["PUT"]),
         Route("/accounts/{number}/deposits", deposit, methods=["POST"]),
         Route("/transfers", transfer, methods=["POST"]),
+        Route("/clerks/{number}", put_clerk, methods=["PUT"]),
     ]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
     app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from examples.bank.services import NoAccountError
+from examples.bank.services import NoAccountError, NoClerkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,7 @@ async def _problem(_request: Request, error: ProblemError) -> Response:
     return problem(error.status, str(error))
 
 
-async def _no_account(_request: Request, error: Exception) -> Response:
+async def _not_there(_request: Request, error: Exception) -> Response:
     return problem(404, str(error))
 
 
@@ -59,7 +59,8 @@ async def _bug(_request: Request, _error: Exception) -> Response:
 
 HANDLERS: dict[Any, Any] = {
     ProblemError: _problem,
-    NoAccountError: _no_account,
+    NoAccountError: _not_there,
+    NoClerkError: _not_there,
     HTTPException: _http,
     ClientDisconnect: _gone,
     Exception: _bug,

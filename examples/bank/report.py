@@ -62,12 +62,12 @@ def table(tally: Tally) -> Table:
         shown.add_row(label, *map(str, figures))
 
     line("calls", (row.calls for row in rows))
-    line("done", (row.done for row in rows))
-    line("refused: too little money", (row.refused for row in rows))
+    line("commits", (row.done for row in rows))
+    line("refused, 409", (row.refused for row in rows))
     line("told that another was first, 412", (row.outrun for row in rows))
-    line("attempts run again", (row.retries for row in rows))
+    line("attempts", (row.attempts for row in rows))
     for reason in sorted({reason for row in rows for reason in row.conflicts}):
-        line(f"  after {reason}", (row.conflicts[reason] for row in rows))
+        line(f"  failed by {reason}", (row.conflicts[reason] for row in rows))
     line("gave up, 503", (row.gave_up for row in rows))
     for error in sorted({error for row in rows for error in row.failed}):
         line(f"ended in {error}", (row.failed[error] for row in rows))
@@ -92,7 +92,7 @@ def without(dialect: str, *, holds: bool) -> Iterator[str]:
     yield (
         f"it broke, and no caller was told so. {_WHY.get(dialect, '')} Two calls read the same balance, and the later "
         "write undoes the earlier one (lost update); two edits begin at the same version, and the later one saves what "
-        "its person never saw. The same load without --without-library keeps every rule."
+        "its person never saw; two clerks leave, each because the other one stays (write skew). The same load without --without-library keeps every rule."
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import inspect
 
-from examples.bank.models import Account, Base, Entry
+from examples.bank.models import Account, Base, Clerk, Entry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from sqla_uow import UnitOfWorkManager
 
-__all__ = ["START", "TablesExistError", "create", "drop", "fill", "opened"]
+__all__ = ["CLERKS", "START", "TablesExistError", "create", "drop", "fill", "opened"]
 
 START = 200_00
 """Cents on every account at the beginning."""
+CLERKS = 2
+"""Both are on duty at the beginning."""
 _OWNERS = ("Ada", "Alan", "Barbara", "Edsger", "Emmy", "Frances", "Grace", "John", "Katherine", "Tony")
 
 
@@ -52,10 +54,11 @@ async def drop(engine: AsyncEngine) -> None:
 
 
 async def fill(manager: UnitOfWorkManager, accounts: int) -> None:
-    """Open accounts, with an entry in the ledger for what is on them."""
+    """Open accounts, with an entry in the ledger for what is on them, and put the clerks on duty."""
     async with manager.begin() as unit:
         opening = [Account(owner=_owner(n), balance=START) for n in range(accounts)]
         unit.session.add_all(opening)
+        unit.session.add_all(Clerk(number=number) for number in range(1, CLERKS + 1))
         await unit.session.flush()
         unit.session.add_all(Entry(target=account.id, amount=START, reference="opening") for account in opening)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 
 from examples.bank.feed import FEED
-from examples.bank.models import Account, Entry
+from examples.bank.models import Account, Clerk, Entry
 from sqla_uow import after_commit, current_session, transactional
 
 if TYPE_CHECKING:
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 __all__ = [
     "News",
     "NoAccountError",
+    "NoClerkError",
     "account",
     "accounts",
+    "clerks",
     "deposit",
     "edit",
     "entries",
     "news",
     "open_account",
+    "set_duty",
     "transfer",
 ]
 
@@ -37,6 +40,13 @@ class NoAccountError(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"there is no account {number}")
+
+
+class NoClerkError(Exception):
+    """There is no clerk of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"there is no clerk {number}")
 
 
 class News(NamedTuple):
@@ -109,6 +119,38 @@ async def edit(number: int, owner: str, credit: int, *, check: Callable[[Account
     await current_session().flush()  # from here on it has its new version
     after_commit(FEED.publish, accounts=[number])
     return changed
+
+
+@transactional(retries=RETRIES, isolation="SERIALIZABLE")
+async def set_duty(number: int, *, on_duty: bool) -> Clerk | None:
+    """Let a clerk come on duty, or leave while another one stays.
+
+    Two who leave at once write a row each, their own, so no row's version or lock tells them of each other: write skew.
+    Only SERIALIZABLE sees that each has counted what the other one changes.
+
+    Returns:
+        The clerk, or None where nobody would be left on duty.
+
+    Raises:
+        NoClerkError: there is none.
+    """
+    session = current_session()
+    clerk = await session.get(Clerk, number)
+    if clerk is None:
+        raise NoClerkError(number)
+    there = await session.scalar(select(func.count()).where(Clerk.on_duty)) or 0
+    if not on_duty and clerk.on_duty and there == 1:
+        return None
+    if on_duty and not there:
+        clerk.found_nobody += 1
+    clerk.on_duty = on_duty
+    return clerk
+
+
+@transactional(read_only=True, retries=RETRIES)
+async def clerks() -> Sequence[Clerk]:
+    """Return the clerks."""
+    return (await current_session().scalars(select(Clerk).order_by(Clerk.number))).all()
 
 
 async def account(number: int) -> Account:

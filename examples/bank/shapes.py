@@ -6,9 +6,9 @@ from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from examples.bank.models import Account, Entry
+    from examples.bank.models import Account, Clerk, Entry
 
-__all__ = ["account_json", "entry_json", "statement_line"]
+__all__ = ["account_json", "clerk_json", "entry_json", "statement_line"]
 
 
 def account_json(account: Account) -> dict[str, Any]:
@@ -20,6 +20,11 @@ def account_json(account: Account) -> dict[str, Any]:
         "balance": account.balance,
         "version": account.version,
     }
+
+
+def clerk_json(clerk: Clerk) -> dict[str, Any]:
+    """Show a clerk."""
+    return {"number": clerk.number, "on_duty": clerk.on_duty}
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:

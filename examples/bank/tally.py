@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FUNCTIONS", "Row", "Tally"]
 
-FUNCTIONS = ("transfer", "deposit", "edit")
+FUNCTIONS = ("transfer", "deposit", "edit", "set_duty")
+_BOOKING = ("transfer", "deposit")
 _DONE, _REFUSED, _UNAVAILABLE = (200, 201), 409, 503
 
 
@@ -43,6 +44,11 @@ class Row:
     failed: Counter[str] = field(default_factory=Counter)
     cancelled: int = 0
     seconds: list[float] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> int:
+        """How often the service began: an edit that was told 412 began anew, and so does a retry."""
+        return self.calls + self.outrun + self.retries
 
     def count(self, status: int, seconds: float) -> None:
         """Count an answer."""
@@ -100,10 +106,11 @@ class Tally(logging.Handler):
         if answer.status_code in _DONE:
             if function == "edit":
                 self.edits += 1
-            else:
+            elif function in _BOOKING:
                 self.booked.add(answer.json()["id"])
         elif answer.status_code == _REFUSED:
-            self.refused.add(arguments.get("reference", ""))
+            if function in _BOOKING:
+                self.refused.add(arguments["reference"])
         elif answer.status_code != _UNAVAILABLE:
             self.never_answered(function)
 

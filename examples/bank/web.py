@@ -15,11 +15,11 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 from examples.bank import mail, services
-from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, REFERENCE, body, number, query
+from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, ON_DUTY, REFERENCE, body, number, query
 from examples.bank.live import feed
 from examples.bank.openapi import DOCUMENT
 from examples.bank.problems import HANDLERS, ProblemError
-from examples.bank.shapes import account_json, entry_json, statement_line
+from examples.bank.shapes import account_json, clerk_json, entry_json, statement_line
 from sqla_uow_starlette import (
     UnitOfWorkMiddleware,
     check_preconditions,
@@ -131,6 +131,20 @@ async def transfer(request: Request) -> Response:
     return JSONResponse(entry_json(booked), 201, background=BackgroundTask(mail.notify, booked.id))
 
 
+async def get_clerks(_request: Request) -> Response:
+    """Return the clerks."""
+    return JSONResponse([clerk_json(clerk) for clerk in await services.clerks()])
+
+
+async def put_clerk(request: Request) -> Response:
+    """Let a clerk come or leave."""
+    wish = await body(request, {"on_duty": ON_DUTY})
+    clerk = await services.set_duty(number(request), **wish)
+    if clerk is None:
+        raise ProblemError(409, "nobody would be left on duty")
+    return JSONResponse(clerk_json(clerk))
+
+
 async def letters(_request: Request) -> Response:
     """Return the latest letters to payees."""
     return JSONResponse(list(mail.SENT))
@@ -145,6 +159,8 @@ ROUTES = [
     Route("/accounts/{number}/statement", statement),
     Route("/accounts/{number}/deposits", deposit, methods=["POST"]),
     Route("/transfers", transfer, methods=["POST"]),
+    Route("/clerks", get_clerks),
+    Route("/clerks/{number}", put_clerk, methods=["PUT"]),
     Route("/letters", letters),
     WebSocketRoute("/feed", feed),
 ]

@@ -40,7 +40,7 @@ class Bank(NamedTuple):
         """
         with self.manager.activate():
             found = await audit.inspect_books(Tally())
-        rules = [finding for finding in found[:3] if not finding.holds]  # the last is about what the load has edited
+        rules = [finding for finding in found[:4] if not finding.holds]  # the last is about what the load has edited
         pool = self.manager.engine.sync_engine.pool
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(10):

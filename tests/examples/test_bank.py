@@ -22,7 +22,7 @@ from tests.databases import SERVERS
 
 CHECKOUT = Path(__file__).parents[2]
 ONCE = ("--once", "--calls", "60", "--accounts", "4")
-RULES = [True] * 4
+RULES = [True] * 5
 CODES = {"postgresql": "40001", "mysql": "1213"}
 
 
@@ -47,13 +47,13 @@ def bank(*options, folder=None):
 
 
 def figures(output, label):
-    """Return one line of the table: transfer, deposit, edit."""
-    (line,) = re.findall(rf"^ +{label} +(\d+) +(\d+) +(\d+) *$", output, re.MULTILINE)
+    """Return one line of the table: transfer, deposit, edit, set_duty."""
+    (line,) = re.findall(rf"^ +{label} +(\d+) +(\d+) +(\d+) +(\d+) *$", output, re.MULTILINE)
     return [int(figure) for figure in line]
 
 
 def rules(output):
-    """Return whether each of the four rules holds."""
+    """Return whether each of the five rules holds."""
     return [word == "holds" for word in re.findall(r"^(holds|BROKEN) ", output, re.MULTILINE)]
 
 
@@ -77,11 +77,11 @@ async def test_every_rule_holds(db):
     status, output, complaints = bank(*ONCE, *address(db))
     assert (status, complaints) == (0, "")
     assert rules(output) == RULES
-    called, done, refused = (figures(output, label) for label in ("calls", "done", "refused: too little money"))
+    called, done, refused = (figures(output, label) for label in ("calls", "commits", "refused, 409"))
     assert sum(called) == 60
     assert called == [sum(pair) for pair in zip(done, refused, strict=True)]
     assert figures(output, "told that another was first, 412")[2] > 0  # edits did meet
-    conflicts = figures(output, f"after conflict {CODES[db.family]}") if db.server else [0, 0, 0]
+    conflicts = figures(output, f"failed by conflict {CODES[db.family]}") if db.server else [0, 0, 0, 0]
     assert sum(conflicts) > 0 or db.server is None  # a server has conflicts, SQLite's writers queue
     assert await tables(db) == []
 
@@ -90,9 +90,9 @@ async def test_without_the_library_the_rules_break(db):
     """The positive control: the same calls to plain endpoints lose money and edits, without an error to anybody."""
     status, output, complaints = bank("--calls", "200", "--accounts", "4", "--without-library", *address(db))
     assert (status, complaints) == (0, "")
-    assert (rules(output)[0], rules(output)[3]) == (False, False)
+    assert (rules(output)[0], rules(output)[4]) == (False, False)
     assert "it broke, and no caller was told so." in output
-    called, done, refused = (figures(output, label) for label in ("calls", "done", "refused: too little money"))
+    called, done, refused = (figures(output, label) for label in ("calls", "commits", "refused, 409"))
     assert called == [sum(pair) for pair in zip(done, refused, strict=True)]
     assert await tables(db) == []
 

@@ -16,7 +16,7 @@ import pytest
 from tests.databases import DRIVERS
 
 CASES = 10_000 if os.environ.get("SQLA_UOW_LONG") else 0
-OPERATIONS = 6  # that have something to generate
+OPERATIONS = 7  # that have something to generate
 A_FEW = 5  # for each operation, beside about 300 that cover the document whatever the number
 # Not "missing_required_header": it knows 400 to 422 for one, and 428 (RFC 6585) is made for a missing If-Match.
 CHECKS = (

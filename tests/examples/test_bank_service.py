@@ -7,18 +7,23 @@ import contextlib
 import json
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from starlette.routing import Route
 from websockets.asyncio.client import connect
 
-from examples.bank import mail, services
+from examples.bank import load, mail, services
 from examples.bank.feed import FEED
 from examples.bank.models import Entry
 from examples.bank.openapi import DOCUMENT
+from examples.bank.plain import create_plain_app
+from examples.bank.serving import served
 from examples.bank.web import ROUTES
 
 BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
 LEDGER = "SELECT source, target, amount, reference FROM sqla_uow_bank_entry WHERE reference <> 'opening' ORDER BY id"
+
+DUTY = "SELECT on_duty FROM sqla_uow_bank_clerk ORDER BY number"
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 def problem(answer):
@@ -148,6 +153,71 @@ async def test_an_account_is_opened_and_listed(bank):
     assert shown.headers["etag"] == opened.headers["etag"]
     listed = await bank.client.get("/accounts", params={"after": 3, "limit": 2})
     assert [account["id"] for account in listed.json()] == [4, 5]
+
+
+async def test_a_clerk_leaves_while_another_one_stays(bank, db):
+    """The first may leave, the last may not: 409 in words, nothing written; the list tells who is there."""
+    left = await bank.client.put("/clerks/1", json={"on_duty": False})
+    refused = await bank.client.put("/clerks/2", json={"on_duty": False})
+    assert (left.status_code, left.json()) == (200, {"number": 1, "on_duty": False})
+    assert problem(refused) == (409, "nobody would be left on duty")
+    assert (await bank.client.get("/clerks")).json() == [
+        {"number": 1, "on_duty": False},
+        {"number": 2, "on_duty": True},
+    ]
+    assert [bool(on_duty) for (on_duty,) in await db.rows(DUTY)] == [False, True]
+    assert (await bank.client.put("/clerks/1", json={"on_duty": True})).status_code == 200
+    assert (await bank.client.put("/clerks/2", json={"on_duty": False})).status_code == 200
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_clerk_that_cannot_be(bank):
+    """No such clerk is 404, no such wish 422."""
+    nobody = await bank.client.put("/clerks/3", json={"on_duty": True})
+    unclear = await bank.client.put("/clerks/1", json={"on_duty": 1})
+    assert problem(nobody) == (404, "there is no clerk 3")
+    assert problem(unclear) == (422, "on_duty must be true or false")
+
+
+async def test_of_clerks_who_leave_at_once_one_stays(bank, db):
+    """V2: ten times both leave and come at once: each is answered 200 or 409, and nobody ever finds nobody."""
+    for _ in range(10):
+        wishes = [(number, on_duty) for on_duty in (False, True) for number in (1, 2)]
+        puts = [bank.client.put(f"/clerks/{number}", json={"on_duty": on_duty}) for number, on_duty in wishes]
+        assert {answer.status_code for answer in await asyncio.gather(*puts)} <= {200, 409}
+    assert await bank.broken_rules() == ([], 0)
+
+
+async def both_leave(bank, db, client):
+    """Have both clerks leave so that each has counted before either can write; return the statuses, in order."""
+    async with bank.manager.engine.connect() as connection:
+        await connection.execute(text("SELECT * FROM sqla_uow_bank_clerk FOR UPDATE"))  # holds writers, not readers
+        leaving = asyncio.gather(*(client.put(f"/clerks/{n}", json={"on_duty": False}) for n in (1, 2)))
+        async with asyncio.timeout(10):
+            while await db.scalar(WAITING) < 2:  # noqa: ASYNC110  # a database tells nobody
+                await asyncio.sleep(0.01)
+    return sorted(answer.status_code for answer in await leaving)
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_write_skew_is_refused(bank, db):
+    """V2: two who leave, each having counted the other: one is run again, sees that it is the last, and is refused."""
+    assert await both_leave(bank, db, bank.client) == [200, 409]
+    assert sorted(await db.rows(DUTY)) == [(False,), (True,)]
+    assert await bank.broken_rules() == ([], 0)
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_write_skew_happens_without_the_library(bank, db):
+    """The positive control: the same interleaving of plain transactions leaves nobody on duty, and tells nobody."""
+    async with (
+        served(create_plain_app(bank.manager.engine)) as address,
+        load.client_of(address, workers=2) as client,
+    ):
+        assert await both_leave(bank, db, client) == [200, 200]
+    assert await db.rows(DUTY) == [(False,), (False,)]
+    (broken,), _ = await bank.broken_rules()
+    assert broken == ("somebody is on duty", False, "0 of 2 clerks are; 0 times one who came found nobody")
 
 
 async def test_a_statement_is_streamed_in_units_of_its_own(bank, monkeypatch):
