@@ -23,7 +23,10 @@ BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
 LEDGER = "SELECT source, target, amount, reference FROM sqla_uow_bank_entry WHERE reference <> 'opening' ORDER BY id"
 
 DUTY = "SELECT on_duty FROM sqla_uow_bank_clerk ORDER BY number"
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+WAITING = (
+    "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database() "
+    "AND query LIKE 'UPDATE sqla_uow_bank_clerk%'"
+)
 
 
 def problem(answer):
