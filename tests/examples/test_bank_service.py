@@ -193,6 +193,7 @@ async def test_of_clerks_who_leave_at_once_one_stays(bank, db):
 
 async def both_leave(bank, db, client):
     """Have both clerks leave so that each has counted before either can write; return the statuses, in order."""
+    await asyncio.gather(*(client.put(f"/clerks/{n}", json={"on_duty": True}) for n in (1, 2)))  # both are connected
     async with bank.manager.engine.connect() as connection:
         await connection.execute(text("SELECT * FROM sqla_uow_bank_clerk FOR UPDATE"))  # holds writers, not readers
         leaving = asyncio.gather(*(client.put(f"/clerks/{n}", json={"on_duty": False}) for n in (1, 2)))
