@@ -50,6 +50,8 @@ STALL_SECONDS = (0.1, 2.0)
 
 The first is for a function of which nothing is known yet: as many again come in.  The second is for one that is held back
 for a reason: one more."""
+OPENING_LOCK_WAIT = 0.25
+"""Seconds that an attempt waits for a lock while nothing is known: less than a deadlock would cost on PostgreSQL."""
 SHORTEST_LOCK_WAIT = 0.02
 """Seconds that an attempt waits at least for a lock while the width is limited, before it makes way for the others."""
 
@@ -104,7 +106,7 @@ class Controller:
         """
         if running <= 1 or (self._rung == FREE and not self.opening):
             return None
-        return attempt * max(SHORTEST_LOCK_WAIT, 8 * self._typical)
+        return attempt * (OPENING_LOCK_WAIT if self.opening else max(SHORTEST_LOCK_WAIT, 8 * self._typical))
 
     def committed(self, seconds: float, running: int, waiting: int) -> None:
         """Take note of an attempt that committed.
