@@ -9,9 +9,10 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sqla_uow._ending import roll_back
+from sqla_uow._ending import COMMIT_SECONDS, failure_of, roll_back
 from sqla_uow._hooks import Hook, being_run
 from sqla_uow._session import changed_object
+from sqla_uow._shield import shielded
 from sqla_uow._tasks import Place, check_loop, current_places, pop, push
 from sqla_uow._transaction import Phase, Transaction, describe
 from sqla_uow._unit import UnitOfWork
@@ -153,12 +154,15 @@ class Scope:
                 await self.end_reading()
                 return
             transaction.seal(Phase.COMMITTING)
-            try:
-                await session.run_sync(_commit_reading, transaction)
-            except BaseException as error:
+            # Shielded: cut off here, it could only be discarded, and SQLAlchemy would log an error for each.
+            outcome = await shielded(session.run_sync(_commit_reading, transaction), grace=COMMIT_SECONDS)
+            error = await failure_of(outcome.task, transaction)
+            if error is not None or outcome.cancelled is not None:
                 await self.end_reading()
-                if not isinstance(error, SQLAlchemyError):
-                    raise
+                if outcome.cancelled is not None:
+                    raise outcome.cancelled
+                if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError)):
+                    raise error
                 logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
                 return
         transaction.phase = Phase.YIELDED

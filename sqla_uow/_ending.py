@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqla_uow._unit import UnitOfWork
     from sqla_uow._verify import Witness
 
-__all__ = ["COMMIT_SECONDS", "Ended", "commit", "prepare", "roll_back"]
+__all__ = ["COMMIT_SECONDS", "Ended", "commit", "failure_of", "prepare", "roll_back"]
 
 logger = logging.getLogger("sqla_uow")
 
@@ -92,7 +92,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
         return await _committed(unit, None)
     limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
-    error = await _result(outcome.task, transaction)
+    error = await failure_of(outcome.task, transaction)
     if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
         await _discard(unit)
         error = None
@@ -104,7 +104,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     return await roll_back(unit, outcome.cancelled or error, failure)
 
 
-async def _result(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
+async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
     """Return what the task raised; stop it first if its time was up."""
     if task.done():
         return task.exception()

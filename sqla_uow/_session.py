@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import InstanceState
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
 __all__ = ["UnitEngine", "UnitSession", "changed_object", "has_changes", "install", "unit_session_class"]
 
@@ -41,12 +41,19 @@ class UnitConnection(Connection):
 
     def __init__(self, engine: Engine, unit: Transaction) -> None:
         self.unit = unit
-        if engine._has_events:  # listeners of the user: joining them with ours costs 30 us for each connection
-            super().__init__(engine)
-            self._has_events = True  # SQLAlchemy 2.0 takes the engine's flag for the connection's
-        else:  # ours alone, and one dispatch for all connections: to make it anew would cost one 15 us
-            self.dispatch = _dispatch
-            super().__init__(engine, _has_events=True)
+        try:
+            if engine._has_events:  # listeners of the user: joining them with ours costs 30 us for each connection
+                super().__init__(engine)
+                self._has_events = True  # SQLAlchemy 2.0 takes the engine's flag for the connection's
+            else:  # ours alone, and one dispatch for all connections: to make it anew would cost one 15 us
+                self.dispatch = _dispatch
+                super().__init__(engine, _has_events=True)
+        except BaseException:
+            # Cut off while the isolation level is set, for which psycopg awaits: nobody else knows the connection yet.
+            lent: PoolProxiedConnection | None = self.__dict__.get("_dbapi_connection")
+            if lent is not None:
+                lent.invalidate()
+            raise
 
 
 class UnitEngine(OptionEngine):

@@ -421,3 +421,27 @@ async def test_the_server_keeps_the_deadline_alone(db):
             await unit.session.execute(text(SLOW[db.family]))
     assert 1 in seen
     assert seen[-1] == 0
+
+
+@pytest.mark.drivers("psycopg")
+async def test_cancelled_while_its_level_is_set(db, monkeypatch):
+    """P4, C3: psycopg awaits for that inside SQLAlchemy's `Connection()`; whoever is cut off there returns what was lent."""
+    # It lets the loop turn there when that has not turned for a while, as under load; here always.
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", -1.0)
+    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=5)
+    manager = UnitOfWorkManager(engine)
+
+    async def read():
+        async with manager.begin(isolation="SERIALIZABLE", read_only=True) as unit:
+            await unit.session.execute(text("SELECT 1"))
+
+    await read()
+    cut = 0
+    for turns in range(1, 40):
+        task = asyncio.create_task(read())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cut += task.cancel()
+        await asyncio.wait([task])
+        assert engine.pool.checkedout() == 0
+    assert cut > 5
