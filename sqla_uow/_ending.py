@@ -83,13 +83,8 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     if session is None or transaction.connection is None:
         _close_unused(unit)
         return await _committed(unit, None)
+    # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
     work = session.run_sync(_commit_and_close, transaction, witness)
-    if transaction.read_only:
-        try:
-            await work
-        except BaseException as raised:
-            return await roll_back(unit, raised, _failure_at_commit(transaction, raised))
-        return await _committed(unit, None)
     limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await failure_of(outcome.task, transaction)

@@ -425,7 +425,7 @@ async def test_the_server_keeps_the_deadline_alone(db):
 
 @pytest.mark.drivers("psycopg")
 async def test_cancelled_while_its_level_is_set(db, monkeypatch):
-    """P4, C3: psycopg awaits for that inside SQLAlchemy's `Connection()`; whoever is cut off there returns what was lent."""
+    """P4, C3: psycopg awaits for that inside SQLAlchemy's `Connection()` and pool; whoever is cut off returns what was lent."""
     # It lets the loop turn there when that has not turned for a while, as under load; here always.
     monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", -1.0)
     engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=5)
