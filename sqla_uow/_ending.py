@@ -101,6 +101,8 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
 
 async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
     """Return what the task raised; stop it first if its time was up."""
+    if task.cancelled():  # by somebody who cancels every task, as at the end of a loop
+        return asyncio.CancelledError()
     if task.done():
         return task.exception()
     if not cut(transaction.connection):
