@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy.exc import DBAPIError
@@ -16,7 +17,7 @@ from sqla_uow._classify import Failure, Kind, classify
 from sqla_uow._hooks import Hook, run_best_effort, run_collecting
 from sqla_uow._session import has_changes
 from sqla_uow._settle import cut, settle
-from sqla_uow._shield import shielded
+from sqla_uow._shield import Shielded, shielded
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
 from sqla_uow.typing import Status
@@ -85,7 +86,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
         return await _committed(unit, None)
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
     work = session.run_sync(_commit_and_close, transaction, witness)
-    limit = None if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
+    limit = math.inf if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await failure_of(outcome.task, transaction)
     if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
@@ -107,13 +108,19 @@ async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> Base
         return task.exception()
     if not cut(transaction.connection):
         task.cancel("the time for COMMIT is up")
-    stopped = await shielded(asyncio.wait({task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
-    if not stopped.task.done():
-        stopped.task.cancel()
+    await _wait(task)
+    if not task.done():
         return TimeoutError("COMMIT was not answered in time, and could not be stopped either")
     if not task.cancelled() and task.exception() is None:
         return None
     return TimeoutError("COMMIT was not answered in time")
+
+
+async def _wait(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait for what should be over soon; return the cancellation meanwhile."""
+    waited = await shielded(asyncio.wait({future}), limit=IDLE_SECONDS)
+    waited.stop()
+    return waited.cancelled
 
 
 def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
@@ -166,7 +173,7 @@ async def _ambiguous(
     if witness is not None and witness.signed and cancelled is None:
         asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
-        verdict = await _verdict(asked.task)
+        verdict = _verdict(asked)
     if verdict is True:
         return await _committed(unit, cancelled)
     if verdict is False:
@@ -186,16 +193,13 @@ async def _ambiguous(
     return Ended(ambiguous)
 
 
-async def _verdict(task: asyncio.Task[bool | None]) -> bool | None:
-    if not task.done():
-        task.cancel()
+def _verdict(asked: Shielded[bool | None]) -> bool | None:
+    if asked.stop() or asked.task.cancelled():
         return None
-    if task.cancelled():
+    if (trouble := asked.trouble) is not None:
+        logger.warning("the outcome of a COMMIT could not be verified (%s)", type(trouble).__name__)
         return None
-    if (error := task.exception()) is not None:
-        logger.warning("the outcome of a COMMIT could not be verified (%s)", type(error).__name__)
-        return None
-    return task.result()
+    return asked.task.result()
 
 
 async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | None) -> Ended:
@@ -207,10 +211,10 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     hooks = transaction.hooks
     if hooks.after_commit:
         # Once the caller is cancelled the hooks have a bound of their own, from now on.
-        limit = None if cancelled is None else HOOK_SECONDS
+        limit = math.inf if cancelled is None else HOOK_SECONDS
         outcome = await shielded(run_collecting(hooks.after_commit), grace=HOOK_SECONDS, limit=limit)
         cancelled = cancelled or outcome.cancelled
-        failures = await _hook_failures(outcome.task, transaction.name)
+        failures = _hook_failures(outcome, transaction.name)
     if hooks.undone:
         hooks.after_rollback.clear()
         after = await shielded(run_best_effort(hooks.due_after_rollback()), grace=HOOK_SECONDS)
@@ -231,12 +235,11 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     return Ended()
 
 
-async def _hook_failures(task: asyncio.Task[list[Exception]], name: str) -> list[Exception]:
-    if not task.done():
-        task.cancel()
+def _hook_failures(outcome: Shielded[list[Exception]], name: str) -> list[Exception]:
+    if outcome.stop():
         logger.error("after_commit hooks of %s took more than %s s after a cancellation; stopped", name, HOOK_SECONDS)
         return []
-    return [] if task.cancelled() else task.result()
+    return [] if outcome.task.cancelled() else outcome.task.result()
 
 
 async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure: Failure | None = None) -> Ended:
@@ -277,26 +280,19 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
     discard = False
     if idle is not None:
         # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
-        waited = await shielded(asyncio.wait({idle}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
-        cancelled = waited.cancelled
+        cancelled = await _wait(idle)
         if not idle.done():
             cut(transaction.connection)
-            await shielded(asyncio.wait({idle}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+            await _wait(idle)
             discard = True
-        if not waited.task.done():
-            waited.task.cancel()
-    outcome = await shielded(
-        session.run_sync(_roll_back_and_close, transaction, discard=discard),
-        grace=ROLLBACK_SECONDS,
-        limit=ROLLBACK_SECONDS,
-    )
-    if not outcome.task.done():
-        outcome.task.cancel()
-        await shielded(asyncio.wait({outcome.task}), grace=IDLE_SECONDS, limit=IDLE_SECONDS)
+    work = session.run_sync(_roll_back_and_close, transaction, discard=discard)
+    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
+    if outcome.stop():
+        await _wait(outcome.task)
         logger.warning(
             "ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS
         )
-    elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
+    elif (trouble := outcome.trouble) is not None:
         logger.warning("closing %s failed (%s)", transaction.name, type(trouble).__name__)
     return cancelled or outcome.cancelled
 
@@ -333,14 +329,9 @@ async def _discard(unit: UnitOfWork[Any]) -> None:
     """Give up the connection of an unknown COMMIT: whatever arrives on it later must reach nobody else."""
     session = unit._session
     assert session is not None
-    outcome = await shielded(
-        session.run_sync(_roll_back_and_close, unit._transaction, discard=True),
-        grace=ROLLBACK_SECONDS,
-        limit=ROLLBACK_SECONDS,
-    )
-    if not outcome.task.done():
-        outcome.task.cancel()
-    elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
+    work = session.run_sync(_roll_back_and_close, unit._transaction, discard=True)
+    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
+    if not outcome.stop() and (trouble := outcome.trouble) is not None:
         logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
 
 

@@ -115,10 +115,8 @@ class Nested(Generic[S]):
             if savepoint.is_active or savepoint.session.get_nested_transaction() is savepoint:
                 savepoint.rollback()
 
-        outcome = await shielded(self._unit.session.run_sync(undo), grace=SAVEPOINT_SECONDS, limit=SAVEPOINT_SECONDS)
-        if not outcome.task.done():
-            outcome.task.cancel()
-        elif not outcome.task.cancelled() and (trouble := outcome.task.exception()) is not None:
+        outcome = await shielded(self._unit.session.run_sync(undo), limit=SAVEPOINT_SECONDS)
+        if not outcome.stop() and (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
             self._unit._transaction.damage.add(trouble, hard=True)
             logger.debug("rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__)

@@ -57,16 +57,14 @@ def settle(connection: Connection, cursor: Any) -> None:
     if work is None:
         return
     stopping = work(raw, connection, cursor)
-    outcome = await_only(shielded(stopping, grace=SETTLE_SECONDS, limit=SETTLE_SECONDS))
-    task = outcome.task
-    if not task.done():
-        task.cancel()
+    outcome = await_only(shielded(stopping, limit=SETTLE_SECONDS))
+    if outcome.stop():
         logger.warning(
             "a cancelled statement could not be stopped on the server within %s s; its locks last until it ends",
             SETTLE_SECONDS,
         )
-    elif not task.cancelled() and (error := task.exception()) is not None:
-        logger.debug("stopping a cancelled statement failed (%s); the connection is discarded", type(error).__name__)
+    elif (trouble := outcome.trouble) is not None:
+        logger.debug("stopping a cancelled statement failed (%s); the connection is discarded", type(trouble).__name__)
 
 
 def cut(connection: Connection | None) -> bool:

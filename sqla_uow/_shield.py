@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import sys
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -28,6 +29,15 @@ class Shielded(Generic[T]):
         self.task = task
         self.cancelled = cancelled
 
+    def stop(self) -> bool:
+        """Cancel the work if its time was up, and say whether it was."""
+        return not self.task.done() and self.task.cancel()
+
+    @property
+    def trouble(self) -> BaseException | None:
+        """What the work raised; None too where it was cancelled, or has not ended."""
+        return self.task.exception() if self.task.done() and not self.task.cancelled() else None
+
 
 def _anyio_shield() -> contextlib.AbstractContextManager[object]:
     anyio = sys.modules.get("anyio")
@@ -37,36 +47,35 @@ def _anyio_shield() -> contextlib.AbstractContextManager[object]:
     return shield
 
 
-async def shielded(work: Coroutine[Any, Any, T], *, grace: float, limit: float | None = None) -> Shielded[T]:
+async def shielded(work: Coroutine[Any, Any, T], *, grace: float = math.inf, limit: float = math.inf) -> Shielded[T]:
     """Run `work` in a task of its own and wait for it.
 
     Args:
         work: the coroutine; it is not cancelled before its time is up.
         grace: seconds it may still take once the caller has been cancelled.
-        limit: seconds it may take in any case; None is no limit.
+        limit: seconds it may take in any case.
     """
     loop = asyncio.get_running_loop()
     task = loop.create_task(work)
-    until = None if limit is None else loop.time() + limit
+    until = loop.time() + limit
     first: asyncio.CancelledError | None = None
     with _anyio_shield():
         while not task.done():
-            left = None if until is None else until - loop.time()
-            if left is not None and left <= 0:
+            left = until - loop.time()
+            if left <= 0:
                 break
             try:
                 await _over(task, loop, left)
             except asyncio.CancelledError as error:
                 if first is None:
                     first = error
-                    patience = loop.time() + grace
-                    until = patience if until is None else min(until, patience)
+                    until = min(until, loop.time() + grace)
     if first is None:
         first = await _pending_cancellation()
     return Shielded(task, first)
 
 
-async def _over(task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float | None) -> None:
+async def _over(task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float) -> None:
     """Wait for the task, at most so long; what `asyncio.wait` does, at two thirds of its price, for every COMMIT."""
     waiter = loop.create_future()
 
@@ -75,7 +84,7 @@ async def _over(task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, second
             waiter.set_result(None)
 
     task.add_done_callback(wake)
-    timer = None if seconds is None else loop.call_later(seconds, wake)
+    timer = None if seconds == math.inf else loop.call_later(seconds, wake)
     try:
         await waiter
     finally:
