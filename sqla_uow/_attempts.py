@@ -40,7 +40,7 @@ def _of(failure: Failure) -> str:
 
 
 class Attempts(Generic[S]):
-    """``async for attempt in ...: async with attempt as unit``: as many runs as the retries allow, or one that commits."""
+    """As many runs as the retries allow, or one that commits: `next` as long as there are `more`."""
 
     __slots__ = (
         "attempt", "deadline", "enclosing", "function", "gate",
@@ -66,17 +66,6 @@ class Attempts(Generic[S]):
         self.function = function or options  # whose calls take turns with this one
         self.gate: Gate | None = None
 
-    def __aiter__(self) -> Attempts[S]:
-        return self
-
-    def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:
-        return self._next()
-
-    async def _next(self) -> Attempt[S]:
-        if not self.more:
-            raise StopAsyncIteration
-        return self.next()
-
     def next(self) -> Attempt[S]:
         """Return the next attempt; the caller knows that there is one."""
         self.more = False
@@ -97,14 +86,18 @@ class Attempts(Generic[S]):
     def elapsed(self) -> float:
         return self.policy.clock() - self.started
 
-    def will_go_on(self, frame: FrameType | None) -> bool:  # noqa: ARG002  # the decorator's own loop always does
+    def will_go_on(self, frame: FrameType) -> bool:  # noqa: ARG002  # the decorator's own loop always does
         """Say whether the frame that leaves the attempt will ask for the next one."""
         return True
 
-    async def go_on(
-        self, failure: Failure, error: BaseException, frame: FrameType | None, *, is_last: bool = False
-    ) -> None:
+    async def go_on(self, failure: Failure, error: Exception, frame: FrameType, *, is_last: bool) -> None:
         """Wait before the next attempt.
+
+        Args:
+            failure: what the last one met.
+            error: what it raised.
+            frame: that leaves it.
+            is_last: somebody has said that it was the last.
 
         Raises:
             ConflictError: there is none.
@@ -166,7 +159,7 @@ class Attempts(Generic[S]):
 
 
 class LoopedAttempts(Attempts[S]):
-    """The attempts of a loop that somebody else wrote, and may leave by ``break`` or ``return``."""
+    """``async for attempt in ...: async with attempt as unit``: a loop that may be left by ``break`` or ``return``."""
 
     __slots__ = ("_loop",)
 
@@ -174,11 +167,19 @@ class LoopedAttempts(Attempts[S]):
         super().__init__(manager, options, function)
         self._loop: Loop | None = None
 
+    def __aiter__(self) -> LoopedAttempts[S]:
+        return self
+
     def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:  # no coroutine function: its caller's frame is the loop's
         if self.more:
             self._loop = loop_of(sys._getframe(1)) if self.retries else None
-        return super().__anext__()
+        return self._next()
 
-    def will_go_on(self, frame: FrameType | None) -> bool:
+    async def _next(self) -> Attempt[S]:
+        if not self.more:
+            raise StopAsyncIteration
+        return self.next()
+
+    def will_go_on(self, frame: FrameType) -> bool:
         """Say whether the end of the block leads back to the loop; if not, nothing may be swallowed."""
         return leads_back(frame, self._loop)

@@ -34,13 +34,13 @@ def loop_of(frame: FrameType) -> Loop | None:
     return Loop(id(frame), instruction.offset)
 
 
-def leads_back(frame: FrameType | None, loop: Loop | None) -> bool:
+def leads_back(frame: FrameType, loop: Loop | None) -> bool:
     """Say whether `frame`, once the ``__aexit__`` it awaits has kept an error, is sure to come to the top of `loop`.
 
     False also where that cannot be told: the block stands in another function than the loop, in an `AsyncExitStack`,
     in code of another compiler.
     """
-    if frame is None or loop is None or id(frame) != loop.frame:
+    if loop is None or id(frame) != loop.frame:
         return False
     return _leads_back(frame.f_code, frame.f_lasti, loop.top)
 
