@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from sqla_uow._tasks import running_task
 from sqla_uow.errors import UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -85,10 +86,7 @@ _running: WeakKeyDictionary[asyncio.Task[Any], list[Hook]] = WeakKeyDictionary()
 
 def being_run() -> list[Hook] | None:
     """Return the hooks that this task is running, to which a hook may add."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # a thread without an event loop
-        return None
+    task = running_task()
     return None if task is None else _running.get(task)
 
 

@@ -15,6 +15,8 @@ from sqla_uow.typing import IsolationLevel, Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqla_uow._hooks import Hooks
+
 __all__ = ["UnitOfWork"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
@@ -123,7 +125,7 @@ class UnitOfWork(Generic[S]):
             quiet=self._transaction.joined == 0,
         )  # fmt: skip
 
-    def _open_hooks(self) -> Any:
+    def _open_hooks(self) -> Hooks:
         if self._final is not None:
             raise NoUnitError(f"{self._transaction.name} has ended; register hooks while it is open")
         return self._transaction.hooks
