@@ -16,6 +16,7 @@ from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._context import UnitPlace
 from sqla_uow._ending import Ended, commit, prepare, roll_back
 from sqla_uow._tasks import pop, push
+from sqla_uow._transaction import Transaction
 from sqla_uow._unit import UnitOfWork
 from sqla_uow.errors import (
     AfterCommitError,
@@ -90,8 +91,9 @@ class Attempt(Generic[S]):
     async def _begin(self) -> UnitOfWork[S]:
         attempts, options = self._attempts, self._attempts.options
         manager = attempts.manager
-        transaction = manager._transaction(
+        transaction = Transaction(
             options.who,
+            manager._database,
             isolation=options.isolation or manager.isolation,
             read_only=options.read_only,
             deadline=attempts.deadline,

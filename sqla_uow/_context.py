@@ -11,12 +11,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow._ending import COMMIT_SECONDS, failure_of, roll_back
 from sqla_uow._hooks import Hook, being_run
-from sqla_uow._session import changed_object
+from sqla_uow._session import refuse_changes
 from sqla_uow._shield import shielded
 from sqla_uow._tasks import Place, check_loop, current_places, pop, push
-from sqla_uow._transaction import Phase, Transaction, describe
+from sqla_uow._transaction import Phase, Transaction
 from sqla_uow._unit import UnitOfWork
-from sqla_uow.errors import NoManagerError, NoUnitError, PropagationError, ReadOnlyError
+from sqla_uow.errors import NoManagerError, NoUnitError, PropagationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,11 +118,22 @@ class Scope:
         if reader is not None and reader._transaction.phase is Phase.ENDED:
             reader = None
         if reader is None:
-            transaction = self.manager._transaction(_READER, read_only=True, scope_read=True)
-            reader = self.reader = UnitOfWork(transaction)
+            reader = self.reader = UnitOfWork(self._read_transaction())
         else:
             reader._transaction.owner.check()
         return reader
+
+    def _read_transaction(self) -> Transaction:
+        manager = self.manager
+        return Transaction(
+            _READER,
+            manager._database,
+            isolation=manager.isolation,
+            read_only=True,
+            deadline=None,
+            clock=manager.retry.clock,
+            scope_read=True,
+        )
 
     def refuse_unsaved(self) -> None:
         """Raise if an object of the read session was changed: nothing would ever write it.
@@ -131,11 +142,8 @@ class Scope:
             ReadOnlyError: naming the object and the cures.
         """
         reader = self.reader
-        if reader is None or reader._session is None:
-            return
-        changed = changed_object(reader._session.sync_session)
-        if changed is not None:
-            raise ReadOnlyError(reader._transaction.read_only_message(f"{describe(changed)} was changed"))
+        if reader is not None and reader._session is not None:
+            refuse_changes(reader._session.sync_session, reader._transaction)
 
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
@@ -337,11 +345,10 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
         TaskBoundaryError: another live task uses it, or this is a worker thread.
     """
     place = _place(using)
-    if place is None:
-        if isinstance(using, str):
-            locate(using, "current_unit()")
-        raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
-    return place.unit()
+    if place is not None:
+        return place.unit()
+    locate(using, "current_unit()")  # which raises for a name
+    raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
 
 
 def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> AsyncSession:

@@ -19,19 +19,17 @@ from sqla_uow._joining import Joined, Nested, join
 from sqla_uow._options import Options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._retry import RetryPolicy
 from sqla_uow._tasks import pop, push
-from sqla_uow._transaction import Transaction
 from sqla_uow._verify import Notary, Witness
 from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Callable
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
-    from sqlalchemy.orm import InstanceState
-
     from sqla_uow._attempt import Attempt
     from sqla_uow._context import Scope
+    from sqla_uow._transaction import Transaction
     from sqla_uow._unit import UnitOfWork
     from sqla_uow.typing import Contention, IsolationLevel, Propagation
 
@@ -230,30 +228,6 @@ class UnitOfWorkManager(Generic[S]):
                 "call it after the outer one, or drop propagation='durable'"
             )
         return unit if propagation == "mandatory" else None
-
-    def _transaction(
-        self,
-        who: str,
-        *,
-        isolation: IsolationLevel | None = None,
-        read_only: bool = False,
-        deadline: float | None = None,
-        clock: Callable[[], float] | None = None,
-        tainted: WeakKeyDictionary[InstanceState[Any], str] | None = None,
-        enclosing: Iterable[Transaction] = (),
-        scope_read: bool = False,
-    ) -> Transaction:
-        return Transaction(
-            who,
-            self._database,
-            isolation=isolation or self._isolation,
-            read_only=read_only,
-            deadline=deadline,
-            clock=clock or self._retry.clock,
-            tainted=tainted,
-            enclosing=enclosing,
-            scope_read=scope_read,
-        )
 
     def _witness(self, transaction: Transaction) -> Witness | None:
         """Return what can settle this transaction's COMMIT, if it may need any."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
-__all__ = ["UnitEngine", "UnitSession", "changed_object", "has_changes", "install", "unit_session_class"]
+__all__ = ["UnitEngine", "UnitSession", "has_changes", "install", "refuse_changes", "unit_session_class"]
 
 
 class UnitConnection(Connection):
@@ -87,7 +87,7 @@ class UnitEngine(OptionEngine):
 
 
 def _take_turn(transaction: Transaction) -> None:
-    turns = transaction.database.turns() if transaction.database.family == "sqlite" else None
+    turns = transaction.database.turns()
     if turns is not None and (turns.everyone or not transaction.read_only):
         await_only(turns.take(transaction, transaction.enclosing))
 
@@ -138,7 +138,7 @@ class UnitSession(Session):
         try:
             transaction.check_usable()
             if transaction.read_only:
-                self._refuse_changes(transaction)
+                refuse_changes(self, transaction)
         except UnitOfWorkError as error:
             transaction.damage.add(error)
             raise
@@ -152,11 +152,6 @@ class UnitSession(Session):
             transaction.owner.let_go(before)
         if transaction.versions is not None:
             transaction.versions.flushed()
-
-    def _refuse_changes(self, transaction: Transaction) -> None:
-        changed = changed_object(self)
-        if changed is not None:
-            raise ReadOnlyError(transaction.read_only_message(f"{describe(changed)} was changed"))
 
     def commit(self) -> None:
         """Refuse: the unit commits at its end."""
@@ -225,7 +220,18 @@ def has_changes(session: Session) -> bool:
     return not session._is_clean()
 
 
-def changed_object(session: Session) -> object | None:
+def refuse_changes(session: Session, transaction: Transaction) -> None:
+    """Raise if an object of a session that is for reading was changed.
+
+    Raises:
+        ReadOnlyError: naming the object and the cures.
+    """
+    changed = _changed_object(session)
+    if changed is not None:
+        raise ReadOnlyError(transaction.read_only_message(f"{describe(changed)} was changed"))
+
+
+def _changed_object(session: Session) -> object | None:
     """Return one object that a flush would write, or None."""
     pending: list[object] = [*session.new, *session.deleted]
     if pending:

@@ -29,7 +29,7 @@ from sqla_uow.errors import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from weakref import WeakKeyDictionary
 
     from greenlet import greenlet
@@ -122,7 +122,7 @@ class Transaction:
         deadline: float | None,
         clock: Callable[[], float],
         tainted: WeakKeyDictionary[InstanceState[Any], str] | None = None,
-        enclosing: Iterable[Transaction] = (),
+        enclosing: tuple[Transaction, ...] = (),
         scope_read: bool = False,
     ) -> None:
         self.name: str = name
@@ -132,7 +132,7 @@ class Transaction:
         self.deadline: float | None = deadline
         self.clock: Callable[[], float] = clock
         self.tainted: WeakKeyDictionary[Any, str] | None = tainted
-        self.enclosing: Iterable[Transaction] = enclosing
+        self.enclosing: tuple[Transaction, ...] = enclosing
         self.scope_read: bool = scope_read
         self.hooks: Hooks = Hooks()
         self.damage: Damage = Damage(self.hooks)
@@ -287,9 +287,8 @@ class Transaction:
             try:
                 self._check_default(*self._required)
             except IsolationConflictError as error:
-                self.damage.add(
-                    error, hard=True
-                )  # it has begun: if this is swallowed, no other statement may run in it
+                # It has begun: if this is swallowed, no other statement may run in it.
+                self.damage.add(error, hard=True)
                 raise
 
     def before_statement(self, *, writes: bool) -> None:
