@@ -12,8 +12,9 @@ from sqlalchemy.pool import StaticPool
 from typing_extensions import TypeVar
 
 from sqla_uow._budget import Budget
+from sqla_uow._connection import UnitEngine, install
 from sqla_uow._isolation import engine_options, family_of
-from sqla_uow._session import UnitEngine, UnitSession, install, unit_session_class
+from sqla_uow._session import UnitSession, unit_session_class
 from sqla_uow._turns import Turns
 
 if TYPE_CHECKING:

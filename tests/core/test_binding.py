@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_uow import Status, UnitOfWorkManager, _session, errors
+from sqla_uow import Status, UnitOfWorkManager, _connection, errors
 from sqla_uow._transaction import Transaction
 from tests.models import Account
 
@@ -211,7 +211,7 @@ async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
                 await unit.session.execute(text("SELECT nonsense"))
         assert told == [unit._transaction]
         told.clear()
-    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is _session._reset]
+    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is _connection._reset]
     assert len(resets) == (1 if db.family == "sqlite" else 0)
 
 
@@ -224,7 +224,7 @@ async def test_no_pool_is_taken_for_an_earlier_one(db):
         for engine in engines:
             UnitOfWorkManager(engine)
             listeners = engine.sync_engine.pool.dispatch.reset
-            assert _session._reset in list(listeners)
+            assert _connection._reset in list(listeners)
             kept.append(listeners)  # these outlive their pools now and then; here always
         ids = {id(engine.sync_engine.pool) for engine in engines}
         if earlier & ids:
