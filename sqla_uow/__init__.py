@@ -27,10 +27,11 @@ The errors are in `sqla_uow.errors`.
 
 from sqla_uow import errors
 from sqla_uow._classify import is_retryable
-from sqla_uow._context import Scope, after_commit, after_rollback, before_commit, current_session, current_unit
+from sqla_uow._context import after_commit, after_rollback, before_commit, current_session, current_unit
 from sqla_uow._decorator import transactional
 from sqla_uow._manager import UnitOfWorkManager
 from sqla_uow._retry import RetryPolicy
+from sqla_uow._scope import Scope
 from sqla_uow._unit import UnitOfWork
 from sqla_uow.typing import IsolationLevel, Propagation, Status
 

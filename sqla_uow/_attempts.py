@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, Session
 
     from sqla_uow._contention import Gate
-    from sqla_uow._context import Scope
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._options import Options
+    from sqla_uow._scope import Scope
     from sqla_uow._transaction import Transaction
 
 __all__ = ["Attempts", "LoopedAttempts"]

@@ -12,12 +12,14 @@ from typing_extensions import TypeVar
 
 from sqla_uow._attempts import Attempts, LoopedAttempts
 from sqla_uow._contention import UNKNOWN, Gate
-from sqla_uow._context import ManagerPlace, ScopeContext, locate
+from sqla_uow._context import locate
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
 from sqla_uow._joining import Joined, Nested, join
 from sqla_uow._options import Options, check_name, check_policy, check_retries, check_timeout
+from sqla_uow._places import ManagerPlace
 from sqla_uow._retry import RetryPolicy
+from sqla_uow._scope import ScopeContext
 from sqla_uow._tasks import pop, push
 from sqla_uow._verify import Notary, Witness
 from sqla_uow.errors import PropagationError
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqla_uow._attempt import Attempt
-    from sqla_uow._context import Scope
+    from sqla_uow._scope import Scope
     from sqla_uow._transaction import Transaction
     from sqla_uow._unit import UnitOfWork
     from sqla_uow.typing import Contention, IsolationLevel, Propagation

@@ -1,0 +1,219 @@
+"""Scopes, and their read session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from sqla_uow._ending import COMMIT_SECONDS, failure_of, roll_back
+from sqla_uow._places import ManagerPlace
+from sqla_uow._session import refuse_changes
+from sqla_uow._shield import shielded
+from sqla_uow._tasks import check_loop, pop, push
+from sqla_uow._transaction import Phase, Transaction
+from sqla_uow._unit import UnitOfWork
+from sqla_uow.errors import NoUnitError, PropagationError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.orm import InstanceState, Session
+
+    from sqla_uow._manager import UnitOfWorkManager
+
+__all__ = ["Scope", "ScopeContext", "ScopePlace"]
+
+logger = logging.getLogger("sqla_uow")
+
+_READER = "the read session of this scope"
+
+
+class Scope:
+    """A request, a job or a test: outside any unit, `current_session()` is its read session.
+
+    The read session is a read-only unit that begins with its first SQL.  Before an outermost transactional function
+    begins, it gives way: its transaction is ended, so that the task never holds two connections, and its objects stay
+    readable.  After that function the next use begins a fresh one.
+    """
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        self.manager: UnitOfWorkManager[Any] = manager
+        self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
+        self.reader: UnitOfWork[Any] | None = None
+        self.place: ScopePlace | None = None
+        self._loop = asyncio.get_running_loop()
+        self._giving_way = asyncio.Lock()
+
+    def read_unit(self) -> UnitOfWork[Any]:
+        """Return the open read unit; make one where there is none."""
+        reader = self.reader
+        check_loop(_READER, self._loop)
+        if reader is not None and reader._transaction.phase is Phase.ENDED:
+            reader = None
+        if reader is None:
+            reader = self.reader = UnitOfWork(self._read_transaction())
+        else:
+            reader._transaction.owner.check()
+        return reader
+
+    def _read_transaction(self) -> Transaction:
+        manager = self.manager
+        return Transaction(
+            _READER,
+            manager._database,
+            isolation=manager.isolation,
+            read_only=True,
+            deadline=None,
+            clock=manager.retry.clock,
+            scope_read=True,
+        )
+
+    def refuse_unsaved(self) -> None:
+        """Raise if an object of the read session was changed: nothing would ever write it.
+
+        Raises:
+            ReadOnlyError: naming the object and the cures.
+        """
+        reader = self.reader
+        if reader is not None and reader._session is not None:
+            refuse_changes(reader._session.sync_session, reader._transaction)
+
+    async def give_way(self) -> None:
+        """End the read transaction, so that its connection is free; keep its objects attached and readable."""
+        async with self._giving_way:  # once for all units that sibling tasks begin: they do not use the read session
+            await self._give_way()
+
+    async def _give_way(self) -> None:
+        reader = self.reader
+        if reader is None or reader._transaction.phase in (Phase.YIELDED, Phase.ENDED):
+            return
+        transaction, session = reader._transaction, reader._session
+        transaction.owner.check()
+        self.refuse_unsaved()
+        if session is not None and transaction.connection is not None:
+            if transaction.damage.mark is not None:
+                await self.end_reading()
+                return
+            transaction.seal(Phase.COMMITTING)
+            # Shielded: cut off here, it could only be discarded, and SQLAlchemy would log an error for each.
+            outcome = await shielded(session.run_sync(_commit_reading, transaction), grace=COMMIT_SECONDS)
+            error = await failure_of(outcome.task, transaction)
+            if error is not None or outcome.cancelled is not None:
+                await self.end_reading()
+                if outcome.cancelled is not None:
+                    raise outcome.cancelled
+                if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError)):
+                    raise error
+                logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
+                return
+        transaction.phase = Phase.YIELDED
+        transaction.connection = None
+        transaction.engine = None
+        transaction.give_back_turn()
+
+    async def rest(self) -> None:
+        """End the reading before a wait whose end nobody knows; the next use begins afresh.
+
+        Nothing is done while another live task, but an ancestor of this one, uses the read session.
+
+        Raises:
+            ReadOnlyError: an object of it was changed: nothing would ever write it.
+        """
+        reader = self.reader
+        if reader is None or not reader._transaction.owner.is_free():
+            return
+        try:
+            self.refuse_unsaved()
+        finally:
+            await self.end_reading()
+
+    async def close(self) -> None:
+        """End the scope before its block does; whoever still sees it gets `NoUnitError`.
+
+        For where the rest of a block must not read any more: a web request whose response begins.  Transactional
+        functions go on to work, each with a unit of its own.  To close it again does nothing.
+
+        Raises:
+            ReadOnlyError: an object of the read session was changed: nothing would ever write it.  It is closed all the same.
+        """
+        if self.place is not None:
+            self.place.closed = True
+        try:
+            self.refuse_unsaved()
+        finally:
+            await self.end_reading()
+
+    async def end_what_gave_way(self) -> None:
+        """Close the read session that gave way; not one that was begun since, beside a unit in a child task."""
+        if self.reader is not None and self.reader._transaction.phase is Phase.YIELDED:
+            await self.end_reading()
+
+    async def end_reading(self) -> None:
+        """Close the read session; its objects are detached, and refused by later units of this scope."""
+        reader, self.reader = self.reader, None
+        if reader is None or reader._transaction.phase is Phase.ENDED:
+            return
+        if reader._session is not None:
+            reader._transaction.taint(reader._session.sync_session, self.tainted, "read")
+        ended = await roll_back(reader, None)
+        if ended.error is not None:  # cancelled meanwhile
+            raise ended.error
+
+
+def _commit_reading(session: Session, transaction: Transaction) -> None:
+    """Commit, not roll back: a rollback expires the objects, and reading them would need the connection."""
+    transaction.end_here(Phase.COMMITTING)
+    session.commit()
+
+
+class ScopePlace(ManagerPlace):
+    """A scope is open here."""
+
+    __slots__ = ("scope",)
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope.manager)
+        self.scope: Scope = scope
+
+    def unit(self) -> UnitOfWork[Any]:
+        if self.closed:
+            raise NoUnitError(
+                "the scope that was open here has ended; in a task that outlives it, or a background task, "
+                "call a @transactional function, which opens its own unit"
+            )
+        return self.scope.read_unit()
+
+
+class ScopeContext:
+    """``async with manager.scope()``."""
+
+    __slots__ = ("_manager", "_place")
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        self._manager = manager
+        self._place: ScopePlace | None = None
+
+    async def __aenter__(self) -> Scope:
+        if self._place is not None:
+            raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
+        scope = Scope(self._manager)
+        self._place = scope.place = ScopePlace(scope)
+        push(self._place)
+        return scope
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._place is not None
+        scope = self._place.scope
+        scope.place = None
+        pop(self._place)
+        try:
+            if error is None:
+                scope.refuse_unsaved()
+        finally:
+            await scope.end_reading()
