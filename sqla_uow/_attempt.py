@@ -13,8 +13,9 @@ from sqlalchemy.orm.exc import StaleDataError
 from typing_extensions import TypeVar
 
 from sqla_uow._classify import Failure, Kind, chain, classify
-from sqla_uow._ending import Ended, commit, prepare, roll_back
+from sqla_uow._commit import commit, prepare
 from sqla_uow._places import UnitPlace
+from sqla_uow._rollback import Ended, roll_back
 from sqla_uow._tasks import pop, push
 from sqla_uow._transaction import Transaction
 from sqla_uow._unit import UnitOfWork

@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sqla_uow._ending import COMMIT_SECONDS, failure_of, roll_back
+from sqla_uow._commit import COMMIT_SECONDS, failure_of
 from sqla_uow._places import ManagerPlace
+from sqla_uow._rollback import roll_back
 from sqla_uow._session import refuse_changes
 from sqla_uow._shield import shielded
 from sqla_uow._tasks import check_loop, pop, push

@@ -1,6 +1,6 @@
 """One physical transaction: its phase, its owner, its damage, and the rules that SQLAlchemy's events are held to.
 
-Synchronous throughout: `_session` calls in from inside SQLAlchemy, `_ending` finishes it.
+Synchronous throughout: `_session` and `_connection` call in from inside SQLAlchemy, `_commit` and `_rollback` finish it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The end of a unit: prepare, COMMIT or ROLLBACK, close.
+"""The end of a unit that succeeds: prepare, COMMIT, close, hooks; and what an answer that never came means.
 
 From the moment COMMIT is handed over until the connection is back, the work runs in a task of its own under a shield,
 because a cancellation there would leave an outcome that nobody knows.
@@ -9,14 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._classify import Failure, Kind, classify
-from sqla_uow._hooks import Hook, run_best_effort, run_collecting
+from sqla_uow._hooks import Hook, run_collecting
+from sqla_uow._rollback import (
+    HOOK_SECONDS,
+    Ended,
+    close_unused,
+    discard_connection,
+    noted,
+    release,
+    remember_objects,
+    roll_back,
+    run_rollback_hooks,
+    wait_briefly,
+)
 from sqla_uow._session import has_changes
-from sqla_uow._settle import cut, settle
+from sqla_uow._settle import cut
 from sqla_uow._shield import Shielded, shielded
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
@@ -30,27 +42,14 @@ if TYPE_CHECKING:
     from sqla_uow._unit import UnitOfWork
     from sqla_uow._verify import Witness
 
-__all__ = ["COMMIT_SECONDS", "Ended", "commit", "failure_of", "prepare", "roll_back"]
+__all__ = ["COMMIT_SECONDS", "commit", "failure_of", "prepare"]
 
 logger = logging.getLogger("sqla_uow")
 
 COMMIT_SECONDS = 10.0
 """How long a COMMIT may still take after its caller was cancelled; then its outcome is called ambiguous."""
-ROLLBACK_SECONDS = 10.0
-"""How long a ROLLBACK may take; then the connection is discarded, which rolls back too."""
-IDLE_SECONDS = 5.0
-"""How long the end of a unit waits for a statement that another task has in flight."""
-HOOK_SECONDS = 10.0
-"""How long the hooks may still take after their caller was cancelled."""
 # The server has ended these before COMMIT reached it: it was idle in the transaction (PostgreSQL).
 _ENDED_BEFORE = frozenset({"25P03", "25P04"})
-
-
-class Ended(NamedTuple):
-    """How a unit ended: the error to raise, if any, and what the database said, if that is why."""
-
-    error: BaseException | None = None
-    failure: Failure | None = None
 
 
 async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> None:
@@ -82,7 +81,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     """
     transaction, session = unit._transaction, unit._session
     if session is None or transaction.connection is None:
-        _close_unused(unit)
+        close_unused(unit)
         return await _committed(unit, None)
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
     work = session.run_sync(_commit_and_close, transaction, witness)
@@ -90,7 +89,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await failure_of(outcome.task, transaction)
     if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
-        await _discard(unit)
+        await discard_connection(unit)
         error = None
     failure = None if error is None else _failure_at_commit(transaction, error)
     if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
@@ -108,19 +107,12 @@ async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> Base
         return task.exception()
     if not cut(transaction.connection):
         task.cancel("the time for COMMIT is up")
-    await _wait(task)
+    await wait_briefly(task)
     if not task.done():
         return TimeoutError("COMMIT was not answered in time, and could not be stopped either")
     if not task.cancelled() and task.exception() is None:
         return None
     return TimeoutError("COMMIT was not answered in time")
-
-
-async def _wait(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for what should be over soon; return the cancellation meanwhile."""
-    waited = await shielded(asyncio.wait({future}), limit=IDLE_SECONDS)
-    waited.stop()
-    return waited.cancelled
 
 
 def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
@@ -168,8 +160,8 @@ async def _ambiguous(
 ) -> Ended:
     transaction = unit._transaction
     verdict: bool | None = None
-    _remember(unit)
-    await _discard(unit)
+    remember_objects(unit)
+    await discard_connection(unit)
     if witness is not None and witness.signed and cancelled is None:
         asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
@@ -180,10 +172,10 @@ async def _ambiguous(
         ended = await roll_back(unit, cancelled or error, Failure(Kind.LOST, None, error))
         return ended if cancelled is None else Ended(cancelled)
     unit._final = Status.AMBIGUOUS
-    _release(transaction)
+    release(transaction)
     logger.error("COMMIT of %s was sent and its answer is unknown", transaction.name)
     if cancelled is not None:
-        return Ended(_noted(cancelled, unit))
+        return Ended(noted(cancelled, unit))
     ambiguous = AmbiguousCommitError(
         f"COMMIT of {transaction.name} was sent and its answer is unknown; look in the database whether the work is there "
         "before doing it again, or let ambiguous_commit='verify' look",
@@ -206,7 +198,7 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     """Note the outcome, free everything, run the hooks."""
     transaction = unit._transaction
     unit._final = Status.COMMITTED
-    _release(transaction, committed=True)
+    release(transaction, committed=True)
     failures: list[Exception] = []
     hooks = transaction.hooks
     if hooks.after_commit:
@@ -217,12 +209,12 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
         failures = _hook_failures(outcome, transaction.name)
     if hooks.undone:
         hooks.after_rollback.clear()
-        after = await shielded(run_best_effort(hooks.due_after_rollback()), grace=HOOK_SECONDS)
-        cancelled = cancelled or after.cancelled
+        meanwhile = await run_rollback_hooks(transaction)
+        cancelled = cancelled or meanwhile
     if cancelled is not None:
         for failure in failures:
             logger.error("after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure)
-        return Ended(_noted(cancelled, unit))
+        return Ended(noted(cancelled, unit))
     if failures:
         plural = "hook" if len(failures) == 1 else "hooks"
         return Ended(
@@ -240,129 +232,3 @@ def _hook_failures(outcome: Shielded[list[Exception]], name: str) -> list[Except
         logger.error("after_commit hooks of %s took more than %s s after a cancellation; stopped", name, HOOK_SECONDS)
         return []
     return [] if outcome.task.cancelled() else outcome.task.result()
-
-
-async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure: Failure | None = None) -> Ended:
-    """Roll back and close; never raises, and never replaces `error` by trouble of its own.
-
-    Args:
-        unit: its place is closed.
-        error: why; None where the owner asked for it.
-        failure: what the database said at COMMIT.
-    """
-    transaction, session = unit._transaction, unit._session
-    transaction.seal(Phase.ENDING)  # before the wait, or a sibling would send its next statement
-    _remember(unit)
-    cancelled: asyncio.CancelledError | None = None
-    if session is None or (transaction.connection is None and transaction.owner.busy() is None):
-        _close_unused(unit)
-    else:
-        cancelled = await _stop_and_roll_back(unit)
-    unit._final = unit._final or Status.ROLLED_BACK
-    _release(transaction)
-    if due := transaction.hooks.due_after_rollback():
-        outcome = await shielded(run_best_effort(due), grace=HOOK_SECONDS)
-        cancelled = cancelled or outcome.cancelled
-    if cancelled is not None and not isinstance(error, asyncio.CancelledError):
-        if error is not None:
-            cancelled.__context__ = error
-        error, failure = cancelled, None
-    if isinstance(error, asyncio.CancelledError) and not transaction.scope_read:  # a read session has no outcome
-        _noted(error, unit)
-    return Ended(error, failure)
-
-
-async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError | None:
-    transaction, session = unit._transaction, unit._session
-    assert session is not None
-    cancelled: asyncio.CancelledError | None = None
-    idle = transaction.owner.busy_elsewhere()
-    discard = False
-    if idle is not None:
-        # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
-        cancelled = await _wait(idle)
-        if not idle.done():
-            cut(transaction.connection)
-            await _wait(idle)
-            discard = True
-    work = session.run_sync(_roll_back_and_close, transaction, discard=discard)
-    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
-    if outcome.stop():
-        await _wait(outcome.task)
-        logger.warning(
-            "ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS
-        )
-    elif (trouble := outcome.trouble) is not None:
-        logger.warning("closing %s failed (%s)", transaction.name, type(trouble).__name__)
-    return cancelled or outcome.cancelled
-
-
-def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
-    # A read session has nothing to undo, and a rollback would expire what was read in it.
-    keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
-    transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
-    connection = transaction.connection
-    try:
-        if not discard:
-            if keeps:
-                session.commit()
-                transaction.end_here(Phase.ENDING)
-            # Explicitly: close() alone hands an open transaction to the pool if a refused COMMIT ended SQLAlchemy's own.
-            session.rollback()
-            if connection is not None and not connection.closed and connection.in_transaction():
-                connection.rollback()
-    except Exception as error:
-        logger.warning(
-            "ROLLBACK of %s failed (%s); its connection is discarded", transaction.name, type(error).__name__
-        )
-        discard = True
-    try:
-        if discard and connection is not None and not connection.closed:
-            if transaction.owner.busy() is not None:  # it would go on without us, with its locks
-                settle(connection, None)
-            connection.invalidate()
-    finally:
-        session.close()
-
-
-async def _discard(unit: UnitOfWork[Any]) -> None:
-    """Give up the connection of an unknown COMMIT: whatever arrives on it later must reach nobody else."""
-    session = unit._session
-    assert session is not None
-    work = session.run_sync(_roll_back_and_close, unit._transaction, discard=True)
-    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
-    if not outcome.stop() and (trouble := outcome.trouble) is not None:
-        logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
-
-
-def _remember(unit: UnitOfWork[Any]) -> None:
-    """Let the attempts look at the session's objects; a rollback, and closing, let go of them."""
-    transaction, session = unit._transaction, unit._session
-    on_rollback, transaction.on_rollback = transaction.on_rollback, None
-    if on_rollback is not None and session is not None:
-        on_rollback(transaction, session.sync_session)
-
-
-def _close_unused(unit: UnitOfWork[Any]) -> None:
-    """Close a session that holds no connection: nothing is sent, so nothing has to be awaited."""
-    unit._transaction.end_here(Phase.ENDING)
-    if unit._session is not None:
-        unit._session.sync_session.close()
-
-
-def _release(transaction: Transaction, *, committed: bool = False) -> None:
-    if transaction.slot is not None:  # before the hooks: one may call the same function
-        transaction.slot.free(committed=committed)
-    transaction.give_back_turn()
-    transaction.phase = Phase.ENDED
-    transaction.closer = None
-    transaction.connection = None
-    transaction.engine = None
-    transaction.enclosing = ()
-    transaction.owner.release()
-
-
-def _noted(cancelled: asyncio.CancelledError, unit: UnitOfWork[Any]) -> asyncio.CancelledError:
-    status = "unknown" if unit.status is Status.AMBIGUOUS else unit.status.value
-    cancelled.add_note(f"sqla_uow: cancelled; the outcome of {unit._transaction.name} is: {status}")
-    return cancelled

@@ -1,0 +1,195 @@
+"""The end of a unit that fails, and what each end has to let go of.
+
+Nothing here replaces the error that a unit fails with: trouble in ROLLBACK is logged, and costs the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqla_uow._hooks import run_best_effort
+from sqla_uow._session import has_changes
+from sqla_uow._settle import cut, settle
+from sqla_uow._shield import shielded
+from sqla_uow._transaction import Phase, Transaction
+from sqla_uow.typing import Status
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from sqla_uow._classify import Failure
+    from sqla_uow._unit import UnitOfWork
+
+__all__ = [
+    "HOOK_SECONDS",
+    "Ended",
+    "close_unused",
+    "discard_connection",
+    "noted",
+    "release",
+    "remember_objects",
+    "roll_back",
+    "run_rollback_hooks",
+    "wait_briefly",
+]
+
+logger = logging.getLogger("sqla_uow")
+
+ROLLBACK_SECONDS = 10.0
+"""How long a ROLLBACK may take; then the connection is discarded, which rolls back too."""
+IDLE_SECONDS = 5.0
+"""How long the end of a unit waits for a statement that another task has in flight."""
+HOOK_SECONDS = 10.0
+"""How long the hooks may still take after their caller was cancelled."""
+
+
+class Ended(NamedTuple):
+    """How a unit ended: the error to raise, if any, and what the database said, if that is why."""
+
+    error: BaseException | None = None
+    failure: Failure | None = None
+
+
+async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure: Failure | None = None) -> Ended:
+    """Roll back and close; never raises, and never replaces `error` by trouble of its own.
+
+    Args:
+        unit: its place is closed.
+        error: why; None where the owner asked for it.
+        failure: what the database said at COMMIT.
+    """
+    transaction, session = unit._transaction, unit._session
+    transaction.seal(Phase.ENDING)  # before the wait, or a sibling would send its next statement
+    remember_objects(unit)
+    cancelled: asyncio.CancelledError | None = None
+    if session is None or (transaction.connection is None and transaction.owner.busy() is None):
+        close_unused(unit)
+    else:
+        cancelled = await _stop_and_roll_back(unit)
+    unit._final = Status.ROLLED_BACK
+    release(transaction)
+    meanwhile = await run_rollback_hooks(transaction)
+    cancelled = cancelled or meanwhile
+    if cancelled is not None and not isinstance(error, asyncio.CancelledError):
+        if error is not None:
+            cancelled.__context__ = error
+        error, failure = cancelled, None
+    if isinstance(error, asyncio.CancelledError) and not transaction.scope_read:  # a read session has no outcome
+        noted(error, unit)
+    return Ended(error, failure)
+
+
+async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError | None:
+    transaction, session = unit._transaction, unit._session
+    assert session is not None
+    cancelled: asyncio.CancelledError | None = None
+    idle = transaction.owner.busy_elsewhere()
+    discard = False
+    if idle is not None:
+        # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
+        cancelled = await wait_briefly(idle)
+        if not idle.done():
+            cut(transaction.connection)
+            await wait_briefly(idle)
+            discard = True
+    work = session.run_sync(_roll_back_and_close, transaction, discard=discard)
+    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
+    if outcome.stop():
+        await wait_briefly(outcome.task)
+        logger.warning(
+            "ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS
+        )
+    elif (trouble := outcome.trouble) is not None:
+        logger.warning("closing %s failed (%s)", transaction.name, type(trouble).__name__)
+    return cancelled or outcome.cancelled
+
+
+async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait for what should be over soon; return the cancellation meanwhile."""
+    waited = await shielded(asyncio.wait({future}), limit=IDLE_SECONDS)
+    waited.stop()
+    return waited.cancelled
+
+
+def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
+    # A read session has nothing to undo, and a rollback would expire what was read in it.
+    keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
+    transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
+    connection = transaction.connection
+    try:
+        if not discard:
+            if keeps:
+                session.commit()
+                transaction.end_here(Phase.ENDING)
+            # Explicitly: close() alone hands an open transaction to the pool if a refused COMMIT ended SQLAlchemy's own.
+            session.rollback()
+            if connection is not None and not connection.closed and connection.in_transaction():
+                connection.rollback()
+    except Exception as error:
+        logger.warning(
+            "ROLLBACK of %s failed (%s); its connection is discarded", transaction.name, type(error).__name__
+        )
+        discard = True
+    try:
+        if discard and connection is not None and not connection.closed:
+            if transaction.owner.busy() is not None:  # it would go on without us, with its locks
+                settle(connection, None)
+            connection.invalidate()
+    finally:
+        session.close()
+
+
+async def discard_connection(unit: UnitOfWork[Any]) -> None:
+    """Give up the connection of an unknown COMMIT: whatever arrives on it later must reach nobody else."""
+    session = unit._session
+    assert session is not None
+    work = session.run_sync(_roll_back_and_close, unit._transaction, discard=True)
+    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
+    if not outcome.stop() and (trouble := outcome.trouble) is not None:
+        logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
+
+
+async def run_rollback_hooks(transaction: Transaction) -> asyncio.CancelledError | None:
+    """Run the hooks of what was rolled back; return the cancellation meanwhile."""
+    due = transaction.hooks.due_after_rollback()
+    if not due:
+        return None
+    outcome = await shielded(run_best_effort(due), grace=HOOK_SECONDS)
+    return outcome.cancelled
+
+
+def remember_objects(unit: UnitOfWork[Any]) -> None:
+    """Let the attempts look at the session's objects; a rollback, and closing, let go of them."""
+    transaction, session = unit._transaction, unit._session
+    on_rollback, transaction.on_rollback = transaction.on_rollback, None
+    if on_rollback is not None and session is not None:
+        on_rollback(transaction, session.sync_session)
+
+
+def close_unused(unit: UnitOfWork[Any]) -> None:
+    """Close a session that holds no connection: nothing is sent, so nothing has to be awaited."""
+    unit._transaction.end_here(Phase.ENDING)
+    if unit._session is not None:
+        unit._session.sync_session.close()
+
+
+def release(transaction: Transaction, *, committed: bool = False) -> None:
+    """Let others run, and keep nothing alive by a unit that has ended."""
+    if transaction.slot is not None:  # before the hooks: one may call the same function
+        transaction.slot.free(committed=committed)
+    transaction.give_back_turn()
+    transaction.phase = Phase.ENDED
+    transaction.closer = None
+    transaction.connection = None
+    transaction.engine = None
+    transaction.enclosing = ()
+    transaction.owner.release()
+
+
+def noted(cancelled: asyncio.CancelledError, unit: UnitOfWork[Any]) -> asyncio.CancelledError:
+    """Return the cancellation with the outcome as a note on it."""
+    status = "unknown" if unit.status is Status.AMBIGUOUS else unit.status.value
+    cancelled.add_note(f"sqla_uow: cancelled; the outcome of {unit._transaction.name} is: {status}")
+    return cancelled
