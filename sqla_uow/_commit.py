@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._classify import Failure, Kind, classify
-from sqla_uow._hooks import Hook, run_collecting
+from sqla_uow._hooks import Hook, run_after_commit, run_after_rollback
 from sqla_uow._rollback import (
-    HOOK_SECONDS,
     Ended,
     close_unused,
     discard_connection,
@@ -24,7 +23,6 @@ from sqla_uow._rollback import (
     release,
     remember_objects,
     roll_back,
-    run_rollback_hooks,
     wait_briefly,
 )
 from sqla_uow._session import has_changes
@@ -186,12 +184,11 @@ async def _ambiguous(
 
 
 def _verdict(asked: Shielded[bool | None]) -> bool | None:
-    if asked.stop() or asked.task.cancelled():
-        return None
+    asked.stop()
     if (trouble := asked.trouble) is not None:
         logger.warning("the outcome of a COMMIT could not be verified (%s)", type(trouble).__name__)
         return None
-    return asked.task.result()
+    return asked.task.result() if asked.finished else None
 
 
 async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | None) -> Ended:
@@ -202,15 +199,10 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     failures: list[Exception] = []
     hooks = transaction.hooks
     if hooks.after_commit:
-        # Once the caller is cancelled the hooks have a bound of their own, from now on.
-        limit = math.inf if cancelled is None else HOOK_SECONDS
-        outcome = await shielded(run_collecting(hooks.after_commit), grace=HOOK_SECONDS, limit=limit)
-        cancelled = cancelled or outcome.cancelled
-        failures = _hook_failures(outcome, transaction.name)
+        failures, cancelled = await run_after_commit(hooks, transaction.name, cancelled)
     if hooks.undone:
         hooks.after_rollback.clear()
-        meanwhile = await run_rollback_hooks(transaction)
-        cancelled = cancelled or meanwhile
+        cancelled = await run_after_rollback(hooks, transaction.name, cancelled)
     if cancelled is not None:
         for failure in failures:
             logger.error("after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure)
@@ -225,10 +217,3 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
             )
         )
     return Ended()
-
-
-def _hook_failures(outcome: Shielded[list[Exception]], name: str) -> list[Exception]:
-    if outcome.stop():
-        logger.error("after_commit hooks of %s took more than %s s after a cancellation; stopped", name, HOOK_SECONDS)
-        return []
-    return [] if outcome.task.cancelled() else outcome.task.result()

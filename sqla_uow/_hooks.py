@@ -7,19 +7,24 @@ import functools
 import inspect
 import itertools
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+from sqla_uow._shield import Shielded, shielded
 from sqla_uow._tasks import running_task
 from sqla_uow.errors import UnitOfWorkError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
-__all__ = ["Hook", "Hooks", "being_run", "run_best_effort", "run_collecting"]
+__all__ = ["Hook", "Hooks", "being_run", "run_after_commit", "run_after_rollback"]
 
 logger = logging.getLogger("sqla_uow")
+T = TypeVar("T")
 
+HOOK_SECONDS = 10.0
+"""How long the hooks may still take after their caller was cancelled."""
 
 _numbers = itertools.count()
 
@@ -90,7 +95,32 @@ def being_run() -> list[Hook] | None:
     return None if task is None else _running.get(task)
 
 
-async def run_collecting(hooks: list[Hook]) -> list[Exception]:
+_Cancelled = asyncio.CancelledError | None
+
+
+async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tuple[list[Exception], _Cancelled]:
+    """Run the hooks of a commit; return what they raised, and the cancellation of the caller, before or meanwhile."""
+    outcome = await _bounded(_run_collecting(hooks.after_commit), who, cancelled)
+    return outcome.task.result() if outcome.finished else [], cancelled or outcome.cancelled
+
+
+async def run_after_rollback(hooks: Hooks, who: str, cancelled: _Cancelled) -> _Cancelled:
+    """Run the hooks of what was rolled back; return the cancellation of the caller, before or meanwhile."""
+    due = hooks.due_after_rollback()
+    if due:
+        outcome = await _bounded(_run_best_effort(due), who, cancelled)
+        cancelled = cancelled or outcome.cancelled
+    return cancelled
+
+
+async def _bounded(work: Coroutine[Any, Any, T], who: str, cancelled: _Cancelled) -> Shielded[T]:
+    outcome = await shielded(work, grace=HOOK_SECONDS, limit=math.inf if cancelled is None else HOOK_SECONDS)
+    if outcome.stop():
+        logger.error("hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS)
+    return outcome
+
+
+async def _run_collecting(hooks: list[Hook]) -> list[Exception]:
     """Run all, also those that are registered meanwhile, and return what they raised; in a task of its own."""
     task = asyncio.current_task()
     assert task is not None
@@ -116,7 +146,7 @@ def _cancelled(hook: Hook, error: asyncio.CancelledError) -> Exception:
     return failure
 
 
-async def run_best_effort(hooks: list[Hook]) -> None:
+async def _run_best_effort(hooks: list[Hook]) -> None:
     """Run all and log what they raise: the exception that rolled the unit back is what the caller must see."""
     task = asyncio.current_task()
     while hooks:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqla_uow._hooks import run_best_effort
+from sqla_uow._hooks import run_after_rollback
 from sqla_uow._session import has_changes
 from sqla_uow._settle import cut, settle
 from sqla_uow._shield import shielded
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sqla_uow._unit import UnitOfWork
 
 __all__ = [
-    "HOOK_SECONDS",
     "Ended",
     "close_unused",
     "discard_connection",
@@ -31,7 +30,6 @@ __all__ = [
     "release",
     "remember_objects",
     "roll_back",
-    "run_rollback_hooks",
     "wait_briefly",
 ]
 
@@ -41,8 +39,6 @@ ROLLBACK_SECONDS = 10.0
 """How long a ROLLBACK may take; then the connection is discarded, which rolls back too."""
 IDLE_SECONDS = 5.0
 """How long the end of a unit waits for a statement that another task has in flight."""
-HOOK_SECONDS = 10.0
-"""How long the hooks may still take after their caller was cancelled."""
 
 
 class Ended(NamedTuple):
@@ -70,14 +66,15 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
         cancelled = await _stop_and_roll_back(unit)
     unit._final = Status.ROLLED_BACK
     release(transaction)
-    meanwhile = await run_rollback_hooks(transaction)
-    cancelled = cancelled or meanwhile
-    if cancelled is not None and not isinstance(error, asyncio.CancelledError):
+    if isinstance(error, asyncio.CancelledError):
+        cancelled = error
+    cancelled = await run_after_rollback(transaction.hooks, transaction.name, cancelled)
+    if cancelled is not None and cancelled is not error:
         if error is not None:
             cancelled.__context__ = error
         error, failure = cancelled, None
-    if isinstance(error, asyncio.CancelledError) and not transaction.scope_read:  # a read session has no outcome
-        noted(error, unit)
+    if cancelled is not None and not transaction.scope_read:  # a read session has no outcome
+        noted(cancelled, unit)
     return Ended(error, failure)
 
 
@@ -149,15 +146,6 @@ async def discard_connection(unit: UnitOfWork[Any]) -> None:
     outcome = await shielded(work, limit=ROLLBACK_SECONDS)
     if not outcome.stop() and (trouble := outcome.trouble) is not None:
         logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
-
-
-async def run_rollback_hooks(transaction: Transaction) -> asyncio.CancelledError | None:
-    """Run the hooks of what was rolled back; return the cancellation meanwhile."""
-    due = transaction.hooks.due_after_rollback()
-    if not due:
-        return None
-    outcome = await shielded(run_best_effort(due), grace=HOOK_SECONDS)
-    return outcome.cancelled
 
 
 def remember_objects(unit: UnitOfWork[Any]) -> None:

@@ -34,9 +34,14 @@ class Shielded(Generic[T]):
         return not self.task.done() and self.task.cancel()
 
     @property
+    def finished(self) -> bool:
+        """Whether the work has come to its end, in which case the task has its result or its error."""
+        return self.task.done() and not self.task.cancelled()
+
+    @property
     def trouble(self) -> BaseException | None:
-        """What the work raised; None too where it was cancelled, or has not ended."""
-        return self.task.exception() if self.task.done() and not self.task.cancelled() else None
+        """What the work raised; None too where it has not finished."""
+        return self.task.exception() if self.finished else None
 
 
 def _anyio_shield() -> contextlib.AbstractContextManager[object]:

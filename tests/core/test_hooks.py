@@ -392,6 +392,46 @@ async def test_after_rollback_is_best_effort(manager, caplog):
     assert record.exc_info[0] is ValueError
 
 
+# -- a bound for hooks whose caller is cancelled
+
+
+@pytest.mark.parametrize(
+    ("register", "failure"),
+    [
+        pytest.param(after_commit, None, id="after a commit"),
+        pytest.param(after_rollback, KeyError("mine"), id="after a rollback"),
+        pytest.param(after_rollback, asyncio.CancelledError(), id="after a rollback because of the cancellation"),
+    ],
+)
+async def test_hooks_that_hang_are_stopped_after_a_cancellation(manager, monkeypatch, caplog, register, failure):
+    """C3: bounded for the hooks, whatever ended the unit; nothing of them goes on behind the caller's back."""
+    monkeypatch.setattr("sqla_uow._hooks.HOOK_SECONDS", 0.1)
+    running, stopped = asyncio.Event(), asyncio.Event()
+
+    async def hang():
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    @transactional
+    async def work():
+        register(hang)
+        if failure is not None:
+            raise failure
+
+    task = asyncio.create_task(work())
+    async with asyncio.timeout(10):
+        await running.wait()
+        if not isinstance(failure, asyncio.CancelledError):
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await stopped.wait()
+    assert caplog.messages == ["hooks of work() took more than 0.1 s after a cancellation; stopped"]
+
+
 # -- H4
 
 
