@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 from sqla_uow._attempt import Attempt
 from sqla_uow._classify import Failure, Kind
 from sqla_uow._context import surroundings
+from sqla_uow._instances import Tainted, taint
 from sqla_uow._loops import Loop, leads_back, loop_of
 from sqla_uow.errors import ConflictError, StaleVersionError, TransactionTimeoutError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
     from types import FrameType
 
-    from sqlalchemy.orm import InstanceState, Session
+    from sqlalchemy.orm import Session
 
     from sqla_uow._contention import Gate
     from sqla_uow._manager import UnitOfWorkManager
@@ -61,7 +62,7 @@ class Attempts(Generic[S]):
         self.scope, inside, self.enclosing = surroundings(manager)
         # Only an outermost call ends the scope's reading; around an inner one the outer unit still guards its objects.
         self.reading = None if inside else self.scope
-        self.tainted: WeakKeyDictionary[InstanceState[Any], str] | None = self.scope.tainted if self.scope else None
+        self.tainted: Tainted | None = self.scope.tainted if self.scope else None
         self.more = True
         self.function = function or options  # whose calls take turns with this one
         self.gate: Gate | None = None
@@ -125,7 +126,7 @@ class Attempts(Generic[S]):
         """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
         if self.tainted is None or self.tainted is (self.scope and self.scope.tainted):
             self.tainted = WeakKeyDictionary(self.tainted or {})
-        transaction.taint(session, self.tainted, "attempt")
+        taint(transaction, session, self.tainted, "attempt")
 
     def gave_up(self, failure: Failure, *, is_last: bool = True, spent: bool = False) -> ConflictError:
         """Return the error for a failure that has outlived its retries, or the budget that all calls have for them."""

@@ -8,9 +8,10 @@ from sqlalchemy import inspect
 from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import flag_dirty
 
-from sqla_uow._transaction import Phase, Transaction, describe
+from sqla_uow._instances import describe
+from sqla_uow._transaction import Phase, Transaction, transaction_of
 from sqla_uow._version_mapping import VersionMixin, attribute_of, check_type
-from sqla_uow._versions import Expectation, transaction_of, versions_of
+from sqla_uow._versions import Expectation, versions_of
 from sqla_uow.errors import NoUnitError, ReadOnlyError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import SessionTransaction
 
+from sqla_uow._transaction import transaction_of
 from sqla_uow.errors import UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class UnitSavepoint(SessionTransaction):
         Raises:
             RollbackOnlyError: an error inside the block was swallowed.
         """
-        unit = getattr(self.session, "transaction_of_unit", None)
+        unit = transaction_of(self.session)
         if kind is None and unit is not None:
             try:
                 unit.check_sound()

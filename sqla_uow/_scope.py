@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow._commit import COMMIT_SECONDS, failure_of
+from sqla_uow._instances import Tainted, taint
 from sqla_uow._places import ManagerPlace
 from sqla_uow._rollback import roll_back
 from sqla_uow._session import refuse_changes
@@ -22,7 +23,7 @@ from sqla_uow.errors import NoUnitError, PropagationError
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from sqlalchemy.orm import InstanceState, Session
+    from sqlalchemy.orm import Session
 
     from sqla_uow._manager import UnitOfWorkManager
 
@@ -43,7 +44,7 @@ class Scope:
 
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
         self.manager: UnitOfWorkManager[Any] = manager
-        self.tainted: WeakKeyDictionary[InstanceState[Any], str] = WeakKeyDictionary()
+        self.tainted: Tainted = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
         self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
@@ -159,7 +160,7 @@ class Scope:
         if reader is None or reader._transaction.phase is Phase.ENDED:
             return
         if reader._session is not None:
-            reader._transaction.taint(reader._session.sync_session, self.tainted, "read")
+            taint(reader._transaction, reader._session.sync_session, self.tainted, "read")
         ended = await roll_back(reader, None)
         if ended.error is not None:  # cancelled meanwhile
             raise ended.error

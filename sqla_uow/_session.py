@@ -13,10 +13,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from sqla_uow._classify import classify
 from sqla_uow._connection import UnitEngine
+from sqla_uow._instances import check_attach, check_merge, describe
 from sqla_uow._isolation import opening
 from sqla_uow._savepoint import UnitSavepoint
 from sqla_uow._settle import remember
-from sqla_uow._transaction import Phase, Transaction, describe
+from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -140,13 +141,13 @@ class UnitSession(Session):
     def _merge(self, state: InstanceState[Any], *args: Any, **kwargs: Any) -> Any:
         # merge(), merge_all() and the cascades of both come by here.
         if self.transaction_of_unit is not None:
-            self.transaction_of_unit.check_merge(state)
+            check_merge(self.transaction_of_unit, state)
         return super()._merge(state, *args, **kwargs)
 
     def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
         # The before_attach event comes too late: after SQLAlchemy's own "already attached to session".
         if self.transaction_of_unit is not None and state.session_id != self.hash_key:
-            self.transaction_of_unit.check_attach(state)
+            check_attach(self.transaction_of_unit, state)
         return super()._before_attach(state, obj)
 
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakSet
 
 from greenlet import getcurrent
-from sqlalchemy import inspect
 
 from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
@@ -18,7 +16,6 @@ from sqla_uow._hooks import Hooks
 from sqla_uow._isolation import is_weaker_or_same
 from sqla_uow._tasks import Owner
 from sqla_uow.errors import (
-    InstanceReuseError,
     IsolationConflictError,
     NoUnitError,
     PropagationError,
@@ -30,7 +27,7 @@ from sqla_uow.errors import (
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping
-    from weakref import WeakKeyDictionary
+    from weakref import WeakSet
 
     from greenlet import greenlet
     from sqlalchemy.engine import Connection, Engine
@@ -38,10 +35,11 @@ if TYPE_CHECKING:
 
     from sqla_uow._contention import Slot
     from sqla_uow._database import Database
+    from sqla_uow._instances import Tainted
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["Phase", "Transaction", "describe"]
+__all__ = ["Phase", "Transaction", "transaction_of"]
 
 
 class Phase(enum.Enum):
@@ -79,8 +77,6 @@ class Transaction:
         enclosing: the transactions of the units around this one, in this task.
     """
 
-    phase: Phase
-    rolling_back_to_savepoint: bool
     __slots__ = (
         "__weakref__",
         "_required",
@@ -121,7 +117,7 @@ class Transaction:
         read_only: bool,
         deadline: float | None,
         clock: Callable[[], float],
-        tainted: WeakKeyDictionary[InstanceState[Any], str] | None = None,
+        tainted: Tainted | None = None,
         enclosing: tuple[Transaction, ...] = (),
         scope_read: bool = False,
     ) -> None:
@@ -131,13 +127,13 @@ class Transaction:
         self.read_only: bool = read_only
         self.deadline: float | None = deadline
         self.clock: Callable[[], float] = clock
-        self.tainted: WeakKeyDictionary[Any, str] | None = tainted
+        self.tainted: Tainted | None = tainted
         self.enclosing: tuple[Transaction, ...] = enclosing
         self.scope_read: bool = scope_read
         self.hooks: Hooks = Hooks()
         self.damage: Damage = Damage(self.hooks)
         self.owner: Owner = Owner(name, self.damage)
-        self.phase = Phase.NEW
+        self.phase: Phase = Phase.NEW
         self.closer: greenlet | None = None
         self.engine: Engine | None = None
         self.connection: Connection | None = None
@@ -149,7 +145,7 @@ class Transaction:
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
         self.wrote: bool = False
         self.pending_savepoint: str | None = None
-        self.rolling_back_to_savepoint = False
+        self.rolling_back_to_savepoint: bool = False
         self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
 
@@ -374,56 +370,7 @@ class Transaction:
         if self.database.is_open(self.connection):
             self.phase = Phase.SENT
 
-    # -- told by the session
-
-    def check_attach(self, state: InstanceState[Any]) -> None:
-        """Refuse an object of a failed attempt, and one of the scope's read session."""
-        reason = self.tainted.get(state) if self.tainted is not None else None
-        if reason is not None:
-            error_class = ReadOnlyError if reason == "read" else InstanceReuseError
-            raise error_class(self._attach_message(state, reason))
-        other: Session | None = state.session
-        theirs: Transaction | None = getattr(other, "transaction_of_unit", None)
-        if theirs is not None and theirs.scope_read:
-            raise ReadOnlyError(self._attach_message(state, "read"))
-        if theirs is not None and self.scope_read:
-            raise ReadOnlyError(theirs.pull_message(state))
-        if self.on_rollback is not None:
-            if self.attached is None:
-                self.attached = WeakSet()
-            self.attached.add(state)
-
-    def check_merge(self, state: InstanceState[Any]) -> None:
-        """Refuse to copy an object of the scope's read session: `merge` would write its older state over newer data."""
-        theirs: Transaction | None = getattr(state.session, "transaction_of_unit", None)
-        tainted = self.tainted is not None and self.tainted.get(state) == "read"
-        if tainted or (theirs is not None and theirs is not self and theirs.scope_read):
-            raise ReadOnlyError(self._attach_message(state, "read"))
-
-    def pull_message(self, state: InstanceState[Any]) -> str:
-        return (
-            f"{describe(state.obj())} of {self.name} was put into an object of the read session of this scope, where "
-            "nothing is written; pass that object's key and get_one() it inside"
-        )
-
-    def _attach_message(self, state: InstanceState[Any], reason: str) -> str:
-        what = describe(state.obj())
-        if reason == "read":
-            return (
-                f"{what} was read in the read session of this scope and was put into {self.name}, where its state may be "
-                "out of date; pass its key and get_one() it inside, and never merge() it"
-            )
-        return (
-            f"{what} was attached in a failed attempt of {self.name} and was put into the next one; "
-            "make or load the object inside the function, so that each attempt has its own"
-        )
-
-    def taint(self, session: Session, tainted: WeakKeyDictionary[InstanceState[Any], str], reason: str) -> None:
-        """Remember the objects of this attempt, so that no later one reuses them."""
-        for instance in session:
-            tainted[inspect(instance)] = reason
-        for state in self.attached or ():
-            tainted[state] = reason
+    # -- read-only
 
     def read_only_message(self, what: str) -> str:
         if self.scope_read:
@@ -472,8 +419,7 @@ def _stronger(who: str, asked: str, given: str) -> str:
     )
 
 
-def describe(instance: object) -> str:
-    """Name an ORM object by class and key; its attributes may be secret, or expired."""
-    state = inspect(instance, raiseerr=False)
-    key = getattr(state, "identity", None)
-    return f"{type(instance).__name__}({', '.join(map(repr, key)) if key else 'new'})"
+def transaction_of(session: Session | None) -> Transaction | None:
+    """Return the unit's transaction behind a session, None for a session of nobody's unit."""
+    transaction: Transaction | None = getattr(session, "transaction_of_unit", None)
+    return transaction

@@ -9,11 +9,12 @@ from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import flag_modified
 from sqlalchemy.orm.exc import StaleDataError
 
+from sqla_uow._instances import describe
 from sqla_uow._session import UnitSession
-from sqla_uow._transaction import describe
+from sqla_uow._transaction import transaction_of
 from sqla_uow._version_mapping import INFO_KEY, VersionMixin, kind_of
 from sqla_uow._version_rows import version_table
-from sqla_uow._versions import transaction_of, versions_of
+from sqla_uow._versions import versions_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection

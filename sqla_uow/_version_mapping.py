@@ -13,7 +13,7 @@ from sqlalchemy import ColumnDefault, DefaultClause, Table, event, inspect
 from sqlalchemy.orm import Mapped, Mapper, declared_attr, mapped_column, synonym
 from sqlalchemy.util import get_annotations
 
-from sqla_uow._transaction import describe
+from sqla_uow._instances import describe
 from sqla_uow._version_types import INTEGER, TIMESTAMP, UUID, XMIN, Kind
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction import Transaction
 
-__all__ = ["Expectation", "Versions", "transaction_of", "versions_of"]
+__all__ = ["Expectation", "Versions", "versions_of"]
 
 
 class Expectation:
@@ -206,12 +206,6 @@ def _by_mapper(expectations: Iterable[Expectation]) -> list[tuple[Mapper[Any], l
     ordered = sorted(expectations, key=lambda each: str(version_table(each.state.mapper)))
     groups = groupby(ordered, key=lambda each: version_table(each.state.mapper))
     return [(members[0].state.mapper, members) for members in (list(group) for _, group in groups)]
-
-
-def transaction_of(session: Session | None) -> Transaction | None:
-    """Return the unit's transaction behind a session, None for a session of nobody's unit."""
-    transaction: Transaction | None = getattr(session, "transaction_of_unit", None)
-    return transaction
 
 
 def versions_of(transaction: Transaction) -> Versions:
