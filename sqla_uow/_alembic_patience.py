@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._alembic_lock import sleep
 from sqla_uow._classify import Kind, chain, classify
-from sqla_uow._isolation import family_of
+from sqla_uow._isolation import family_of, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -146,7 +146,7 @@ def _retries_postgresql(connection: Connection, context: MigrationContext, table
 def _limit_postgresql(connection: Connection, patience: Patience) -> Generator[None]:
     before = connection.execute(text("SELECT current_setting('lock_timeout')")).scalar_one()
     with connection.begin_nested():
-        _set_lock_timeout(connection, f"{max(1, round(patience.lock_timeout * 1000))}ms")
+        _set_lock_timeout(connection, milliseconds(patience.lock_timeout))
         yield
         _set_lock_timeout(connection, before)  # the release of a savepoint keeps SET LOCAL, its rollback does not
 
@@ -180,7 +180,7 @@ def _whole_seconds(patience: Patience) -> int:
 def _script_limit(operations: Operations, patience: Patience) -> Generator[None]:
     family = family_of(operations.migration_context.dialect)
     if family == "postgresql":
-        operations.execute(f"SET LOCAL lock_timeout = '{max(1, round(patience.lock_timeout * 1000))}ms'")
+        operations.execute(f"SET LOCAL lock_timeout = '{milliseconds(patience.lock_timeout)}'")
         yield
         operations.execute("SET LOCAL lock_timeout = DEFAULT")
     elif family == "mysql":

@@ -8,7 +8,7 @@ from sqlalchemy import event
 
 from alembic import context
 from sqla_uow._alembic_lock import migration_lock
-from sqla_uow._isolation import family_of
+from sqla_uow._isolation import begin_sqlite, family_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
@@ -39,7 +39,7 @@ async def run_migrations(engine: AsyncEngine, /, *, timeout: float | None = 60.0
 def _run(connection: Connection, timeout: float | None, options: dict[str, Any]) -> None:
     options = {"transaction_per_migration": True} | options
     if family_of(connection.dialect) == "sqlite":
-        _make_transactional(connection)
+        event.listen(connection, "begin", _begin_immediate)
         options = {"transactional_ddl": True} | options
     context.configure(connection=connection, **options)
     if timeout is None:
@@ -54,14 +54,6 @@ def _migrate() -> None:
         context.run_migrations()
 
 
-def _make_transactional(connection: Connection) -> None:
-    """Begin real transactions on this connection: by itself the driver begins none before DDL."""
-    event.listen(connection, "begin", _begin_immediate)
-
-
 def _begin_immediate(connection: Connection) -> None:
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":  # autocommit_block()
-        return
-    driver: Any = connection.connection.driver_connection
-    if not driver.in_transaction:  # else the user's own BEGIN recipe has spoken
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":  # autocommit_block()
+        begin_sqlite(connection)

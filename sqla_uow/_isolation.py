@@ -12,7 +12,18 @@ from sqla_uow.typing import IsolationLevel
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect
 
-__all__ = ["LEVELS", "check_level", "engine_options", "family_of", "is_weaker_or_same", "limit_statement", "opening"]
+__all__ = [
+    "LEVELS",
+    "begin_sqlite",
+    "check_level",
+    "engine_options",
+    "family_of",
+    "is_weaker_or_same",
+    "limit_statement",
+    "milliseconds",
+    "opening",
+    "restore_sqlite",
+]
 
 LEVELS: tuple[IsolationLevel, ...] = get_args(IsolationLevel)
 """Weakest first."""
@@ -99,7 +110,7 @@ def opening(
             _limit_postgresql(connection, seconds)
         if lock_wait is not None:
             # SET, unlike SELECT set_config(), does not take the snapshot.
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{max(1, round(lock_wait * 1000))}ms'")
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{milliseconds(lock_wait)}'")
     elif family == "mysql":
         parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
         parts += ["READ ONLY"] if read_only else []
@@ -109,12 +120,17 @@ def opening(
         _open_sqlite(connection, read_only=read_only, seconds=seconds)
 
 
+def milliseconds(seconds: float) -> str:
+    """Spell a time limit for PostgreSQL, where 0 would be none."""
+    return f"{max(1, round(seconds * 1000))}ms"
+
+
 def _limit_postgresql(connection: Connection, seconds: float) -> None:
-    limits = {"statement": f"{max(1, round(seconds * 1000))}ms"}
+    limits = {"statement": milliseconds(seconds)}
     settings = _STATEMENT_TIMEOUT
     if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:
         # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
-        limits["late"] = f"{max(1, round(seconds * 1000)) + 1000}ms"
+        limits["late"] = milliseconds(seconds + 1)
         settings = _BOTH_TIMEOUTS
     connection.execute(settings, limits)
 
@@ -126,19 +142,24 @@ def limit_statement(statement: str, seconds: float) -> str:
     return f"SET STATEMENT max_statement_time={max(seconds, 0.001):.3f} FOR {statement}"
 
 
-BUSY_KEY = "sqla_uow.busy_timeout"
-QUERY_ONLY_KEY = "sqla_uow.query_only"
+_BUSY_KEY = "sqla_uow.busy_timeout"
+_QUERY_ONLY_KEY = "sqla_uow.query_only"
 
 
 def _open_sqlite(connection: Connection, *, read_only: bool, seconds: float | None) -> None:
     info = connection.info
     if seconds is not None:
-        if BUSY_KEY not in info:
-            info[BUSY_KEY] = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+        if _BUSY_KEY not in info:
+            info[_BUSY_KEY] = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
         connection.exec_driver_sql(f"PRAGMA busy_timeout={max(0, round(seconds * 1000))}")
     if read_only:
-        info[QUERY_ONLY_KEY] = True
+        info[_QUERY_ONLY_KEY] = True
         connection.exec_driver_sql("PRAGMA query_only=1")
+    begin_sqlite(connection, read_only=read_only)
+
+
+def begin_sqlite(connection: Connection, *, read_only: bool = False) -> None:
+    """Begin a transaction: by itself the driver begins none before DDL or a SELECT."""
     raw: Any = connection.connection.driver_connection
     if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken; two would be an error
         # IMMEDIATE: a writer that began as a reader fails with SQLITE_BUSY_SNAPSHOT, and waiting never helps it.
@@ -148,10 +169,10 @@ def _open_sqlite(connection: Connection, *, read_only: bool, seconds: float | No
 def restore_sqlite(dbapi_connection: Any, info: dict[str, Any]) -> None:
     """Undo what `opening` set on a pooled SQLite connection, before the next user gets it."""
     pragmas: list[str] = []
-    if info.pop(QUERY_ONLY_KEY, False):
+    if info.pop(_QUERY_ONLY_KEY, False):
         pragmas.append("PRAGMA query_only=0")
-    if BUSY_KEY in info:
-        pragmas.append(f"PRAGMA busy_timeout={int(info.pop(BUSY_KEY))}")
+    if _BUSY_KEY in info:
+        pragmas.append(f"PRAGMA busy_timeout={int(info.pop(_BUSY_KEY))}")
     for pragma in pragmas:
         cursor = dbapi_connection.cursor()
         cursor.execute(pragma)
