@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from sqlalchemy import inspect, select, tuple_, update
 from sqlalchemy.orm.attributes import set_committed_value
@@ -10,12 +10,12 @@ from sqlalchemy.util import immutabledict
 
 from sqla_uow._session import UnitSession
 from sqla_uow._version_mapping import attribute_of, check_type, kind_of
-from sqla_uow._version_rows import key_columns, read_versions, stale_version, version_table
+from sqla_uow._version_rows import counting, key_columns, read_versions, stale_version, version_table
 from sqla_uow._version_types import INTEGER
 from sqla_uow._versions import versions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sqlalchemy import Update
     from sqlalchemy.orm import InstanceState, Mapper
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sqla_uow._versions import Versions
 
 __all__ = ["next_version"]
+
+_Found: TypeAlias = "Mapping[InstanceState[Any], Any]"
 
 
 def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
@@ -86,14 +88,22 @@ class _Bulk:
         states = self.session.identity_map.all_states()
         return [state for state in states if state.mapper.isa(self.mapper) and self.attribute in state.dict]
 
-    def remember(self, versions: Mapping[InstanceState[Any], Any]) -> None:
-        """Put versions into memory, as loaded ones."""
-        for state, version in versions.items():
+    def remember(self, now: _Found, *, seen: _Found, before: _Found) -> None:
+        """Put the rows' versions into memory, as loaded ones.
+
+        An object that was stale before the statement stays so: it was read before somebody else's change.
+
+        Args:
+            now: the rows' versions.
+            seen: those in memory.
+            before: the rows', before the statement.
+        """
+        for state, version in now.items():
             instance = state.obj()
             if instance is not None:
-                set_committed_value(instance, self.attribute, version)
+                set_committed_value(instance, self.attribute, version if before[state] == seen[state] else seen[state])
 
-    def read(self, states: Sequence[InstanceState[Any]], *, lock: bool = False) -> dict[InstanceState[Any], Any]:
+    def read(self, states: Iterable[InstanceState[Any]], *, lock: bool = False) -> _Found:
         """Return the rows' versions, None for one that is gone."""
         keys = {state: state.key[1] for state in states if state.key is not None}
         found = read_versions(self.session.connection(), self.mapper, list(keys.values()), lock=lock)
@@ -161,9 +171,8 @@ def _versioned(statement: Any) -> Mapper[Any] | None:
 def _refuse_version(bulk: _Bulk, params: Any) -> None:
     statement, column = bulk.statement, bulk.mapper.version_id_col
     assert column is not None
-    keys: list[Any] = (
-        [key for key, _ in statement._ordered_values or ()] if hasattr(statement, "_ordered_values") else []
-    )
+    ordered = getattr(statement, "_ordered_values", None)  # SQLAlchemy 2.0
+    keys: list[Any] = [key for key, _ in ordered or ()]
     keys += list(statement._values or ()) + (list(cast("dict[str, Any]", params)) if isinstance(params, dict) else [])
     names = (bulk.attribute, "version")
     if any(key in names if isinstance(key, str) else column.shares_lineage(key) for key in keys):
@@ -212,8 +221,7 @@ def _execute(bulk: _Bulk, states: list[InstanceState[Any]], run: Callable[[], An
     now = bulk.read(states)
     if refresh:
         bulk.refresh([state for state in states if now[state] != locked[state]])
-    # An object that was stale before stays so, as it was read before somebody else's change.
-    bulk.remember({state: now[state] if locked[state] == seen[state] else seen[state] for state in states})
+    bulk.remember(now, seen=seen, before=locked)
     return result
 
 
@@ -277,13 +285,10 @@ def _attribute(mapper: Mapper[Any], column: Any) -> Any:
 
 def _counting(bulk: _Bulk) -> Any:
     """Return the UPDATE of the parent's table that counts for the rows the statement is about."""
-    mapper, statement, column = bulk.mapper, bulk.statement, bulk.mapper.version_id_col
-    assert column is not None
+    mapper, statement = bulk.mapper, bulk.statement
     keys = key_columns(mapper)
     matching = select(*keys).select_from(mapper).where(*statement._where_criteria).options(*statement._with_options)
-    # xmin counts by itself, if its row is written at all
-    values = {keys[0]: keys[0]} if bulk.kind.bumped is None else {column: bulk.kind.bumped(column)}
-    return update(version_table(mapper)).where(tuple_(*keys).in_(matching.correlate(None))).values(values)
+    return update(version_table(mapper)).where(tuple_(*keys).in_(matching.correlate(None))).values(counting(mapper))
 
 
 # -- a list by primary key
@@ -296,11 +301,10 @@ def _by_key(bulk: _Bulk, params: list[dict[str, Any]]) -> Any:
     found = read_versions(bulk.session.connection(), bulk.mapper, [key for key, _ in rows], lock=True)
     for key, row in rows:
         _compare(bulk, key, row, found.get(key))
-    concerned = {states[key]: found.get(key) for key, _ in rows if key in states}
-    seen = {state: state.dict[bulk.attribute] for state in concerned}
+    before = {states[key]: found.get(key) for key, _ in rows if key in states}
+    seen = {state: state.dict[bulk.attribute] for state in before}
     result = _run_rows(bulk, [row for _, row in rows])
-    now = bulk.read(list(concerned))
-    bulk.remember({state: now[state] if seen[state] == before else seen[state] for state, before in concerned.items()})
+    bulk.remember(bulk.read(before), seen=seen, before=before)
     bulk.versions.flushed()
     return result
 

@@ -14,8 +14,8 @@ from sqlalchemy.orm import RelationshipDirection, RelationshipProperty, Session
 from sqlalchemy.orm.attributes import flag_dirty, get_history
 
 from sqla_uow._session import UnitSession
-from sqla_uow._version_mapping import VersionMixin, kind_of
-from sqla_uow._version_rows import key_columns, read_versions, version_table
+from sqla_uow._version_mapping import VersionMixin
+from sqla_uow._version_rows import counting, key_columns, read_versions, version_table
 from sqla_uow._versions import versions_of
 
 if TYPE_CHECKING:
@@ -226,8 +226,5 @@ def _count(session: Session, versions: Versions, mapper: Mapper[Any], keys: Iter
         return  # the flush writes in the order of the keys
     # Locked in the order of the keys, all of them, or two units that change parts of the same wholes could deadlock.
     read_versions(session.connection(), mapper, [*loaded, *others], lock=True)
-    kind, column, columns = kind_of(mapper), mapper.version_id_col, key_columns(mapper)
-    assert kind is not None
-    assert column is not None
-    values = {columns[0]: columns[0]} if kind.bumped is None else {column: kind.bumped(column)}
-    session.connection().execute(update(version_table(mapper)).where(tuple_(*columns).in_(others)).values(values))
+    where = tuple_(*key_columns(mapper)).in_(others)
+    session.connection().execute(update(version_table(mapper)).where(where).values(counting(mapper)))

@@ -20,21 +20,29 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
 
+    from sqla_uow._versions import Versions
+
 __all__: list[str] = []
 
 
 @event.listens_for(VersionMixin, "before_update", propagate=True)
 def _before_update(mapper: Mapper[Any], _connection: Connection, instance: object) -> None:
+    versions = _writing(mapper, instance)
+    state: InstanceState[Any] = inspect(instance)
+    if versions is not None and state in versions.touched:
+        versions.touched.discard(state)
+        _make_update(mapper, state, instance)
+
+
+def _writing(mapper: Mapper[Any], instance: object) -> Versions | None:
+    """Tell the unit's versions what a flush is about to write; None for a session of nobody's unit."""
     session = object_session(instance)
     transaction = transaction_of(session)
     if session is None or transaction is None:
-        return
-    state: InstanceState[Any] = inspect(instance)
+        return None
     versions = versions_of(transaction)
     versions.writing(session, mapper, instance)
-    if state in versions.touched:
-        versions.touched.discard(state)
-        _make_update(mapper, state, instance)
+    return versions
 
 
 def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: object) -> None:
@@ -57,12 +65,7 @@ def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: objec
 
 @event.listens_for(VersionMixin, "before_delete", propagate=True)
 def _before_delete(mapper: Mapper[Any], connection: Connection, instance: object) -> None:
-    session = object_session(instance)
-    transaction = transaction_of(session)
-    if session is None or transaction is None:
-        return
-    versions_of(transaction).writing(session, mapper, instance)
-    if not connection.dialect.supports_sane_multi_rowcount:
+    if _writing(mapper, instance) is not None and not connection.dialect.supports_sane_multi_rowcount:
         event.listen(connection, "after_execute", _check_deleted)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import and_, or_, select
 
+from sqla_uow._version_mapping import kind_of
 from sqla_uow.errors import StaleVersionError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import Mapper
 
-__all__ = ["key_columns", "read_versions", "stale_version", "version_table"]
+__all__ = ["counting", "key_columns", "read_versions", "stale_version", "version_table"]
 
 
 def version_table(mapper: Mapper[Any]) -> Table:
@@ -34,6 +35,15 @@ def key_columns(mapper: Mapper[Any], table: Any = None) -> list[Column[Any]]:
     found = [column for column in columns if column is not None]
     # A child's key may go by another name than its parent's; it stands in the same order.
     return found if len(found) == len(columns) else list(table.primary_key)
+
+
+def counting(mapper: Mapper[Any]) -> dict[Any, Any]:
+    """Return what an UPDATE of the version's table sets so that it counts."""
+    kind, column, key = kind_of(mapper), mapper.version_id_col, key_columns(mapper)[0]
+    assert kind is not None
+    assert column is not None
+    # xmin counts by itself, if its row is written at all.
+    return {key: key} if kind.bumped is None else {column: kind.bumped(column)}
 
 
 def read_versions(
