@@ -10,13 +10,7 @@ from alembic.operations.ops import AddColumnOp, CreateTableOp, DropColumnOp
 from sqlalchemy import inspect
 from sqlalchemy.dialects import sqlite
 
-from sqla_uow._alembic_operations import (
-    AddVersionColumnOp,
-    CreateVersionTriggerOp,
-    DropVersionColumnOp,
-    DropVersionTriggerOp,
-    VersionOp,
-)
+from sqla_uow._alembic_operations import OPS, AddVersionColumnOp, DropVersionColumnOp, VersionOp
 from sqla_uow._alembic_target import kind_named
 from sqla_uow._alembic_triggers import literally, saved_triggers
 from sqla_uow._version_mapping import INFO_KEY
@@ -33,7 +27,7 @@ __all__ = ["keep_triggers", "register_renderers"]
 
 def register_renderers() -> None:
     """Render our operations, and Alembic's where a version column is added or dropped; else as before."""
-    for op in (AddVersionColumnOp, DropVersionColumnOp, CreateVersionTriggerOp, DropVersionTriggerOp):
+    for op in OPS:
         renderers.dispatch_for(op)(_render)
     _wrap(AddColumnOp, _added)
     _wrap(DropColumnOp, _dropped)

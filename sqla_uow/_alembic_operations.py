@@ -16,6 +16,7 @@ from sqla_uow._alembic_triggers import Trigger, literally
 from sqla_uow._isolation import family_of
 
 __all__ = [
+    "OPS",
     "AddVersionColumnOp",
     "CreateVersionTriggerOp",
     "DropVersionColumnOp",
@@ -26,12 +27,14 @@ __all__ = [
 
 
 class VersionOp(MigrateOperation):
-    """What the four share: a table's version column, and the patience to wait for the table."""
+    """What the four share: a table's version column, and the patience to wait for the table.
+
+    Attributes:
+        parent: with joined inheritance, the table that has the version; of triggers.
+    """
 
     name: ClassVar[str]
     keeps_kind: ClassVar[bool] = False
-    parent: str | None = None
-    """With joined inheritance, the table that has the version; of triggers."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class VersionOp(MigrateOperation):
         column_name: str = "version",
         *,
         kind: str = "integer",
+        parent: str | None = None,
         schema: str | None = None,
         lock_timeout: float = 1.0,
         retries: int = 30,
@@ -46,6 +50,7 @@ class VersionOp(MigrateOperation):
         self.table_name = table_name
         self.column_name = column_name
         self.kind = kind
+        self.parent = parent
         self.schema = schema
         self.patience: Patience = Patience(lock_timeout, retries)
 
@@ -61,18 +66,23 @@ class VersionOp(MigrateOperation):
         for statement in statements:
             operations.migration_context.impl.execute(literally(statement))
 
-    def _trigger(self, operations: Operations) -> Trigger:
-        # A script is written without looking at a database.
-        online = not operations.migration_context.as_sql
-        key = Target(operations, self.table_name, self.schema).primary_key() if online else ()
+    def _target(self, operations: Operations) -> Target | None:
+        """Return the table as it is, None for a script, which is written without looking at a database."""
+        script = operations.migration_context.as_sql
+        return None if script else Target(operations, self.table_name, self.schema)
+
+    def _trigger(self, target: Target | None) -> Trigger:
+        key = () if target is None else target.primary_key()
         return Trigger(self.table_name, self.column_name, self.schema, key)
 
     def _reversed(self, kind: type[VersionOp]) -> VersionOp:
-        reverse = kind(self.table_name, self.column_name, kind=self.kind, schema=self.schema)
-        reverse.patience = self.patience
-        if self.parent is not None:
-            reverse.parent = self.parent
-        return reverse
+        told: dict[str, Any] = {"kind": self.kind, "parent": self.parent, "schema": self.schema}
+        return kind(self.table_name, self.column_name, **told, **self.patience._asdict())
+
+    @classmethod
+    def _invoke_in_batch(cls, operations: BatchOperations, column_name: str, **told: Any) -> None:
+        impl: Any = operations.impl
+        operations.invoke(cls(impl.table_name, column_name, schema=impl.schema, **told))
 
 
 class AddVersionColumnOp(VersionOp):
@@ -126,17 +136,7 @@ class AddVersionColumnOp(VersionOp):
         retries: int = 30,
     ) -> None:
         """Do so within ``batch_alter_table``, to its table."""
-        impl: Any = operations.impl
-        operations.invoke(
-            cls(
-                impl.table_name,
-                column_name,
-                kind=kind,
-                schema=impl.schema,
-                lock_timeout=lock_timeout,
-                retries=retries,
-            )
-        )
+        cls._invoke_in_batch(operations, column_name, kind=kind, lock_timeout=lock_timeout, retries=retries)
 
     def reverse(self) -> VersionOp:
         """Return what takes it back."""
@@ -146,8 +146,8 @@ class AddVersionColumnOp(VersionOp):
         """Do it, on a database or into a script."""
         impl: Any = operations.impl
         column = version_column(self.column_name, kind_named(self.kind))
-        if not operations.migration_context.as_sql:
-            target = Target(operations, self.table_name, self.schema)
+        target = self._target(operations)
+        if target is not None:
             target.primary_key()
             if target.has(column):
                 return
@@ -201,17 +201,7 @@ class DropVersionColumnOp(VersionOp):
         retries: int = 30,
     ) -> None:
         """Do so within ``batch_alter_table``, to its table."""
-        impl: Any = operations.impl
-        operations.invoke(
-            cls(
-                impl.table_name,
-                column_name,
-                kind=kind,
-                schema=impl.schema,
-                lock_timeout=lock_timeout,
-                retries=retries,
-            )
-        )
+        cls._invoke_in_batch(operations, column_name, kind=kind, lock_timeout=lock_timeout, retries=retries)
 
     def reverse(self) -> VersionOp:
         """Return what takes it back."""
@@ -222,8 +212,9 @@ class DropVersionColumnOp(VersionOp):
         context = operations.migration_context
         impl: Any = operations.impl
         column = version_column(self.column_name, kind_named(self.kind))
-        if not context.as_sql:
-            Target(operations, self.table_name, self.schema).check_present(self.column_name)
+        target = self._target(operations)
+        if target is not None:
+            target.check_present(self.column_name)
         trigger = Trigger(self.table_name, self.column_name, self.schema)
         in_batch = isinstance(operations.impl, BatchOperationsImpl)
 
@@ -270,9 +261,9 @@ class CreateVersionTriggerOp(VersionOp):
         Raises:
             CommandError: there is no such table or column, or it is no integer, or the table was in use for all tries.
         """
-        op = cls(table_name, column_name, schema=schema, lock_timeout=lock_timeout, retries=retries)
-        op.parent = parent
-        operations.invoke(op)
+        operations.invoke(
+            cls(table_name, column_name, parent=parent, schema=schema, lock_timeout=lock_timeout, retries=retries)
+        )
 
     def reverse(self) -> VersionOp:
         """Return what takes it back."""
@@ -280,16 +271,16 @@ class CreateVersionTriggerOp(VersionOp):
 
     def run(self, operations: Operations) -> None:
         """Do it, on a database or into a script."""
-        context = operations.migration_context
-        own = self._trigger(operations)
+        target = self._target(operations)
+        own = self._trigger(target)
         trigger: Trigger | ChildTrigger = own
         if self.parent is not None:
             trigger = child_trigger(operations, own, self.parent)
-        elif not context.as_sql:
-            Target(operations, self.table_name, self.schema).check_integer(self.column_name)
+        elif target is not None:
+            target.check_integer(self.column_name)
 
         def ddl() -> None:
-            self._execute(operations, trigger.create(context.dialect))
+            self._execute(operations, trigger.create(operations.migration_context.dialect))
 
         patiently(operations, self.table_name, self.patience, ddl)
 
@@ -318,9 +309,9 @@ class DropVersionTriggerOp(VersionOp):
         Raises:
             CommandError: there is no such table, or it was in use for all tries.
         """
-        op = cls(table_name, column_name, schema=schema, lock_timeout=lock_timeout, retries=retries)
-        op.parent = parent
-        operations.invoke(op)
+        operations.invoke(
+            cls(table_name, column_name, parent=parent, schema=schema, lock_timeout=lock_timeout, retries=retries)
+        )
 
     def reverse(self) -> VersionOp:
         """Return what takes it back."""
@@ -328,7 +319,7 @@ class DropVersionTriggerOp(VersionOp):
 
     def run(self, operations: Operations) -> None:
         """Do it, on a database or into a script."""
-        trigger = self._trigger(operations)
+        trigger = self._trigger(self._target(operations))
 
         def ddl() -> None:
             self._execute(operations, trigger.drop(operations.migration_context.dialect))
@@ -336,17 +327,18 @@ class DropVersionTriggerOp(VersionOp):
         patiently(operations, self.table_name, self.patience, ddl)
 
 
-_OPS: tuple[type[VersionOp], ...] = (
+OPS: tuple[type[VersionOp], ...] = (
     AddVersionColumnOp,
     DropVersionColumnOp,
     CreateVersionTriggerOp,
     DropVersionTriggerOp,
 )
+"""All of them."""
 
 
 def register() -> None:
     """Make Alembic know the operations: ``op.add_version_column`` and the others."""
-    for op in _OPS:
+    for op in OPS:
         Operations.register_operation(op.name)(op)
         Operations.implementation_for(op)(_run)
         if op.keeps_kind:
