@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Generic
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from sqla_uow._transaction import Transaction
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["Database"]
+__all__ = ["WITHIN", "Database"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+WITHIN = "sqla_uow_within"
+"""Option of an engine whose transactions are savepoints of one that somebody else ends: who that is."""
 
 _budgets: weakref.WeakKeyDictionary[Pool, Budget] = weakref.WeakKeyDictionary()
 _turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
@@ -57,6 +61,7 @@ class Database(Generic[S]):
                 "the engine is in AUTOCOMMIT, where nothing can be rolled back; pass one without isolation_level='AUTOCOMMIT'"
             )
         self._configured: str | None = configured
+        self.within: str | None = self.sync_engine.get_execution_options().get(WITHIN)
         self._session_class = unit_session_class(_sync_class(self._maker))
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
         self._make(self.engine)
@@ -86,6 +91,12 @@ class Database(Generic[S]):
         sync_session.transaction_of_unit = transaction
         return session
 
+    def maker_over(self, engine: AsyncEngine) -> async_sessionmaker[S]:
+        """Return a maker of the same sessions over another engine."""
+        maker = copy.copy(self._maker)
+        maker.kw = {**maker.kw, "bind": engine}
+        return maker
+
     def turns(self) -> Turns | None:
         """Return the queue of the writers, on SQLite."""
         if self.family != "sqlite":
@@ -95,6 +106,10 @@ class Database(Generic[S]):
         if turns is None:
             turns = _turns[pool] = Turns(everyone=isinstance(pool, StaticPool))
         return turns
+
+    def keeps_status(self) -> bool:
+        """Say whether the server can be asked what became of a transaction."""
+        return self.family == "postgresql" and self.within is None
 
     def capacity(self) -> int | None:
         """Return how many connections the pool can lend, None where there is no limit."""

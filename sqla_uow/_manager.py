@@ -231,6 +231,18 @@ class UnitOfWorkManager(Generic[S]):
             )
         return unit if propagation == "mandatory" else None
 
+    def _over(self, engine: AsyncEngine) -> UnitOfWorkManager[S]:
+        """Return a manager like this one over another engine."""
+        return UnitOfWorkManager(
+            self._database.maker_over(engine),
+            name=self._name,
+            isolation=self._isolation,
+            retries=self._retries,
+            timeout=self._timeout,
+            retry=self._retry,
+            ambiguous_commit="raise" if self._notary is None else "verify",
+        )
+
     def _witness(self, transaction: Transaction) -> Witness | None:
         """Return what can settle this transaction's COMMIT, if it may need any."""
         return None if self._notary is None or transaction.read_only else self._notary.witness()

@@ -238,10 +238,19 @@ class Transaction:
         capacity = self.database.capacity()
         held = sum(1 for other in self.enclosing if other.database.pool is self.database.pool and other.connection)
         if capacity is not None and held >= capacity:
-            raise PropagationError(
-                f"{self.name} needs a connection of its own, but the units around it hold all {capacity} of the pool; "
-                "use a pool with room for the nesting, or join the outer unit"
+            raise PropagationError(self._no_room(capacity))
+
+    def _no_room(self, capacity: int) -> str:
+        within = self.database.within
+        if within is not None:
+            return (
+                f"{self.name} needs a connection of its own, but {within} has one for all units; join the outer unit, "
+                "or test it on a database of its own"
             )
+        return (
+            f"{self.name} needs a connection of its own, but the units around it hold all {capacity} of the pool; "
+            "use a pool with room for the nesting, or join the outer unit"
+        )
 
     def connect_failed(self, error: BaseException) -> None:
         self.owner.leave()

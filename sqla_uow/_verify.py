@@ -62,7 +62,7 @@ class Notary:
     def __init__(self, database: Database[Any]) -> None:
         self._database = database
         self._lock: asyncio.Lock | None = None
-        self.ready = database.family == "postgresql"
+        self.ready = database.keeps_status()
         self.free: list[str] = []
 
     def witness(self) -> Witness:
@@ -71,7 +71,7 @@ class Notary:
 
     async def make_table(self) -> None:
         """Make the marker table where it is needed and missing."""
-        if self.ready or self._database.family == "sqlite":
+        if self.ready or self._database.family != "mysql":
             return
         if self._lock is None:
             self._lock = asyncio.Lock()
@@ -109,14 +109,14 @@ class Witness:
 
     def sign(self, connection: Connection) -> None:
         """Make the transaction recognisable; in SQLAlchemy's greenlet, just before COMMIT."""
-        if self._database.family == "postgresql":
+        if self._database.keeps_status():
             self._token, self._life = connection.exec_driver_sql(_SIGN).one()
         else:
             self._mark(connection)
         self.signed = True
 
     def _mark(self, connection: Connection) -> None:
-        if not self._notary.ready:  # SQLite, whose one writer is this transaction; its DDL is part of it
+        if not self._notary.ready:  # the one writer is this transaction, SQLite's or a test's; its DDL is part of it
             MARKERS.create(connection, checkfirst=True)
         self._token = str(uuid.uuid4())
         if self._old is not None:
@@ -127,7 +127,7 @@ class Witness:
 
     def settle(self, status: Status) -> None:
         """Take note of the outcome: the marker that is there now is free for another transaction."""
-        if status is Status.AMBIGUOUS or self._database.family == "postgresql":
+        if status is Status.AMBIGUOUS or self._database.keeps_status():
             return
         committed = self.signed and status is Status.COMMITTED
         marker = self._token if committed else self._old
@@ -142,7 +142,7 @@ class Witness:
             True: committed.  False: not, and it never will be.  None: not known within the deadline, or ever.
         """
         until = transaction.deadline if transaction.deadline is not None else transaction.clock() + VERIFY_SECONDS
-        ask = self._ask_status if self._database.family == "postgresql" else self._ask_marker
+        ask = self._ask_status if self._database.keeps_status() else self._ask_marker
         while transaction.clock() < until:
             try:
                 async with asyncio.timeout(max(0.01, until - transaction.clock())):
@@ -173,7 +173,7 @@ class Witness:
 
     async def _ask_marker(self, connection: AsyncConnection) -> str:
         try:
-            if self._database.family == "sqlite":  # made by the transaction in question, if there was none before
+            if self._database.family != "mysql":  # made by the transaction in question, if there was none before
                 await connection.run_sync(MARKERS.metadata.create_all)
             await connection.execute(insert(MARKERS).values(token=self._token))
         except IntegrityError:

@@ -1,0 +1,142 @@
+"""`rolled_back`: a test's work, undone at its end."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from sqla_uow._database import WITHIN
+from sqla_uow._isolation import check_level, family_of
+from sqla_uow._manager import UnitOfWorkManager
+from sqla_uow._testing_savepoints import Outer, dialect_within
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from contextlib import AbstractAsyncContextManager
+
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.pool import Pool
+
+    from sqla_uow.typing import IsolationLevel
+
+__all__ = ["rolled_back"]
+
+logger = logging.getLogger("sqla_uow")
+S = TypeVar("S", bound=AsyncSession)
+
+
+@overload
+def rolled_back(
+    bind: AsyncEngine, /, *, isolation: IsolationLevel | None = ...
+) -> AbstractAsyncContextManager[AsyncEngine]: ...
+@overload
+def rolled_back(
+    bind: UnitOfWorkManager[S], /, *, isolation: IsolationLevel | None = ...
+) -> AbstractAsyncContextManager[UnitOfWorkManager[S]]: ...
+def rolled_back(
+    bind: AsyncEngine | UnitOfWorkManager[Any], /, *, isolation: IsolationLevel | None = None
+) -> AbstractAsyncContextManager[Any]:
+    """Give a test an engine, or a manager, whose transactions are all rolled back at the end of the block.
+
+    One connection is taken and a transaction begun on it.  Each unit's transaction is a savepoint in it: COMMIT releases
+    it, so that the units that follow see its rows, and ROLLBACK goes back to it.  Units, retries, savepoints, hooks and
+    errors behave as in production.  On PostgreSQL deferred constraints are checked where a COMMIT would check them.
+
+    What cannot be said of savepoints is an error that says so: a unit at a stronger isolation level than the outer
+    transaction's, two units open at once in one task (``requires_new``), and everything after the connection was lost.
+    Units of several tasks wait for each other.  What other connections commit is seen as the outer transaction's level
+    has it.
+
+    Args:
+        bind: the engine, whose connection is used; or a manager, then the block has one of the same name and options,
+            activated.
+        isolation: the level of the outer transaction, at least as strong as that of every unit; None is the engine's.
+
+    Raises:
+        TypeError: neither an engine nor a manager.
+        ValueError: a level that this database does not have.
+    """
+    if isinstance(bind, UnitOfWorkManager):
+        return _manager_rolled_back(bind, isolation or bind.isolation)
+    if not isinstance(bind, AsyncEngine):
+        raise TypeError(f"rolled_back() got {type(bind).__name__}; pass an AsyncEngine or a UnitOfWorkManager")
+    return _engine_rolled_back(bind, isolation)
+
+
+@asynccontextmanager
+async def _manager_rolled_back(
+    manager: UnitOfWorkManager[S], isolation: IsolationLevel | None
+) -> AsyncGenerator[UnitOfWorkManager[S]]:
+    async with _engine_rolled_back(manager.engine, isolation) as engine:
+        with manager._over(engine).activate() as inside:
+            yield inside
+
+
+@asynccontextmanager
+async def _engine_rolled_back(engine: AsyncEngine, isolation: IsolationLevel | None) -> AsyncGenerator[AsyncEngine]:
+    family = family_of(engine.dialect)
+    check_level(family, isolation, who="rolled_back()")
+    async with engine.connect() as connection:
+        if isolation is not None:
+            await connection.execution_options(isolation_level=isolation)
+        transaction = await connection.begin()
+        outer = await connection.run_sync(_begin, family)
+        try:
+            yield AsyncEngine(_EngineWithin(engine.sync_engine, outer))
+        finally:
+            outer.is_over = True
+            try:
+                await transaction.rollback()
+            except (SQLAlchemyError, OSError) as error:  # the server has rolled back what it lost
+                logger.info("rolled_back() had lost its connection (%s)", type(error).__name__)
+                await connection.invalidate()
+
+
+def _begin(connection: Connection, family: str) -> Outer:
+    """Have the driver begin in fact; most of them wait for the first statement."""
+    dbapi_connection: Any = connection.connection.dbapi_connection
+    if family == "sqlite":
+        raw: Any = connection.connection.driver_connection
+        if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql("SELECT 1")
+    return Outer(dbapi_connection, family, connection.get_isolation_level())
+
+
+class _EngineWithin(Engine):
+    """An engine of one connection, in the outer transaction."""
+
+    def __init__(self, engine: Engine, outer: Outer) -> None:
+        dialect = dialect_within(engine.dialect, outer)
+        options = {name: value for name, value in engine.get_execution_options().items() if name != "isolation_level"}
+        pool = _PoolWithin(outer.lend, pool_size=1, max_overflow=0, dialect=dialect)
+        pool.twin = engine.pool
+        super().__init__(
+            pool,
+            dialect,
+            engine.url,
+            hide_parameters=engine.hide_parameters,
+            execution_options={**options, WITHIN: "rolled_back()"},
+        )
+        self.dispatch._update(engine.dispatch, only_propagate=False)
+        self._has_events = engine._has_events
+
+    def dispose(self, close: bool = True) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """Keep the connection: an application that shuts down in a test must not end the test's transaction."""
+
+
+class _PoolWithin(AsyncAdaptedQueuePool):
+    """A pool of that one connection."""
+
+    twin: Pool
+
+    def recreate(self) -> Any:
+        """Return a pool of other connections to the same server: it is asked for what must not use this one."""
+        return self.twin.recreate()

@@ -1,0 +1,234 @@
+"""Transactions that are savepoints of one outer transaction: what `rolled_back` puts between SQLAlchemy and the driver.
+
+In the dialect, so that everything above it goes on as in production: the unit's phases, the events of SQLAlchemy, how
+errors are understood.  Only what is sent differs: SAVEPOINT for BEGIN, RELEASE for COMMIT, ROLLBACK TO for ROLLBACK.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+from sqla_uow._isolation import is_weaker_or_same
+from sqla_uow.errors import IsolationConflictError, PropagationError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
+
+__all__ = ["Outer", "dialect_within"]
+
+_NAME = "uow_unit"
+_TIMEOUTS = ("statement_timeout", "lock_timeout", "transaction_timeout")
+_OPENING = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
+_BEGIN = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
+_LEVEL = re.compile(r"ISOLATION\s+LEVEL\s+([A-Z]+(?:\s+[A-Z]+)?)", re.IGNORECASE)
+_WRITES = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
+# What MariaDB itself answers in a READ ONLY transaction; a savepoint cannot be one.
+_REFUSE = "SIGNAL SQLSTATE '25006' SET MYSQL_ERRNO = 1792, MESSAGE_TEXT = 'Cannot execute statement in a READ ONLY transaction'"
+
+
+class Outer:
+    """One driver connection in a transaction that will be rolled back, and the savepoint that is open in it.
+
+    Args:
+        connection: SQLAlchemy's adapter of the driver's connection, in a transaction.
+        family: see `family_of`.
+        level: the isolation level of the transaction.
+    """
+
+    def __init__(self, connection: Any, family: str, level: str) -> None:
+        self.connection = connection
+        self.family = family
+        self.level = level
+        self.is_over = False
+        self.read_only = False
+        self._open = False
+        self._lost: BaseException | None = None
+        self._at_commit = self._checks() if family == "postgresql" else None
+
+    def is_of(self, dbapi_connection: Any) -> bool:
+        """Say whether this, which may be the pool's proxy of it, is the connection."""
+        return getattr(dbapi_connection, "dbapi_connection", dbapi_connection) is self.connection
+
+    def lend(self) -> Any:
+        """Return the connection to the pool, after it was discarded as well: the savepoint then goes as the server would."""
+        self.check()
+        return self.connection
+
+    def check(self) -> None:
+        """Refuse what would really be committed.
+
+        Raises:
+            PropagationError: the transaction has ended, or has been lost.
+        """
+        if self.is_over:
+            raise PropagationError("rolled_back() has ended, and its engine with it; use the engine inside the block")
+        if self._open:
+            with contextlib.suppress(Exception):
+                self.undo()
+        if self._lost is not None:
+            raise PropagationError(
+                f"the transaction of rolled_back() is gone ({type(self._lost).__name__}), and with it what the test wrote; "
+                "use a database of its own for a test that cancels statements, loses the connection or sends DDL on MariaDB"
+            ) from self._lost
+
+    def begin(self) -> None:
+        self.check()
+        self._send_or_lose(f"SAVEPOINT {_NAME}")
+        self._open = True
+        if self.read_only and self.family == "postgresql":
+            self._send("SET TRANSACTION READ ONLY")  # until the end of the savepoint, whatever that end is
+
+    def release(self) -> None:
+        """Do what COMMIT does, but for making it durable."""
+        if not self._open:
+            return
+        if self._at_commit is not None:
+            self._send(self._at_commit)
+        self._send_or_lose(f"RELEASE SAVEPOINT {_NAME}")
+        self._end()
+
+    def undo(self) -> None:
+        """Do what ROLLBACK does."""
+        if not self._open:
+            return
+        self._end()
+        self._send_or_lose(f"ROLLBACK TO SAVEPOINT {_NAME}")
+        self._send(f"RELEASE SAVEPOINT {_NAME}")
+
+    def _end(self) -> None:
+        self._open = False
+        if self.family == "mysql":  # told by SET TRANSACTION, which holds for one
+            self.read_only = False
+
+    def check_level(self, level: str) -> None:
+        """Refuse a level that a unit would have in production, and does not have here.
+
+        Raises:
+            IsolationConflictError: with the cure.
+        """
+        if not is_weaker_or_same(level, self.level):
+            raise IsolationConflictError(
+                f"a unit needs {level.replace('_', ' ')} but rolled_back() has begun at {self.level}; "
+                f"use rolled_back(..., isolation={level.replace('_', ' ')!r})"
+            )
+
+    def replaces(self, cursor: Any, statement: str) -> bool:
+        """Say whether a statement is for the beginning of a transaction, and done with here."""
+        if self.family == "sqlite":
+            return _BEGIN.match(statement) is not None
+        if self.family != "mysql":
+            return False
+        if _OPENING.match(statement) is None:
+            if self.read_only and _WRITES.match(statement) is not None:
+                cursor.execute(_REFUSE)
+            return False
+        if (level := _LEVEL.search(statement)) is not None:
+            self.check_level(level[1].upper())
+        self.read_only = "READ ONLY" in statement.upper()
+        return True
+
+    def _checks(self) -> str:
+        """Return what PostgreSQL does at COMMIT and not at RELEASE: check deferred constraints, end SET LOCAL."""
+        ask = ", ".join(f"current_setting('{name}', true)" for name in _TIMEOUTS)
+        cursor = self.connection.cursor()
+        cursor.execute(f"SELECT {ask}")
+        values = cursor.fetchone()
+        cursor.close()
+        known = [(name, value) for name, value in zip(_TIMEOUTS, values, strict=True) if value is not None]
+        restore = " ".join(f"PERFORM set_config('{name}', '{value}', true);" for name, value in known)
+        # The inner block is a subtransaction that ends by an error of ours: it leaves the constraints as deferred as before.
+        return (
+            "DO $$ BEGIN BEGIN SET CONSTRAINTS ALL IMMEDIATE; RAISE SQLSTATE 'UOW00'; "
+            f"EXCEPTION WHEN SQLSTATE 'UOW00' THEN NULL; END; {restore} END $$"
+        )
+
+    def _send_or_lose(self, statement: str) -> None:
+        try:
+            self._send(statement)
+        except BaseException as error:
+            self._lost = error
+            raise
+
+    def _send(self, statement: str) -> None:
+        cursor = self.connection.cursor()
+        try:
+            cursor.execute(statement)
+        finally:
+            cursor.close()
+
+
+class _Within:
+    """What a dialect does otherwise on the outer transaction's connection; on every other one it does what it did."""
+
+    outer: Outer
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        if self.outer.is_of(dbapi_connection):
+            self.outer.begin()
+        else:
+            self._above.do_begin(dbapi_connection)
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        if self.outer.is_of(dbapi_connection):
+            self.outer.release()
+        else:
+            self._above.do_commit(dbapi_connection)
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        if self.outer.is_of(dbapi_connection):
+            self.outer.undo()
+        else:
+            self._above.do_rollback(dbapi_connection)
+
+    def do_close(self, dbapi_connection: Any) -> None:
+        if not self.outer.is_of(dbapi_connection):  # else the next one that takes it undoes what was open
+            self._above.do_close(dbapi_connection)
+
+    def do_terminate(self, dbapi_connection: Any) -> None:
+        if not self.outer.is_of(dbapi_connection):
+            self._above.do_terminate(dbapi_connection)
+
+    def set_isolation_level(self, dbapi_connection: Any, level: str) -> None:
+        if self.outer.is_of(dbapi_connection):
+            self.outer.check_level(level)
+        else:
+            self._above.set_isolation_level(dbapi_connection, level)
+
+    def reset_isolation_level(self, dbapi_connection: Any) -> None:
+        if not self.outer.is_of(dbapi_connection):
+            self._above.reset_isolation_level(dbapi_connection)
+
+    def set_readonly(self, dbapi_connection: Any, value: bool) -> None:  # noqa: FBT001  # SQLAlchemy's signature
+        if self.outer.is_of(dbapi_connection):
+            self.outer.read_only = value
+        else:
+            self._above.set_readonly(dbapi_connection, value)
+
+    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        if not self.outer.replaces(cursor, statement):
+            self._above.do_execute(cursor, statement, parameters, context)
+
+    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
+        if not self.outer.replaces(cursor, statement):
+            self._above.do_execute_no_params(cursor, statement, context)
+
+    @property
+    def _above(self) -> Any:
+        return super()
+
+
+def dialect_within(dialect: Dialect, outer: Outer) -> Dialect:
+    """Return a copy of a dialect that has used a connection, whose transactions are savepoints of `outer`."""
+    cls: Any = type(
+        f"{type(dialect).__name__}Within",
+        (_Within, type(dialect)),
+        {"supports_statement_cache": dialect.supports_statement_cache},
+    )
+    within: Any = cls.__new__(cls)
+    within.__dict__.update(dialect.__dict__)
+    within.__dict__.pop("dispatch", None)  # its own: a plain copy would share the listeners
+    within.dispatch._update(dialect.dispatch, only_propagate=False)
+    within.outer = outer
+    return cast("Dialect", within)
