@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `
     sys.path.append(str(ROOT))
 
 from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs the line above
-from tests.troubles import TROUBLES  # noqa: E402  # likewise
+from tests.troubles import QUICK, TROUBLES  # noqa: E402  # likewise
 
 # The servers have tests of their own; one run for each kind of server is enough of a matrix.
 collect_ignore = (
@@ -79,3 +79,12 @@ async def db(driver, databases, tmp_path):
     await database.create_tables()
     yield database
     await database.dispose()
+
+
+@pytest.fixture
+async def trouble(db):
+    """Provide a conflict that is met at once, as often as one likes."""
+    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
+    trouble = QUICK[db.family](db)
+    yield trouble
+    await trouble.settle()

@@ -10,8 +10,6 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sqla_uow import Status, UnitOfWorkManager
 from sqla_uow.errors import AmbiguousCommitError
-from tests.losses import Wire
-from tests.servers import Proxy
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
@@ -20,17 +18,6 @@ UNKNOWN = (
     "COMMIT of Wire._body() was sent and its answer is unknown; look in the database whether the work is there before "
     "doing it again, or let ambiguous_commit='verify' look"
 )
-
-
-@pytest.fixture
-async def wire(db):
-    """An account behind a proxy."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    with Proxy("127.0.0.1", db.server.port) as proxy:
-        wire = Wire(db, proxy)
-        yield wire
-        proxy.forward_all()
-        await wire.engine.dispose()
 
 
 @pytest.fixture

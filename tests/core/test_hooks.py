@@ -25,20 +25,10 @@ from sqla_uow import (
     transactional,
 )
 from tests.models import Note
-from tests.troubles import QUICK
 
 # One of each database: the driver has no part in it.
 pytestmark = pytest.mark.drivers("sqlite", "psycopg", "asyncmy")
 AT_ONCE = RetryPolicy(base=0, cap=0)
-
-
-@pytest.fixture
-async def trouble(db):
-    """Provide a conflict that is met at once."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
-    trouble = QUICK[db.family](db)
-    yield trouble
-    await trouble.settle()
 
 
 @pytest.fixture

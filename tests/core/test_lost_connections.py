@@ -9,24 +9,11 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
 from sqla_uow.errors import AmbiguousCommitError
-from tests.losses import Wire
 from tests.models import Account
-from tests.servers import Proxy
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
 RETRIED = [Status.ROLLED_BACK, Status.COMMITTED]
-
-
-@pytest.fixture
-async def wire(db):
-    """An account behind a proxy."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    with Proxy("127.0.0.1", db.server.port) as proxy:
-        wire = Wire(db, proxy)
-        yield wire
-        proxy.forward_all()
-        await wire.engine.dispose()
 
 
 async def has_retried(wire):

@@ -11,7 +11,6 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from tests.models import Note, Unique
-from tests.troubles import QUICK
 
 
 class Watched:
@@ -33,15 +32,6 @@ class Watched:
         self.now += seconds
         if self.on_sleep is not None:
             await self.on_sleep()
-
-
-@pytest.fixture
-async def trouble(db):
-    """Provide a conflict that is met at once, as often as one likes."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
-    trouble = QUICK[db.family](db)
-    yield trouble
-    await trouble.settle()
 
 
 def always(trouble, seen):

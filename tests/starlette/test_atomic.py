@@ -11,24 +11,8 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit, errors, transactional
-from tests.models import Account
-from tests.starlette.client import app_of, client_of
-
-
-@pytest.fixture
-async def manager(db):
-    """A manager whose pool lends one connection, and has it back at the end."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 10)")
-    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
-    yield UnitOfWorkManager(engine)
-    assert engine.pool.checkedout() == 0
-
-
-@transactional
-async def add(key, balance=0):
-    """Write."""
-    current_session().add(Account(id=key, balance=balance))
+from sqla_uow import after_commit, current_session, current_unit, errors
+from tests.starlette.client import add, app_of, client_of
 
 
 async def test_commits_before_the_response_and_background(db, manager):

@@ -131,8 +131,8 @@ async def test_the_server_shuts_down_under_a_request(db, atomic):
     engine = db.engine()
     bank = Bank(UnitOfWorkManager(engine), atomic=atomic, waits=asyncio.Event())
     async with httpx.AsyncClient() as http:
-        async with served(bank.app, timeout_graceful_shutdown=0) as address:
-            request = asyncio.create_task(http.get(f"http://{address}/1"))
+        async with served(bank.app, timeout_graceful_shutdown=0) as (port, _):
+            request = asyncio.create_task(http.get(f"http://127.0.0.1:{port}/1"))
             await bank.waiting.wait()
             assert engine.pool.checkedout() == 1
         answers = await asyncio.gather(request, return_exceptions=True)
@@ -148,9 +148,9 @@ async def test_a_client_that_leaves_in_the_middle_stops_nothing(db, atomic):
     engine = db.engine()
     go_on = asyncio.Event()
     bank = Bank(UnitOfWorkManager(engine), atomic=atomic, waits=go_on)
-    async with served(bank.app) as address:
+    async with served(bank.app) as (port, _):
         async with httpx.AsyncClient() as http:
-            request = asyncio.create_task(http.get(f"http://{address}/1"))
+            request = asyncio.create_task(http.get(f"http://127.0.0.1:{port}/1"))
             await bank.waiting.wait()
             request.cancel()
             await asyncio.wait({request})

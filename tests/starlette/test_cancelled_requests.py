@@ -16,7 +16,8 @@ from starlette.responses import PlainTextResponse
 from sqla_uow import UnitOfWorkManager, current_session, transactional
 from tests.cancelling import WAYS, Suspensions
 from tests.models import Account
-from tests.starlette.client import app_of, client_of, first_byte, served
+from tests.starlette.client import app_of, client_of
+from tests.starlette.serving import first_byte, served
 
 TIMES = 1000 if os.environ.get("SQLA_UOW_LONG") == "1" else 56
 POINTS = 40

@@ -108,7 +108,7 @@ async def test_gather_is_refused_and_the_pool_is_whole(db):
         middleware=[Middleware(UnitOfWorkMiddleware, manager=manager)],
         exception_handlers={TaskBoundaryError: explain},
     )
-    async with served(app) as address, httpx.AsyncClient(base_url=f"http://{address}") as http:
+    async with served(app) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
         answers = await asyncio.gather(*(http.get("/") for _ in range(3)))
     for answer in answers:
         assert answer.status_code == 500

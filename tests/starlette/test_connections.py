@@ -51,8 +51,8 @@ async def test_each_message_of_a_websocket_is_a_unit_of_its_own(db, atomic):
             await websocket.send_text(f"{count} {engine.pool.checkedout()}")
 
     app = app_of(UnitOfWorkManager(engine), WebSocketRoute("/", feed), atomic=atomic)
-    async with served(app) as address:
-        async with connect(f"ws://{address}/") as websocket:
+    async with served(app) as (port, _):
+        async with connect(f"ws://127.0.0.1:{port}/") as websocket:
             for number in (1, 2, 3):
                 await websocket.send(str(number))
                 assert await websocket.recv() == f"{number} 1"
@@ -73,8 +73,8 @@ async def test_the_engine_ends_with_the_application(db):
     app = app_of(manager, Route("/", create), lifespan=dispose_on_shutdown(manager))
     pools = [engine.pool]
     async with (
-        served(app, lifespan="on") as address,
-        httpx.AsyncClient(base_url=f"http://{address}") as http,
+        served(app, lifespan="on") as (port, _),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
     ):
         assert (await http.get("/")).text == "done"
         pools.append(engine.pool)

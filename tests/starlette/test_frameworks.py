@@ -16,27 +16,12 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route, WebSocketRoute
 from websockets.asyncio.client import connect
 
-from sqla_uow import UnitOfWorkManager, current_session, current_unit, errors, transactional
+from sqla_uow import UnitOfWorkManager, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware, dispose_on_shutdown
-from tests.models import Account
-from tests.starlette.client import app_of, client_of, served
+from tests.starlette.client import add, app_of, client_of
+from tests.starlette.serving import served
 
 MODES = pytest.mark.parametrize("atomic", [False, True], ids=["default", "atomic"])
-
-
-@pytest.fixture
-async def manager(db):
-    """A manager whose pool lends one connection, and has it back at the end."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 10)")
-    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
-    yield UnitOfWorkManager(engine)
-    assert engine.pool.checkedout() == 0
-
-
-@transactional
-async def add(key):
-    """Write."""
-    current_session().add(Account(id=key))
 
 
 async def count():

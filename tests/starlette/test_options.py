@@ -19,15 +19,6 @@ from tests.starlette.client import app_of, client_of
 UNUSED = "where it means nothing; add atomic=True, or say it at the @transactional functions"
 
 
-@pytest.fixture
-async def manager(db):
-    """A manager whose pool lends one connection, and has it back at the end."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 10)")
-    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
-    yield UnitOfWorkManager(engine)
-    assert engine.pool.checkedout() == 0
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -16,18 +16,9 @@ from starlette.routing import Route
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.starlette.client import client_of
-from tests.troubles import QUICK, BusyAtCommit, MariaDBDeadlock, WriteSkewAtCommit
+from tests.troubles import BusyAtCommit, MariaDBDeadlock, WriteSkewAtCommit
 
 AT_COMMIT = {"postgresql": WriteSkewAtCommit, "sqlite": BusyAtCommit, "mysql": MariaDBDeadlock}
-
-
-@pytest.fixture
-async def trouble(db):
-    """Provide a conflict that is met at once, as often as one likes."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
-    trouble = QUICK[db.family](db)
-    yield trouble
-    await trouble.settle()
 
 
 def app_of(trouble, endpoint, *, engine=None, middleware=(), exception_handlers=None, **options):

@@ -7,29 +7,14 @@ from sqlalchemy import text
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
+from sqla_uow import current_session, errors
 from tests.models import Account
-from tests.starlette.client import app_of, client_of
+from tests.starlette.client import add, app_of, client_of
 
 SCOPE_ENDED = (
     "the scope that was open here has ended; in a task that outlives it, or a background task, "
     "call a @transactional function, which opens its own unit"
 )
-
-
-@pytest.fixture
-async def manager(db):
-    """A manager whose pool lends one connection, and has it back at the end."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 10)")
-    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
-    yield UnitOfWorkManager(engine)
-    assert engine.pool.checkedout() == 0
-
-
-@transactional
-async def add(key, balance=0):
-    """Write."""
-    current_session().add(Account(id=key, balance=balance))
 
 
 async def test_reads_and_units_in_one_request(db, manager):

@@ -15,7 +15,8 @@ from sqla_uow import RetryPolicy, UnitOfWorkManager, after_commit, current_sessi
 from tests.losses import COMMIT
 from tests.models import Account
 from tests.servers import Proxy
-from tests.starlette.client import app_of, first_byte, served
+from tests.starlette.client import app_of
+from tests.starlette.serving import first_byte, served
 
 pytest.importorskip("uvicorn")
 
