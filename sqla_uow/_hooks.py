@@ -18,7 +18,7 @@ from sqla_uow.errors import UnitOfWorkError
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-__all__ = ["Hook", "Hooks", "being_run", "run_after_commit", "run_after_rollback"]
+__all__ = ["Hook", "Hooks", "being_run", "run_after_commit", "run_after_rollback", "takers"]
 
 logger = logging.getLogger("sqla_uow")
 T = TypeVar("T")
@@ -53,6 +53,10 @@ class Hook(NamedTuple):
         result = self.function(*self.args, **self.kwargs)
         if inspect.isawaitable(result):
             await result
+
+
+takers: list[Callable[[list[Hook]], None]] = []
+"""Called with the `after_commit` hooks of each unit that has committed with some; what they take out does not run."""
 
 
 class Hooks:
@@ -100,6 +104,8 @@ _Cancelled = asyncio.CancelledError | None
 
 async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tuple[list[Exception], _Cancelled]:
     """Run the hooks of a commit; return what they raised, and the cancellation of the caller, before or meanwhile."""
+    for take in takers:
+        take(hooks.after_commit)
     outcome = await _bounded(_run_collecting(hooks.after_commit), who, cancelled)
     return outcome.task.result() if outcome.finished else [], cancelled or outcome.cancelled
 

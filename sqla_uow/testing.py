@@ -1,8 +1,23 @@
 """What users test their units of work with.
 
 * `rolled_back` undoes at its end what a test did.
+* `capture_after_commit` collects the hooks of the units that commit.
+* `count_queries`, `assert_num_queries` and `assert_max_num_queries` look at what is sent.
+* `assert_no_leaks` sees that connections come back.
 """
 
+from sqla_uow._testing_captures import CapturedHook, capture_after_commit
+from sqla_uow._testing_leaks import assert_no_leaks
+from sqla_uow._testing_queries import Queries, assert_max_num_queries, assert_num_queries, count_queries
 from sqla_uow._testing_rolled_back import rolled_back
 
-__all__ = ["rolled_back"]
+__all__ = [
+    "CapturedHook",
+    "Queries",
+    "assert_max_num_queries",
+    "assert_no_leaks",
+    "assert_num_queries",
+    "capture_after_commit",
+    "count_queries",
+    "rolled_back",
+]

@@ -55,6 +55,15 @@ from sqla_uow.mixins import (
     next_version,
     touch,
 )
+from sqla_uow.testing import (
+    CapturedHook,
+    assert_max_num_queries,
+    assert_no_leaks,
+    assert_num_queries,
+    capture_after_commit,
+    count_queries,
+    rolled_back,
+)
 from sqla_uow_starlette import (
     AnyVersioned,
     PreconditionError,
@@ -417,6 +426,23 @@ def in_a_program() -> None:
     CreateVersionTriggerOp("orders").reverse()
     column: Column[datetime] = Column("version", UtcTimestamp())
     assert_type(column, Column[datetime])
+
+
+# ---- tests
+
+
+async def kit(engine: AsyncEngine, manager: UnitOfWorkManager[AuditedSession]) -> None:
+    async with rolled_back(engine, isolation="SERIALIZABLE") as inside:
+        assert_type(inside, AsyncEngine)
+    async with rolled_back(manager) as same:
+        assert_type(same, UnitOfWorkManager[AuditedSession])
+    with capture_after_commit(execute=True) as hooks:
+        assert_type(hooks, list[CapturedHook])
+    await hooks[0]()
+    with count_queries(manager) as queries, assert_num_queries(engine, 1), assert_max_num_queries(engine, 1):
+        assert_type(queries.count, int)
+    with assert_no_leaks(engine), assert_no_leaks(manager):
+        pass
 
 
 # ---- the web package
