@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +12,7 @@ from sqlalchemy.pool import NullPool
 
 from tests.models import Base
 from tests.servers import MariaDB, PostgreSQL
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,9 +117,8 @@ class Database:
             else "SELECT 1 FROM information_schema.innodb_trx t JOIN information_schema.processlist p "
             "ON t.trx_mysql_thread_id = p.id WHERE p.db = database() AND t.trx_state = 'LOCK WAIT'"
         )
-        async with asyncio.timeout(10):
-            while not await self.rows(waiting):  # noqa: ASYNC110  # the server tells nobody
-                await asyncio.sleep(0.11)  # InnoDB renews innodb_trx only if nobody has read it for 0.1 s
+        # InnoDB renews innodb_trx only if nobody has read it for 0.1 s.
+        await until(lambda: self.rows(waiting), pause=0.11)
 
     async def kill(self, session: AsyncSession) -> None:
         """End the server's side of a session, and wait until it has ended."""
@@ -129,9 +128,15 @@ class Database:
             await self.rows(f"SELECT pg_terminate_backend({number}, 10000)")
             return
         await self.run(f"KILL {number}")
-        async with asyncio.timeout(10):
-            while await self.rows(f"SELECT 1 FROM information_schema.processlist WHERE id = {number}"):  # noqa: ASYNC110, S608
-                await asyncio.sleep(0.01)
+
+        async def ended() -> bool:
+            return not await self.rows(f"SELECT 1 FROM information_schema.processlist WHERE id = {number}")  # noqa: S608
+
+        await until(ended)
+
+    async def is_idle(self) -> bool:
+        """Say whether every other session of this database on the server is."""
+        return all(state == "idle" for _, state in await self.sessions())
 
     async def sessions(self) -> list[tuple[int, str]]:
         """Return (id, state) of every other session of this database on the server."""

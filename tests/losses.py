@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
 from sqla_uow import UnitOfWorkManager, current_unit, transactional
 from tests.models import Account
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from tests.servers import Proxy, Trigger
@@ -57,6 +57,4 @@ class Wire:
 
     async def until_left(self) -> None:
         """Return when the server has nothing open any more but idle connections."""
-        async with asyncio.timeout(5):
-            while any(state != "idle" for _, state in await self.db.sessions()):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(self.db.is_idle, seconds=5)

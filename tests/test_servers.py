@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tests.servers import MariaDB, PostgreSQL, Proxy, ServerError
 from tests.servers.keeper import ENVIRONMENT, _descendants
 from tests.servers.machine import free_port
+from tests.waiting import until
 
 CHECKOUT = Path(__file__).parents[1]
 SERVERS = [PostgreSQL, MariaDB]
@@ -804,9 +805,11 @@ async def inserting(db):
 
 async def sessions_end(db):
     """Wait until the server has noticed that everybody has left, so that what is not committed never will be."""
-    async with asyncio.timeout(5):
-        while await db.sessions():  # noqa: ASYNC110  -- the server tells no one
-            await asyncio.sleep(0.01)
+
+    async def ended():
+        return not await db.sessions()
+
+    await until(ended, seconds=5)
 
 
 @on_servers

@@ -13,6 +13,7 @@ from sqlalchemy import event, text
 from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
 from tests.cancelling import WAYS, Suspensions
 from tests.models import Account
+from tests.waiting import until
 
 CAUGHT = {"asyncio.timeout", "TaskGroup", "anyio scope", "move_on_after", "fail_after", "anyio group"}
 """Ways that end the cancellation themselves: the task goes on, and no request to cancel it is left."""
@@ -69,15 +70,15 @@ class Bank:
         await self._outside.execute(text("UPDATE account SET balance = balance + 1"))  # no lock is left behind
         self.balance += 1
         assert await self._outside.scalar(text("SELECT balance FROM account")) == self.balance
-        async with asyncio.timeout(2):
-            while not await self._is_quiet():  # noqa: ASYNC110  # the server tells nobody
-                await asyncio.sleep(0.01)
+        await until(self._is_quiet, seconds=2)
 
     async def long_statement(self):
         """Return when the database works on it."""
-        async with asyncio.timeout(5):
-            while not (self.started.is_set() or await self._outside.scalar(text(WORKING[self.family]))):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+
+        async def works():
+            return self.started.is_set() or await self._outside.scalar(text(WORKING[self.family]))
+
+        await until(works, seconds=5)
 
     async def _is_quiet(self):
         states = await self._outside.execute(text(OTHERS[self.family]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import sys
 import time
@@ -17,6 +18,7 @@ from sqlalchemy import literal_column, select, text
 
 from sqla_uow import Status, UnitOfWorkManager, _rollback, current_session, current_unit, errors, transactional
 from sqla_uow._tasks import Frame, Place
+from tests import waiting
 from tests.models import Account
 
 few_drivers = pytest.mark.drivers("sqlite", "asyncpg")  # what is about tasks alone
@@ -37,11 +39,8 @@ def row(number):
     return insert_into(Account).values(id=number)
 
 
-async def until(condition):
-    """Look again in every turn of the loop, for five seconds at most."""
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  # nobody sets an event for it
-            await asyncio.sleep(0)
+until = functools.partial(waiting.until, seconds=5, pause=0)
+"""Look again in every turn of the loop, for five seconds at most."""
 
 
 async def in_flight(unit):

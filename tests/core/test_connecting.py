@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import secrets
@@ -17,6 +16,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from tests.models import Note
 from tests.servers import Proxy
+from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 CODES = {"asyncpg": None, "psycopg": None, "asyncmy": "2003", "aiomysql": "2003"}
@@ -143,9 +143,11 @@ async def locked(db, password):
         rules.write_text(f"host all {guest.username} all scram-sha-256\n{before}")
         await db.run("SELECT pg_reload_conf()")
         url = guest.set(password=password)
-        async with asyncio.timeout(10):
-            while await lets_in(url, refusals(db.driver)):  # noqa: ASYNC110  # the server tells nobody
-                await asyncio.sleep(0.01)
+
+        async def refuses():
+            return not await lets_in(url, refusals(db.driver))
+
+        await until(refuses)
         yield url
         rules.write_text(before)
 

@@ -16,6 +16,7 @@ from sqla_uow import RetryPolicy, UnitOfWorkManager, _contention, current_sessio
 from sqla_uow._contention import Controller
 from sqla_uow.typing import Contention
 from tests.models import Account
+from tests.waiting import until
 
 OFF = RetryPolicy(contention="off")
 
@@ -157,9 +158,7 @@ class Busy:
 
 async def waiting(manager, function, count):
     """Wait until so many calls wait for their turn."""
-    async with asyncio.timeout(5):
-        while manager.contention(function).waiting != count:  # noqa: ASYNC110  # nobody sets an event for it
-            await asyncio.sleep(0)
+    await until(lambda: manager.contention(function).waiting == count, seconds=5, pause=0)
 
 
 @pytest.fixture
@@ -268,9 +267,7 @@ async def test_off_means_off(manager):
     """R10: no gate is made."""
     busy = Busy(manager, retry=OFF)
     calls = [asyncio.create_task(busy.call(number)) for number in range(5)]
-    async with asyncio.timeout(5):
-        while len(busy.order) < 5:  # noqa: ASYNC110  # nobody sets an event for it
-            await asyncio.sleep(0)
+    await until(lambda: len(busy.order) == 5, seconds=5, pause=0)
     busy.let_go.set()
     await asyncio.gather(*calls)
     assert len(manager._gates) == 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
 from sqla_uow.errors import AmbiguousCommitError
 from tests.models import Account
+from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
@@ -62,9 +61,7 @@ async def killed_in_its_first_run(wire, *, seen):
         if len(wire.units) == 1:
             raw = (await (await session.connection()).get_raw_connection()).driver_connection
             await wire.db.kill(session)
-            async with asyncio.timeout(5):
-                while seen and not raw.is_closed():  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: not seen or raw.is_closed(), seconds=5)
 
     await add_one()
 
@@ -123,8 +120,6 @@ async def test_a_rollback_that_is_not_answered_is_given_up(wire, monkeypatch, ca
     assert unit.status is Status.ROLLED_BACK
     assert "took more than 0.2 s; its connection is discarded" in caplog.text
     wire.proxy.cut()  # else psycopg takes its time: 5 s
-    async with asyncio.timeout(2):
-        while wire.engine.pool.checkedout():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: not wire.engine.pool.checkedout(), seconds=2)
     await wire.add_one()
     assert await wire.balance() == 1

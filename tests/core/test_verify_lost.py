@@ -11,6 +11,7 @@ from sqla_uow import Status
 from sqla_uow.errors import AmbiguousCommitError
 from tests.losses import Wire
 from tests.servers import Proxy
+from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
@@ -81,9 +82,7 @@ async def test_a_pool_that_others_hold_is_waited_for(wire, caplog):
     await asyncio.sleep(0)
     wire.proxy.cut()
     connection = await other
-    async with asyncio.timeout(5):
-        while "asking for the outcome of a COMMIT failed (TimeoutError)" not in caplog.text:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: "asking for the outcome of a COMMIT failed (TimeoutError)" in caplog.text, seconds=5)
     await connection.close()
     await task
     assert await has_added_once(wire, applied=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +12,7 @@ from examples.bank.serving import served
 from examples.bank.tally import Tally
 from examples.bank.web import create_app
 from sqla_uow import UnitOfWorkManager
+from tests.waiting import until_free
 
 if TYPE_CHECKING:
     import httpx
@@ -43,9 +43,7 @@ class Bank(NamedTuple):
         rules = [finding for finding in found[:4] if not finding.holds]  # the last is about what the load has edited
         pool = self.manager.engine.sync_engine.pool
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
-                while pool.checkedout():  # noqa: ASYNC110  # a pool tells nobody
-                    await asyncio.sleep(0.01)
+            await until_free(self.manager.engine)
         return rules, pool.checkedout()
 
 

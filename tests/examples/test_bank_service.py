@@ -18,6 +18,7 @@ from examples.bank.openapi import DOCUMENT
 from examples.bank.plain import create_plain_app
 from examples.bank.serving import served
 from examples.bank.web import ROUTES
+from tests.waiting import until
 
 BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
 LEDGER = "SELECT source, target, amount, reference FROM sqla_uow_bank_entry WHERE reference <> 'opening' ORDER BY id"
@@ -197,9 +198,11 @@ async def both_leave(bank, db, client):
     async with bank.manager.engine.connect() as connection:
         await connection.execute(text("SELECT * FROM sqla_uow_bank_clerk FOR UPDATE"))  # holds writers, not readers
         leaving = asyncio.gather(*(client.put(f"/clerks/{n}", json={"on_duty": False}) for n in (1, 2)))
-        async with asyncio.timeout(10):
-            while await db.scalar(WAITING) < 2:  # noqa: ASYNC110  # a database tells nobody
-                await asyncio.sleep(0.01)
+
+        async def both_wait():
+            return await db.scalar(WAITING) >= 2
+
+        await until(both_wait)
     return sorted(answer.status_code for answer in await leaving)
 
 
@@ -250,10 +253,12 @@ async def test_a_letter_is_written_after_the_commit(bank):
     mail.SENT.clear()
     done = await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 5, "reference": "tea"})
     await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 999_00})  # refused
-    async with asyncio.timeout(10):
-        while not (letters := (await bank.client.get("/letters")).json()):  # noqa: ASYNC110  # the service tells nobody
-            await asyncio.sleep(0.01)
-    assert letters == [{"entry": done.json()["id"], "to": "Alan", "text": "Ada has sent you 0.05: tea"}]
+
+    async def letters():
+        return (await bank.client.get("/letters")).json()
+
+    await until(letters)
+    assert await letters() == [{"entry": done.json()["id"], "to": "Alan", "text": "Ada has sent you 0.05: tea"}]
 
 
 async def test_a_letter_that_fails_changes_nothing(bank, db, monkeypatch, caplog):
@@ -300,9 +305,7 @@ async def test_a_listener_that_leaves_is_forgotten(bank):
     async with listening(bank) as feed:
         assert len(FEED._listeners) == 1
         feed.transport.abort()
-    async with asyncio.timeout(10):
-        while FEED._listeners:  # noqa: ASYNC110  # a task of the server
-            await asyncio.sleep(0.01)
+    await until(lambda: not FEED._listeners)
     assert await bank.broken_rules() == ([], 0)
 
 

@@ -47,10 +47,3 @@ async def first_byte(port, request):
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
     return await reader.read(1), reader, writer
-
-
-async def until_free(engine):
-    """Wait until nothing is checked out of the engine's pool."""
-    async with asyncio.timeout(10):
-        while engine.pool.checkedout():  # noqa: ASYNC110  # the pool tells nobody
-            await asyncio.sleep(0.01)

@@ -20,7 +20,8 @@ from sqla_uow import UnitOfWorkManager, after_commit, before_commit, current_ses
 from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.models import Account
 from tests.starlette.client import client_of
-from tests.starlette.serving import served, until_free
+from tests.starlette.serving import served
+from tests.waiting import until, until_free
 
 pytestmark = pytest.mark.drivers("sqlite", "asyncpg", "psycopg")
 
@@ -68,9 +69,7 @@ class Bank:
 async def nothing_is_left(db, engine):
     """Assert that no connection is lent, and that the server sees no open transaction."""
     await until_free(engine)
-    async with asyncio.timeout(10):
-        while any(state != "idle" for _, state in await db.sessions()):  # noqa: ASYNC110  # the server tells nobody
-            await asyncio.sleep(0.01)
+    await until(db.is_idle)
 
 
 class Deadline:

@@ -18,6 +18,7 @@ from tests.cancelling import WAYS, Suspensions
 from tests.models import Account
 from tests.starlette.client import app_of, client_of
 from tests.starlette.serving import first_byte, served
+from tests.waiting import until
 
 TIMES = 1000 if os.environ.get("SQLA_UOW_LONG") == "1" else 56
 POINTS = 40
@@ -48,9 +49,11 @@ class Inside(BaseHTTPMiddleware):
 
 async def until_quiet(db, engine):
     """Return when nothing is checked out, and no session of the server is in a transaction."""
-    async with asyncio.timeout(5):
-        while engine.pool.checkedout() or any(state not in ("idle", None) for _, state in await db.sessions()):  # noqa: ASYNC110  # the server tells nobody
-            await asyncio.sleep(0.01)
+
+    async def quiet():
+        return not engine.pool.checkedout() and all(state in ("idle", None) for _, state in await db.sessions())
+
+    await until(quiet, seconds=5)
 
 
 @pytest.fixture

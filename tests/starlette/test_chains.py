@@ -18,7 +18,8 @@ from sqla_uow.errors import NoUnitError, TaskBoundaryError
 from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.models import Account
 from tests.starlette.client import client_of
-from tests.starlette.serving import served, until_free
+from tests.starlette.serving import served
+from tests.waiting import until_free
 
 pytestmark = pytest.mark.drivers("sqlite", "asyncpg")
 

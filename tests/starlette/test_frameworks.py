@@ -20,6 +20,7 @@ from sqla_uow import UnitOfWorkManager, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware, dispose_on_shutdown
 from tests.starlette.client import add, app_of, client_of
 from tests.starlette.serving import served
+from tests.waiting import until_free
 
 MODES = pytest.mark.parametrize("atomic", [False, True], ids=["default", "atomic"])
 
@@ -227,9 +228,7 @@ async def test_websocket_holds_no_transaction_between_messages(db, manager):
         for key in (2, 3):
             await websocket.send(str(key))
             assert await websocket.recv() == f"[{key - 1},{key}]"
-            async with asyncio.timeout(5):
-                while manager.engine.pool.checkedout():  # noqa: ASYNC110  # the pool has no event
-                    await asyncio.sleep(0.01)
+            await until_free(manager.engine)
     assert waiting == [True, True]
     assert await db.scalar("SELECT count(*) FROM account") == 3
 
