@@ -1,4 +1,5 @@
 """A bank as a web service: transfers, deposits and edits, many at once, and what must be true afterwards.
 
-Run it from a checkout: ``python -m examples.bank --help``.  Read `services` and `web`; for comparison, `plain`.
+Run it from a checkout: ``python -m examples.bank --help``.  Read `services` and `web`; `migrations`; for
+comparison, `plain`.
 """

@@ -6,9 +6,10 @@ import importlib.util
 import sys
 
 _NEEDED = {
-    "sqlalchemy": "-e '.[sqlite,starlette]'",
-    "greenlet": "-e '.[sqlite,starlette]'",
-    "starlette": "-e '.[sqlite,starlette]'",
+    "sqlalchemy": "-e '.[alembic,sqlite,starlette]'",
+    "greenlet": "-e '.[alembic,sqlite,starlette]'",
+    "alembic": "-e '.[alembic,sqlite,starlette]'",
+    "starlette": "-e '.[alembic,sqlite,starlette]'",
     "httpx": "httpx",
     "rich": "rich",
     "uvicorn": "uvicorn",

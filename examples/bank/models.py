@@ -1,4 +1,4 @@
-"""The tables.  Their names are long so that they meet no table of yours in a database passed with ``--url``."""
+"""The tables, which `migrations` make.  Their names are long so that they meet no table of yours in a database passed with ``--url``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_uow.mixins import Versioned
 
-__all__ = ["LONGEST", "Account", "Base", "Clerk", "Entry", "now"]
+__all__ = ["LONGEST", "VERSION_TABLE", "Account", "Base", "Clerk", "Entry", "now"]
 
 LONGEST = 80
 """Characters of an owner's name, and of a reference."""
+VERSION_TABLE = "sqla_uow_bank_revision"
+"""Where Alembic notes which migrations were run; its usual `alembic_version` may be yours."""
 
 
 def now() -> datetime:

@@ -114,9 +114,11 @@ def engine_of(where: Place, workers: int) -> AsyncEngine:
     file = url.database if url.get_backend_name() == "sqlite" else None
     if file and not file.startswith("file:") and not Path(file).parent.is_dir():
         raise UnavailableError(f"folder {str(Path(file).parent)!r} of the SQLite file is not there; make it first")
-    # An in-memory SQLite database is one connection, whose pool takes no size.
-    memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
-    room = {} if memory else {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": _FOR_PEOPLE}
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise UnavailableError(
+            "a SQLite database in memory is seen by one connection only, and not by the migrations; name a file"
+        )
+    room = {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": _FOR_PEOPLE}
     patience = {"connect_args": {"timeout": _PATIENCE}} if url.get_backend_name() == "sqlite" else {}
     try:
         engine = create_async_engine(url, **room, **patience)

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from alembic.util import CommandError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -76,6 +77,8 @@ class _Run:
             raise UnavailableError(
                 f"{self.where.name} has tables of another run ({error}); drop them, or wait until it is over"
             ) from error
+        except CommandError as error:  # Alembic's, whose message says what and how
+            raise UnavailableError(f"{self.where.name} cannot be migrated: {error}") from error
         except PortTakenError as error:
             raise UnavailableError(f"{error}; use another --port") from error
         except (SQLAlchemyError, UnitOfWorkError, OSError) as error:
@@ -108,6 +111,8 @@ class _Run:
         logger.propagate = False
         # psycopg warns about each pipeline that a conflict ends; the conflict itself is counted.
         logging.getLogger("psycopg").addHandler(logging.NullHandler())
+        # asyncmy passes on MariaDB's note that it has no name for Alembic's primary key.
+        logging.getLogger("asyncmy").addHandler(logging.NullHandler())
 
     async def _serve(self) -> int:
         options = self.options

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import inspect
+from alembic.config import Config
+from sqlalchemy import MetaData, Table, inspect
+from sqlalchemy.schema import DropTable
 
-from examples.bank.models import Account, Base, Clerk, Entry
+from alembic import command
+from examples.bank.models import VERSION_TABLE, Account, Base, Clerk, Entry
+from examples.bank.waiting import to_the_end
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,6 +29,7 @@ START = 200_00
 """Cents on every account at the beginning."""
 CLERKS = 2
 """Both are on duty at the beginning."""
+_MIGRATIONS = Path(__file__).parent / "migrations"
 _OWNERS = ("Ada", "Alan", "Barbara", "Edsger", "Emmy", "Frances", "Grace", "John", "Katherine", "Tony")
 
 
@@ -31,26 +38,47 @@ class TablesExistError(Exception):
 
 
 async def create(engine: AsyncEngine) -> None:
-    """Make the tables.
+    """Make the tables, by the migrations.
 
     Raises:
         TablesExistError: they are there already; nothing was touched.
     """
-    async with engine.begin() as connection:
-        await connection.run_sync(_create)
-
-
-def _create(connection: Connection) -> None:
-    existing = sorted(set(Base.metadata.tables) & set(inspect(connection).get_table_names()))
+    async with engine.connect() as connection:
+        existing = await connection.run_sync(_existing)
     if existing:
         raise TablesExistError(", ".join(existing))
-    Base.metadata.create_all(connection)
+    config = _config(engine)
+    try:
+        await _run(command.upgrade, config, "head")
+    except asyncio.CancelledError:
+        if config.attributes["applied"]:
+            await drop(engine)
+        raise
+    if not config.attributes["applied"]:
+        raise TablesExistError("made at this moment")
+
+
+def _existing(connection: Connection) -> list[str]:
+    return sorted({*Base.metadata.tables, VERSION_TABLE} & set(inspect(connection).get_table_names()))
 
 
 async def drop(engine: AsyncEngine) -> None:
-    """Drop the tables."""
+    """Drop the tables, and the triggers with them."""
+    await _run(command.downgrade, _config(engine), "base")
     async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.drop_all)
+        await connection.execute(DropTable(Table(VERSION_TABLE, MetaData())))
+
+
+def _config(engine: AsyncEngine) -> Config:
+    config = Config(_MIGRATIONS / "alembic.ini")
+    config.attributes["url"] = engine.url.render_as_string(hide_password=False)
+    config.attributes["applied"] = []
+    return config
+
+
+async def _run(what: Callable[[Config, str], None], config: Config, revision: str) -> None:
+    """Run a command of Alembic's in a thread, because ``env.py`` begins an event loop of its own."""
+    await to_the_end(asyncio.create_task(asyncio.to_thread(what, config, revision)))
 
 
 async def fill(manager: UnitOfWorkManager, accounts: int) -> None:

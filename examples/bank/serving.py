@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from examples.bank.waiting import to_the_end
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
@@ -74,16 +76,7 @@ async def served(app: Starlette, port: int = 0) -> AsyncIterator[str]:
     finally:
         up.cancel()
         server.should_exit = True
-        await _end_of(serving)
-
-
-async def _end_of(serving: asyncio.Task[None]) -> None:
-    """Let the requests in flight end, though the one who waits for it is cancelled."""
-    try:
-        await asyncio.shield(serving)
-    except asyncio.CancelledError:
-        await asyncio.wait({serving})
-        raise
+        await to_the_end(serving)  # so that the requests in flight end
 
 
 def _listen(port: int) -> socket.socket:

@@ -11,6 +11,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow import _alembic_lock
 from sqla_uow.alembic import migration_lock
+from tests.alembic.locking import locked
 from tests.alembic.project import Project
 from tests.slow import eventually
 
@@ -76,18 +77,6 @@ async def test_half_a_migration_is_undone(db, project):
     if db.family != "mysql":
         with pytest.raises(Exception, match="half"):
             await db.rows("SELECT * FROM half")
-
-
-async def locked(db, body, *, seconds=1.0, **options):
-    """Hold the lock on one connection while `body(connection)` runs."""
-    engine = db.engine(**options)
-
-    def run(connection):
-        with migration_lock(connection, timeout=seconds):
-            return body(connection)
-
-    async with engine.connect() as connection:
-        return await connection.run_sync(run)
 
 
 POOL_OF_ONE = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}

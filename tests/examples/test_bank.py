@@ -225,6 +225,10 @@ def test_a_terminal_gets_a_progress_bar(driver):
             "driver 'sqlite' is not asynchronous; use sqlite+aiosqlite, postgresql+asyncpg or mysql+asyncmy",
         ),
         (
+            ["--url", "sqlite+aiosqlite://"],
+            "a SQLite database in memory is seen by one connection only, and not by the migrations; name a file",
+        ),
+        (
             ["--url", "sqlite+aiosqlite:////no/such/folder/x.db"],
             "folder '/no/such/folder' of the SQLite file is not there; make it first",
         ),
