@@ -122,6 +122,7 @@ class Project:
     def revision(self, name: str, after: str | None, upgrade: str, downgrade: str = "pass") -> None:
         lines = [
             "import os, pathlib, time\nfrom alembic import op\nimport sqlalchemy as sa",
+            "def until(name):\n    while not pathlib.Path(name).exists():\n        time.sleep(0.01)",
             f"revision = {name!r}\ndown_revision = {after!r}",
             f"def upgrade():\n    {upgrade}",
             f"def downgrade():\n    {downgrade}",
