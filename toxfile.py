@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @impl
-def tox_add_option(parser: ToxParser) -> None:  # noqa: ARG001
+def tox_add_option(parser: ToxParser) -> None:  # noqa: ARG001  # tox's signature
     """Append pyenv's versions to PATH, newest first, behind everything that is there already.
 
     The hook is the first one that tox calls, before it looks for an interpreter. CPython releases only: a version is

@@ -112,6 +112,6 @@ def keep_triggers() -> type[Any]:
             columns = {column["name"] for column in inspect(self.connection).get_columns(new_table_name)}
             for column, statement in saved:
                 if column in columns and f"ON {self.dialect.identifier_preparer.quote(new_table_name)} " in statement:
-                    self._exec(literally(statement))
+                    self.execute(literally(statement))
 
     return KeepingImpl

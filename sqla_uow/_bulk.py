@@ -1,4 +1,8 @@
-"""ORM statements on versioned models: an UPDATE counts for each row, and versions in memory stay those of the rows."""
+"""ORM statements on versioned models: an UPDATE counts for each row, and versions in memory stay those of the rows.
+
+What an UPDATE is about and sets is in no public place.  The private names of statements that are read here are alike in
+SQLAlchemy 2.0.58 and 2.1.9, but for `_ordered_values`, and the tests of each form run on both.
+"""
 
 from __future__ import annotations
 
@@ -287,7 +291,9 @@ def _counting(bulk: _Bulk) -> Any:
     """Return the UPDATE of the parent's table that counts for the rows the statement is about."""
     mapper, statement = bulk.mapper, bulk.statement
     keys = key_columns(mapper)
-    matching = select(*keys).select_from(mapper).where(*statement._where_criteria).options(*statement._with_options)
+    matching = select(*keys).select_from(mapper).options(*statement._with_options)
+    if statement.whereclause is not None:
+        matching = matching.where(statement.whereclause)
     return update(version_table(mapper)).where(tuple_(*keys).in_(matching.correlate(None))).values(counting(mapper))
 
 
@@ -341,6 +347,6 @@ def _compare(bulk: _Bulk, key: tuple[Any, ...], row: dict[str, Any], found: Any)
         if found != row[bulk.attribute]:
             raise stale_version(bulk.mapper.class_, key, row[bulk.attribute], found)
         return
-    if found is None and None not in key and not bulk.statement._where_criteria:
+    if found is None and None not in key and bulk.statement.whereclause is None:
         raise stale_version(bulk.mapper.class_, key, None, None)
     row[bulk.attribute] = bulk.kind.first() if found is None else found

@@ -1,7 +1,8 @@
 """The connection of a unit and the engine that makes it: what SQLAlchemy tells of statements, savepoints and errors.
 
 The listeners are on the class of the units' connections, so they cost nobody else anything; only ``handle_error`` has to be
-on the engine's dialect.
+on the engine's dialect.  That takes a few private names of SQLAlchemy's events and connections, alike in 2.0.58 and 2.1.9:
+the tests of bindings listen to engines, classes and single connections.
 """
 
 from __future__ import annotations

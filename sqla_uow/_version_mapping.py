@@ -228,6 +228,7 @@ def _excluded(mapper: Mapper[Any], name: str) -> bool:
 
 def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> None:
     """Give a column that the model wrote itself what ours has."""
+    # The private one tells a column that was declared nullable from one that nobody said anything about.
     if column.nullable and column._user_defined_nullable is True:
         raise TypeError(
             f"{model.__name__} maps its version to the nullable column {column.name!r}, and NULL equals no version; "
@@ -238,6 +239,7 @@ def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> Non
     if kind.following is None:
         event.listen(column.table, "before_create", _only_postgresql)
         return
+    # A column takes its defaults when it is made; afterwards only so (SQLAlchemy 2.0.58 and 2.1.9).
     if column.default is None:
         ColumnDefault(kind.first)._set_parent(column)
     if column.server_default is None:

@@ -48,7 +48,7 @@ class UtcTimestamp(TypeDecorator[datetime]):
         value = value.astimezone(UTC)
         return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
         """Return the timestamp in UTC, whatever zone the connection is in."""
         if value is None:
             return None
@@ -77,11 +77,11 @@ class Xid(UserDefinedType[int]):
         """Cast what is bound: text to xid is the only way in."""
         return cast(cast(bindvalue, Text), self)
 
-    def bind_processor(self, dialect: Dialect) -> _Processor[str]:  # noqa: ARG002
+    def bind_processor(self, dialect: Dialect) -> _Processor[str]:  # noqa: ARG002  # likewise
         """Return what makes text of the number."""
         return _text
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> _Processor[int]:  # noqa: ARG002
+    def result_processor(self, dialect: Dialect, coltype: object) -> _Processor[int]:  # noqa: ARG002  # likewise
         """Return what makes a number of the answer: asyncpg gives an int, psycopg a str."""
         return _number
 

@@ -130,7 +130,7 @@ class Database:
         await self.run(f"KILL {number}")
 
         async def ended() -> bool:
-            return not await self.rows(f"SELECT 1 FROM information_schema.processlist WHERE id = {number}")  # noqa: S608
+            return not await self.rows(f"SELECT 1 FROM information_schema.processlist WHERE id = {number}")
 
         await until(ended)
 

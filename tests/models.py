@@ -54,4 +54,4 @@ class Versioned(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     value: Mapped[int] = mapped_column(default=0)
     version: Mapped[int] = mapped_column(default=1)
-    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012  # SQLAlchemy's own spelling
+    __mapper_args__ = {"version_id_col": version}  # SQLAlchemy's own spelling

@@ -1,9 +1,8 @@
-"""Statements that take longer than any test waits, and how to wait for what happens elsewhere."""
+"""Statements that take longer than any test waits."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 
 from sqlalchemy import event
 
@@ -28,13 +27,3 @@ def sent(engine, needle):
 
     event.listen(engine.sync_engine, "before_cursor_execute", before_cursor_execute)
     return handed_over
-
-
-async def eventually(condition, seconds=10.0):
-    """Wait until `condition()`, sync or async, is true."""
-    async with asyncio.timeout(seconds):
-        while True:
-            result = condition()
-            if await result if inspect.isawaitable(result) else result:
-                return
-            await asyncio.sleep(0.01)

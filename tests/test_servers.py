@@ -82,7 +82,7 @@ def scalar(url, sql="SELECT 1"):
 def client_of(server, database, sql, is_there):
     """Leave a client at the SQL, which need not end, once a query finds it there."""
     argv = server._client(database)
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:  # noqa: S603
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
         client.stdin.write(f"{sql};\n".encode())
         client.stdin.flush()
         try:
@@ -120,7 +120,7 @@ def python(*arguments, ground, **environment):
     """Start an interpreter whose temporary files go to the ground; it does not outlive a failed test."""
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(ground), **environment}
-    with subprocess.Popen(  # noqa: S603
+    with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=CHECKOUT,
         env=environment,

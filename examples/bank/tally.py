@@ -93,7 +93,7 @@ class Tally(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Count a retry."""
-        if record.levelno != logging.INFO or not isinstance(record.args, tuple) or len(record.args) != 5:  # noqa: PLR2004
+        if record.levelno != logging.INFO or not isinstance(record.args, tuple) or len(record.args) != 5:  # noqa: PLR2004  # as above
             return
         who, _attempt, _attempts, reason, _wait = record.args
         row = self.rows.get(str(who).removesuffix("()"))

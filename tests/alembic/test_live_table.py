@@ -43,7 +43,7 @@ class Traffic:
         async with self.engine.connect() as connection:
             while not self.stop:
                 started = time.monotonic()
-                await connection.execute(text(f"UPDATE account SET balance = balance + 1 WHERE id = {number}"))  # noqa: S608
+                await connection.execute(text(f"UPDATE account SET balance = balance + 1 WHERE id = {number}"))
                 await connection.commit()
                 self.longest = max(self.longest, time.monotonic() - started)
                 self.written += 1
@@ -121,7 +121,7 @@ async def test_a_table_in_use(db, operate, caplog, capsys):
         with capsys.disabled():
             for name, (took, longest, written, retried) in figures.items():
                 did = f"{took:.2f} s, {retried} retries, {written} writes meanwhile, the longest {longest:.2f} s"
-                print(f"\n{db.driver}, {ROWS} rows, {name}: {did}", end="")  # noqa: T201
+                print(f"\n{db.driver}, {ROWS} rows, {name}: {did}", end="")  # noqa: T201  # figures, with -s
 
 
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")

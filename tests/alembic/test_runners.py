@@ -13,7 +13,7 @@ from sqla_uow import _alembic_lock
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked
 from tests.alembic.project import Project
-from tests.slow import eventually
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -66,12 +66,12 @@ async def test_the_holder_is_killed(project, db):
     insert = "op.execute('INSERT INTO account (id, balance) VALUES (1, 0)')"
     project.revision("three", "two", f"{insert}; {stop}; op.add_version_column('account')")
     first = await project.start("upgrade", "head")
-    await eventually(entered.exists, 20)
+    await until(entered.exists, seconds=20)
     second = await project.start("upgrade", "head")
-    await eventually(lambda: asked.exists() or entered.read_text().count("\n") > 1, 20)
+    await until(lambda: asked.exists() or entered.read_text().count("\n") > 1, seconds=20)
     assert entered.read_text() == f"{first.pid}\n"
     (project.folder / "go on").touch()
-    await eventually(begun.exists, 20)
+    await until(begun.exists, seconds=20)
     os.kill(first.pid, signal.SIGKILL)
     output = (await second.communicate())[0]
     assert second.returncode == 0, output
@@ -129,7 +129,7 @@ async def test_it_takes_nothing_of_the_pool(db):
     """A4: its connection is of no pool: a pool of one is enough, and when it ends no session of it is left."""
     before = len(await db.sessions())
     assert await locked(db, lambda connection: connection.scalar(text("SELECT 1")), **POOL_OF_ONE) == 1
-    await eventually(lambda: no_more(db, before + 1))
+    await until(lambda: no_more(db, before + 1))
 
 
 async def no_more(db, number):

@@ -133,8 +133,8 @@ async def test_names_that_need_quotes(db, operate):
         lambda op: [op.add_version_column(long, "group"), op.create_version_trigger(long, "group")],
     )
     table = f"{quote}{long}{quote}".replace(":", "\\:")
-    await db.run(f"INSERT INTO {table} (id, n) VALUES (1, 1)", f"UPDATE {table} SET n = 2")  # noqa: S608
-    assert await db.scalar(f"SELECT {quote}group{quote} FROM {table}") == 2  # noqa: S608
+    await db.run(f"INSERT INTO {table} (id, n) VALUES (1, 1)", f"UPDATE {table} SET n = 2")
+    assert await db.scalar(f"SELECT {quote}group{quote} FROM {table}") == 2
     await operate(lambda op: op.drop_version_column(long, "group"))
 
 

@@ -751,7 +751,7 @@ async def test_a_task_that_starts_its_successor_for_ever_does_not_grow(db, place
         await current
 
     with manager.activate():
-        asyncio.create_task(generation(100))  # noqa: RUF006
+        asyncio.create_task(generation(100))  # noqa: RUF006  # likewise
         await done.wait()
     assert most[Frame] < 60
     assert most[Place] < 60

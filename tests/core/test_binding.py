@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from sqla_uow import Status, UnitOfWorkManager, _connection, errors
 from sqla_uow._transaction import Transaction
 from tests.models import Account
+from tests.statements import statements
 
 COUNT = select(func.count()).select_from(Account)
 one_driver = pytest.mark.drivers("sqlite")  # what is about Python objects alone
@@ -254,11 +255,10 @@ async def test_plain_sessions_on_the_same_engine(db):
     """S8: commit, rollback, begin, a second transaction and a second task: nothing of it is our affair."""
     engine = db.engine(pool_size=1, max_overflow=0)
     manager = UnitOfWorkManager(engine)
-    statements = []
-    event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    sent = statements(engine)
     async with manager.begin(read_only=True) as unit:
         await unit.session.scalar(COUNT)
-    statements.clear()
+    sent.clear()
     async with AsyncSession(engine) as plain:
         async with plain.begin():
             plain.add(Account(id=1))
@@ -271,7 +271,7 @@ async def test_plain_sessions_on_the_same_engine(db):
             await plain.execute(text("SELECT nonsense"))
         await plain.rollback()
         assert await plain.scalar(COUNT) == 2
-    assert [one.split()[0] for one in statements] == ["INSERT", "INSERT", "INSERT", "SELECT", "SELECT"]
+    assert [one.split()[0] for one in sent] == ["INSERT", "INSERT", "INSERT", "SELECT", "SELECT"]
     async with engine.begin() as connection:
         await connection.execute(insert(Account).values(id=4))
     assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,), (4,)]
@@ -325,17 +325,17 @@ def add_recipe(engine, begin="BEGIN"):
 @pytest.mark.parametrize("read_only", [True, False])
 async def test_a_users_own_begin_is_respected(db, recipe, read_only):
     """S8: installed before or after the manager, it is sent once and ours is not; SAVEPOINT and rollback work."""
-    engine, begins = db.engine(), []
+    engine = db.engine()
     if recipe == "before":
         add_recipe(engine, "BEGIN IMMEDIATE")
     manager = UnitOfWorkManager(engine)
     if recipe == "after":
         add_recipe(engine, "BEGIN IMMEDIATE")
-    event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: begins.append(args[2]))
+    begins = statements(engine, lambda one: one.startswith("BEGIN"))
     async with manager.begin(read_only=read_only) as unit:
         assert await unit.session.scalar(COUNT) == 0
     ours = "BEGIN" if read_only else "BEGIN IMMEDIATE"
-    assert [one for one in begins if one.startswith("BEGIN")] == [ours if recipe is None else "BEGIN IMMEDIATE"]
+    assert begins == [ours if recipe is None else "BEGIN IMMEDIATE"]
     async with manager.begin() as unit:
         async with unit.session.begin_nested():
             await unit.session.execute(insert(Account).values(id=1))

@@ -31,7 +31,7 @@ class Simulation:
         self.stall = stall  # seconds that a conflict takes
         self.waiting = workers
         self.commits = []
-        self._random = random.Random(1)  # noqa: S311
+        self._random = random.Random(1)
         self._ends = []
         self._numbers = itertools.count()
 

@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from tests.models import Account, Note
-from tests.slow import RUNNING, SLOW, eventually, sent
+from tests.slow import RUNNING, SLOW, sent
+from tests.waiting import until
 
 DEFAULTS = {"postgresql": "READ COMMITTED", "mysql": "REPEATABLE READ", "sqlite": "SERIALIZABLE"}
 INNODB = (
@@ -185,9 +186,9 @@ async def test_a_level_that_the_database_lacks_is_refused_where_it_is_asked(db):
 async def test_a_level_that_nobody_has_is_refused_at_decoration(db):
     """P4: the whole message."""
     with pytest.raises(ValueError, match="isolation") as caught:
-        transactional(isolation="SNAPSHOT")(eventually)
+        transactional(isolation="SNAPSHOT")(until)
     assert str(caught.value) == (
-        "eventually() asks for isolation 'SNAPSHOT', which is no SQL level; "
+        "until() asks for isolation 'SNAPSHOT', which is no SQL level; "
         "use one of READ UNCOMMITTED, READ COMMITTED, REPEATABLE READ, SERIALIZABLE"
     )
 
@@ -393,7 +394,7 @@ async def test_no_query_outlives_the_deadline(db):
         async with UnitOfWorkManager(engine).begin(timeout=0.3) as unit:
             await unit.session.execute(text(SLOW[db.family]))
     assert time.monotonic() - started < 5
-    await eventually(lambda: _idle(db), seconds=3)
+    await until(lambda: _idle(db), seconds=3)
     assert engine.pool.checkedout() == 0
 
 

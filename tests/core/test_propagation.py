@@ -5,20 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from tests.models import Account
+from tests.statements import statements
 
 ADD = text("INSERT INTO account (id, balance) VALUES (:id, 0)")
-
-
-def statements(engine):
-    """Return the list into which the engine's statements are written from now on."""
-    sent = []
-    event.listen(engine.sync_engine, "before_cursor_execute", lambda *args: sent.append(args[2]))
-    return sent
 
 
 async def connection_of(unit):

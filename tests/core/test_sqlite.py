@@ -18,7 +18,9 @@ from sqlalchemy.pool import StaticPool
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._turns import Turns
 from tests.models import Base
-from tests.slow import SLOW, eventually, sent
+from tests.slow import SLOW, sent
+from tests.statements import statements
+from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("sqlite")
 
@@ -161,10 +163,7 @@ async def test_the_users_own_begin_recipe_is_respected(db):
     engine = db.engine()
     event.listen(engine.sync_engine, "connect", lambda raw, _: setattr(raw, "isolation_level", None))
     event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    begins = []
-    event.listen(
-        engine.sync_engine, "before_cursor_execute", lambda *a: begins.append(a[2]) if "BEGIN" in a[2] else None
-    )
+    begins = statements(engine, lambda one: "BEGIN" in one)
     async with UnitOfWorkManager(engine).begin() as unit:
         await unit.session.execute(ADD, {"id": 1})
     assert begins == ["BEGIN IMMEDIATE"]
@@ -295,12 +294,12 @@ class Queue:
         """Start a writer, wait until it is in, and return it with the event that ends it."""
         leave = asyncio.Event()
         task = asyncio.create_task(self.writer(0, leave))
-        await eventually(lambda: self.order == [0])
+        await until(lambda: self.order == [0])
         return task, leave
 
     async def waiting(self, count):
         """Wait until so many writers stand in line."""
-        await eventually(lambda: len(self.turns._lock._waiters or ()) == count)
+        await until(lambda: len(self.turns._lock._waiters or ()) == count)
 
 
 async def test_writers_are_let_in_first_come_first_served(db):
@@ -433,7 +432,7 @@ async def test_writers_cancelled_anywhere_leave_the_line_in_order(db):
     queue = Queue(db)
     async with queue.manager.begin() as unit:  # switches to WAL, for which a connection needs the database alone
         await unit.session.execute(READ)
-    draw = random.Random(5)  # noqa: S311  # a lot that is the same in each run
+    draw = random.Random(5)  # a lot that is the same in each run
     writers = [asyncio.create_task(queue.writer(key)) for key in range(30)]
     doomed = draw.sample(writers, 15)
     for task in doomed:
@@ -473,7 +472,7 @@ async def test_a_memory_database_has_one_user_at_a_time(engine):
     async with manager.begin() as writer:
         await writer.session.execute(WRITE, {"balance": 9})
         task = asyncio.create_task(reader(), context=contextvars.Context())
-        await eventually(lambda: manager._database.turns()._lock._waiters)
+        await until(lambda: manager._database.turns()._lock._waiters)
         assert seen == []
     await task
     assert seen == [9]

@@ -32,7 +32,7 @@ def started(*options, folder=None, **streams):
     environ = os.environ | ({"TMPDIR": str(folder)} if folder else {})
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     argv = [sys.executable, "-m", "examples.bank", *options]
-    with subprocess.Popen(argv, cwd=CHECKOUT, env=environ, text=True, **streams) as process:  # noqa: S603  # ours
+    with subprocess.Popen(argv, cwd=CHECKOUT, env=environ, text=True, **streams) as process:  # ours
         try:
             yield process
         finally:

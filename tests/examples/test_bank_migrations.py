@@ -19,7 +19,7 @@ from examples.bank.models import VERSION_TABLE
 from sqla_uow import UnitOfWorkManager
 from tests.alembic.catalog import columns, triggers
 from tests.alembic.locking import locked
-from tests.slow import eventually
+from tests.waiting import until
 
 CHECKOUT = Path(__file__).parents[2]
 INI = "examples/bank/migrations/alembic.ini"
@@ -60,11 +60,11 @@ async def test_there_and_back_and_there_again(db, alembic):
 async def test_accounts_of_before_get_a_version(db, alembic):
     """A2, A3: rows that were there have version 1, and a write past the ORM counts."""
     await alembic("upgrade", "0001")
-    await db.run(f"INSERT INTO {ACCOUNT} (id, owner, credit, balance) VALUES (1, 'Ada', 0, 0)")  # noqa: S608
+    await db.run(f"INSERT INTO {ACCOUNT} (id, owner, credit, balance) VALUES (1, 'Ada', 0, 0)")
     await alembic("upgrade", "head")
-    assert await db.rows(f"SELECT version FROM {ACCOUNT}") == [(1,)]  # noqa: S608
-    await db.run(f"UPDATE {ACCOUNT} SET credit = 5")  # noqa: S608
-    assert await db.rows(f"SELECT version FROM {ACCOUNT}") == [(2,)]  # noqa: S608
+    assert await db.rows(f"SELECT version FROM {ACCOUNT}") == [(1,)]
+    await db.run(f"UPDATE {ACCOUNT} SET credit = 5")
+    assert await db.rows(f"SELECT version FROM {ACCOUNT}") == [(2,)]
 
 
 async def test_the_bank_leaves_nothing(db):
@@ -133,11 +133,11 @@ async def test_ctrl_c_while_it_migrates(db, monkeypatch, another):
 
     async def cancel():
         creating = asyncio.create_task(schema.create(engine))
-        await eventually(started.is_set)
+        await until(started.is_set)
         creating.cancel()
         if another:
             await db.run(f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) PRIMARY KEY)")
-            await db.run(f"INSERT INTO {VERSION_TABLE} VALUES ('0002')")  # noqa: S608
+            await db.run(f"INSERT INTO {VERSION_TABLE} VALUES ('0002')")
         return creating
 
     creating = await locked(db, lambda _: await_only(cancel()))  # so that the migrations wait

@@ -51,7 +51,7 @@ class Keeper:
     def __init__(self, prefix: str) -> None:
         arguments = [sys.executable, "-I", "-S", __file__, prefix, tempfile.gettempdir()]
         # A session of its own: Ctrl-C and a CI runner that kills the process group end the tests, not their keeper.
-        self._process = subprocess.Popen(  # noqa: S603  -- runs this file
+        self._process = subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", start_new_session=True, text=True
         )
         self._lock = threading.Lock()
@@ -189,7 +189,7 @@ class _Custody:
     def _launch(self, argv: list[str], account: list[int] | None) -> int:
         user, group = account or (None, None)
         with Path(self._folder, "log").open("ab") as log:
-            process = subprocess.Popen(  # noqa: S603  -- the tests say what to run
+            process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -31,7 +31,7 @@ class MariaDB(Server):
 
     def drop_database(self, name: str) -> None:
         """Drop a database, ending the connections that use it."""
-        users = self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{name}'")  # noqa: S608
+        users = self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{name}'")
         # A transaction left open keeps its tables, for lock_wait_timeout = 86400 s.
         for user in users.split():
             self._ask(f"KILL {user}", self.database)  # refused if it has left by itself

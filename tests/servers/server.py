@@ -265,6 +265,6 @@ class Server(abc.ABC):
 
     def _ask(self, sql: str, database: str) -> subprocess.CompletedProcess[str]:
         argv = self._client(database)
-        return subprocess.run(  # noqa: S603  -- the server's own client
+        return subprocess.run(
             argv, input=sql, capture_output=True, check=False, text=True, env=ENVIRONMENT, timeout=_START_TIMEOUT
         )

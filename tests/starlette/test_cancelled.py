@@ -101,7 +101,7 @@ async def test_an_anyio_timeout_around_the_application(db, atomic):
     class Counted(Deadline):
         cut = 0
 
-    seeded = random.Random(ROUNDS)  # noqa: S311  # no secret
+    seeded = random.Random(ROUNDS)  # no secret
     bank = Bank(UnitOfWorkManager(engine), atomic=atomic, around=[Middleware(Counted, random=seeded)])
     succeeded = set()
 

@@ -67,12 +67,12 @@ class Single(Versioned, Base):
     __tablename__ = "single"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     kind: Mapped[str] = mapped_column(String(10))
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent"}
 
 
 class SingleChild(Single):
     value: Mapped[int | None] = mapped_column(default=0)
-    __mapper_args__ = {"polymorphic_identity": "child"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_identity": "child"}
 
 
 class Joined(Versioned, Base):
@@ -80,7 +80,7 @@ class Joined(Versioned, Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     kind: Mapped[str] = mapped_column(String(10))
     name: Mapped[str] = mapped_column(String(10), default="")
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent"}
 
 
 class JoinedChild(Joined):
@@ -89,7 +89,7 @@ class JoinedChild(Joined):
     __tablename__ = "joined_child"
     id: Mapped[int] = mapped_column(ForeignKey("joined.id"), primary_key=True, autoincrement=False)
     value: Mapped[int] = mapped_column(default=0)
-    __mapper_args__ = {"polymorphic_identity": "child"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_identity": "child"}
 
 
 class OwnArguments(Versioned, Base):
@@ -98,7 +98,7 @@ class OwnArguments(Versioned, Base):
     __tablename__ = "own_arguments"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     value: Mapped[int] = mapped_column(default=0)
-    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012
+    __mapper_args__ = {"eager_defaults": True}
 
 
 class DataclassBase(MappedAsDataclass, DeclarativeBase):

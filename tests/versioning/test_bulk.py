@@ -8,10 +8,12 @@ import pytest
 from sqlalchemy import bindparam, delete, func, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SAWarning
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from sqla_uow import errors
 from sqla_uow.mixins import expect_version, next_version
+from tests.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
 from tests.versioning.tables import JoinedChild, OtherAttribute, Plain, SingleChild
@@ -109,8 +111,7 @@ async def test_a_joined_child_counts_in_the_parents_table(db, three):
     async with three.begin() as unit:
         await unit.session.execute(update(tables.Joined).where(tables.Joined.id == 1).values(name="x"))
     assert await db.rows("SELECT version FROM joined ORDER BY id") == [(2,), (1,), (1,)]
-    sent = []
-    listen(three.engine, sent)
+    sent = statements(three.engine, lambda one: "UPDATE" in one and not one.startswith("SELECT"))
     async with three.begin() as unit:
         statement = update(JoinedChild).where(JoinedChild.id >= 2).values(value=JoinedChild.value + 7)
         assert (await unit.session.execute(statement)).rowcount == 2
@@ -121,16 +122,6 @@ async def test_a_joined_child_counts_in_the_parents_table(db, three):
         statement = update(JoinedChild).where(JoinedChild.id.in_([2, 9])).values(value=bindparam("much"))
         assert (await unit.session.execute(statement, {"much": 8})).rowcount == 1
     assert await db.rows("SELECT version FROM joined ORDER BY id") == [(2,), (3,), (2,)]
-
-
-def listen(engine, sent):
-    """Note each UPDATE that is sent."""
-    from sqlalchemy import event  # noqa: PLC0415
-
-    @event.listens_for(engine.sync_engine, "before_cursor_execute")
-    def note(_connection, _cursor, statement, *_):
-        if "UPDATE" in statement and not statement.startswith("SELECT"):
-            sent.append(statement)
 
 
 async def test_other_forms_of_update(db, three):
@@ -217,7 +208,7 @@ async def test_a_stale_object_stays_stale(db, three, form):
                 )
                 row.value = 50
         for key in (1, 2):
-            assert await db.scalar(f"SELECT value FROM {inspect(model).local_table.name} WHERE id = {key}") == 0  # noqa: S608
+            assert await db.scalar(f"SELECT value FROM {inspect(model).local_table.name} WHERE id = {key}") == 0
 
 
 async def test_expectations_and_statements(db, three):
@@ -331,8 +322,6 @@ async def test_inserts_are_left_alone(db, three):
 
 async def test_other_sessions_are_left_alone(db, three):
     """V3: the hook is the unit's own session class's; outside a unit SQLAlchemy is what it was."""
-    from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415
-
     async with AsyncSession(three.engine) as session, session.begin():
         await session.execute(update(Plain).values(value=1))
     assert await db.rows("SELECT version FROM plain") == [(1,)] * 3

@@ -28,14 +28,14 @@ class Animal(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     kind: Mapped[str] = mapped_column(String(10))
     name: Mapped[str] = mapped_column(String(10), default="")
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
 
 
 class Dog(Versioned, Animal):
     __tablename__ = "dog"
     id: Mapped[int] = mapped_column(ForeignKey("animal.id"), primary_key=True, autoincrement=False)
     value: Mapped[int] = mapped_column(default=0)
-    __mapper_args__ = {"polymorphic_identity": "dog"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_identity": "dog"}
 
 
 class Puppy(Dog):
@@ -44,7 +44,7 @@ class Puppy(Dog):
     __tablename__ = "puppy"
     puppy_id: Mapped[int] = mapped_column(ForeignKey("dog.id"), primary_key=True, autoincrement=False)
     age: Mapped[int] = mapped_column(default=0)
-    __mapper_args__ = {"polymorphic_identity": "puppy"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_identity": "puppy"}
 
 
 class Root(Versioned, Base):
@@ -56,7 +56,7 @@ class Root(Versioned, Base):
     right: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     kind: Mapped[str] = mapped_column(String(10))
     parts: Mapped[list[Part]] = relationship()
-    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "root"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "root"}
 
 
 class Branch(Root):
@@ -65,7 +65,7 @@ class Branch(Root):
     right: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     value: Mapped[int] = mapped_column(default=0)
     __table_args__ = (ForeignKeyConstraint(["left", "right"], ["root.left", "root.right"]),)
-    __mapper_args__ = {"polymorphic_identity": "branch"}  # noqa: RUF012
+    __mapper_args__ = {"polymorphic_identity": "branch"}
 
 
 class Part(Base):
@@ -280,7 +280,7 @@ async def test_a_generator_of_the_models_own(db, edges):
         id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
         value: Mapped[int] = mapped_column(default=0)
         version: Mapped[int] = mapped_column()
-        __mapper_args__ = {"version_id_col": version, "version_id_generator": lambda old: (old or 0) + 10}  # noqa: RUF012
+        __mapper_args__ = {"version_id_col": version, "version_id_generator": lambda old: (old or 0) + 10}
 
     async with edges.engine.begin() as connection:
         await connection.run_sync(Own.metadata.create_all)
@@ -341,7 +341,7 @@ def test_timestamps_without_a_zone_are_refused(driver):
         kind.process_bind_param(datetime(2000, 1, 1), dialect)  # noqa: DTZ001  # the point
     assert kind.process_bind_param(None, dialect) is None
     assert kind.process_result_value(None, dialect) is None
-    assert kind.process_result_value(datetime(2000, 1, 1), dialect) == datetime(2000, 1, 1, tzinfo=UTC)  # noqa: DTZ001
+    assert kind.process_result_value(datetime(2000, 1, 1), dialect) == datetime(2000, 1, 1, tzinfo=UTC)  # noqa: DTZ001  # likewise
 
 
 async def test_bulk_timestamps_strictly_increase(db, edges):

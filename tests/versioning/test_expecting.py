@@ -7,11 +7,12 @@ import contextvars
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import NoResultFound
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow.mixins import expect_version, get_versioned, touch
+from tests.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
 from tests.versioning.tables import Plain
@@ -113,31 +114,19 @@ async def test_an_unchanged_object_is_checked_before_commit(db, one):
 
 async def test_the_check_before_commit_is_one_select(db, one):
     """V2: it locks; nothing is sent for an object that the unit wrote, or in a read-only unit."""
-    statements = Statements(one.engine)
+    sent = statements(one.engine, lambda statement: "plain" in statement)
     async with one.begin() as unit:
         await get_versioned(unit.session, Plain, 1, version=1)
-    assert len(statements.seen) == 2
-    assert ("FOR" in statements.seen[1]) is (db.family != "sqlite")
-    statements.seen.clear()
+    assert len(sent) == 2
+    assert ("FOR" in sent[1]) is (db.family != "sqlite")
+    sent.clear()
     async with one.begin() as unit:
         (await get_versioned(unit.session, Plain, 1, version=1)).value = 1
-    assert [word.split()[0] for word in statements.seen] == ["SELECT", "UPDATE"]
-    statements.seen.clear()
+    assert [word.split()[0] for word in sent] == ["SELECT", "UPDATE"]
+    sent.clear()
     async with one.begin(read_only=True) as unit:
         await get_versioned(unit.session, Plain, 1, version=2)
-    assert len(statements.seen) == 1
-
-
-class Statements:
-    """What was sent to the database about `plain`."""
-
-    def __init__(self, engine):
-        self.seen = []
-        event.listen(engine.sync_engine, "before_cursor_execute", self._add)
-
-    def _add(self, _connection, _cursor, statement, *_):
-        if "plain" in statement:
-            self.seen.append(statement)
+    assert len(sent) == 1
 
 
 async def test_a_refresh_does_not_forget_the_expectation(db, one):

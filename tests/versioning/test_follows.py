@@ -11,6 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, mapped_column, registry, relationshi
 
 from sqla_uow import _follows, errors
 from sqla_uow.mixins import Versioned, expect_version, touch
+from tests.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import version_of
 from tests.versioning.tables import MATRIX, Customer, Line, Order, Plain, Remark
@@ -206,8 +207,7 @@ async def test_a_touched_part_counts_for_its_whole(db, orders):
 
 async def test_once_per_flush_and_wholes_first(db, orders):
     """V4: two flushes count twice; wholes are written in the order of their keys, before the parts."""
-    sent = []
-    listen(orders.engine, sent)
+    sent = statements(orders.engine, lambda one: one.startswith(("UPDATE", "INSERT")))
     async with orders.begin() as unit:
         unit.session.add_all([Line(id=8, order_id=2), Line(id=9, order_id=1)])
         await unit.session.flush()
@@ -215,16 +215,6 @@ async def test_once_per_flush_and_wholes_first(db, orders):
     assert await versions(db) == ([3, 1], [2, 3, 1])
     written = [statement.split()[1 if statement.startswith("UPDATE") else 2] for statement in sent]
     assert written[:3] == ["customer", "order_", "line"]
-
-
-def listen(engine, sent):
-    """Note each statement that writes."""
-    from sqlalchemy import event  # noqa: PLC0415
-
-    @event.listens_for(engine.sync_engine, "before_cursor_execute")
-    def note(_connection, _cursor, statement, *_):
-        if statement.startswith(("UPDATE", "INSERT")):
-            sent.append(statement)
 
 
 async def test_nothing_changed_counts_nothing(db, orders):

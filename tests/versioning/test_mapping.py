@@ -128,7 +128,7 @@ async def test_columns(db, versioned):
 async def test_rows_of_the_server_default_can_be_changed(db, versioned):
     """V1: rows that were there before the column, or were made past the ORM, have a version that the check knows."""
     for model in (tables.OwnArguments, tables.ByUUID, tables.ByTimestamp):
-        await execute_outside(db, text(f"INSERT INTO {model.__tablename__} (id, value) VALUES (1, 0)"))  # noqa: S608
+        await execute_outside(db, text(f"INSERT INTO {model.__tablename__} (id, value) VALUES (1, 0)"))
         async with versioned.begin() as unit:
             row = await unit.session.get_one(model, 1)
             before, row.value = row.version, 1
