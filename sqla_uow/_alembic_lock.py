@@ -134,9 +134,8 @@ def _server(connection: Connection, kind: type[_PostgreSQL | _MariaDB]) -> Gener
     try:
         with own.connect() as held:
             yield kind(held.execution_options(isolation_level="AUTOCOMMIT"), own)
-            held.invalidate()  # not returned: whatever happened, the session ends here
     finally:
-        own.dispose()
+        own.dispose()  # whatever happened, the session ends here
 
 
 class _PostgreSQL:

@@ -74,8 +74,9 @@ def child_trigger(operations: Operations, own: Trigger, parent: str) -> ChildTri
     family = family_of(context.dialect)
     if family != "postgresql":
         raise CommandError(
-            f"the trigger of table {own.table!r} cannot count for its parent {parent!r} on {family}, where it cannot tell "
-            "whether the ORM has; write the table through the ORM, or leave parent out"
+            f"a trigger of table {own.table!r} cannot count for its parent {parent!r} on {family}, where it cannot tell "
+            f"whether the ORM has; leave it out, and where others write {own.table!r} have them set {own.column} = "
+            f"{own.column} in {parent!r} too, which that table's own trigger counts"
         )
     if context.as_sql:
         raise CommandError(

@@ -7,6 +7,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow.alembic import CreateVersionTriggerOp, DropVersionTriggerOp
+from sqla_uow.errors import StaleVersionError
 from sqla_uow.mixins import Versioned
 
 
@@ -27,18 +28,23 @@ class Part(Item):
 
 
 @pytest.fixture
-async def parts(db, operate):
-    """Two rows of a child with joined inheritance, and a trigger for each table."""
+async def items(db, operate):
+    """Two rows of a child with joined inheritance, and a trigger for the parent's table."""
     engine = db.engine()
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-    await operate(
-        lambda op: [op.create_version_trigger("item"), op.create_version_trigger("part", parent="item")],
-    )
+    await operate(lambda op: op.create_version_trigger("item"))
     uow = UnitOfWorkManager(engine)
     async with uow.begin() as unit:
         unit.session.add_all([Part(id=1), Part(id=2)])
     return uow
+
+
+@pytest.fixture
+async def parts(operate, items):
+    """The same, with a trigger for the child's table as well."""
+    await operate(lambda op: op.create_version_trigger("part", parent="item"))
+    return items
 
 
 async def versions(db):
@@ -112,14 +118,27 @@ async def test_dropped(db, operate, parts):
     assert await versions(db) == [1, 1]
 
 
+async def test_a_writer_that_names_the_parent_counts(db, items):
+    """A3: on every database, `version = version` in the parent counts by the parent's own trigger, and the ORM is told."""
+    with pytest.raises(StaleVersionError):
+        async with items.begin() as unit:
+            part = await unit.session.get_one(Part, 1)
+            await unit.session.execute(text("UPDATE part SET size = 1 WHERE id = 1"))
+            await unit.session.execute(text("UPDATE item SET version = version WHERE id = 1"))
+            assert await unit.session.scalar(text("SELECT version FROM item WHERE id = 1")) == 2
+            part.size = 2
+    assert await versions(db) == [1, 1]
+
+
 async def test_a_parent_that_cannot_be_counted_in(db, operate):
     """A3: another database, or no reference: one clear error."""
     await operate(lambda op: op.add_version_column("account"))
     message = (
         "the primary key of table 'note' is no foreign key to 'account'; name the parent of its joined inheritance"
         if db.family == "postgresql"
-        else f"the trigger of table 'note' cannot count for its parent 'account' on {db.family}, where it cannot tell "
-        "whether the ORM has; write the table through the ORM, or leave parent out"
+        else f"a trigger of table 'note' cannot count for its parent 'account' on {db.family}, where it cannot tell "
+        "whether the ORM has; leave it out, and where others write 'note' have them set version = version in 'account' "
+        "too, which that table's own trigger counts"
     )
     with pytest.raises(CommandError) as caught:
         await operate(lambda op: op.create_version_trigger("note", parent="account"))
