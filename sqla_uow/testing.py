@@ -4,19 +4,26 @@
 * `capture_after_commit` collects the hooks of the units that commit.
 * `count_queries`, `assert_num_queries` and `assert_max_num_queries` look at what is sent.
 * `assert_no_leaks` sees that connections come back.
+* `FaultPlan` makes a unit meet a failure of its database, as the driver reports it; `cancel_at` cancels a call.
 """
 
+from sqla_uow._testing_cancel import cancel_at
 from sqla_uow._testing_captures import CapturedHook, capture_after_commit
+from sqla_uow._testing_faults import Fault, FaultPlan, FaultPoint
 from sqla_uow._testing_leaks import assert_no_leaks
 from sqla_uow._testing_queries import Queries, assert_max_num_queries, assert_num_queries, count_queries
 from sqla_uow._testing_rolled_back import rolled_back
 
 __all__ = [
     "CapturedHook",
+    "Fault",
+    "FaultPlan",
+    "FaultPoint",
     "Queries",
     "assert_max_num_queries",
     "assert_no_leaks",
     "assert_num_queries",
+    "cancel_at",
     "capture_after_commit",
     "count_queries",
     "rolled_back",

@@ -24,7 +24,7 @@ from sqla_uow import (
 )
 from sqla_uow.alembic import AddVersionColumnOp, migration_lock, run_migrations
 from sqla_uow.mixins import Versioned, expect_version, get_versioned, touch
-from sqla_uow.testing import capture_after_commit, count_queries, rolled_back
+from sqla_uow.testing import FaultPlan, capture_after_commit, count_queries, rolled_back
 from sqla_uow_starlette import check_preconditions, etag
 
 # ---- managers
@@ -266,6 +266,8 @@ def kit(engine: AsyncEngine) -> None:
     rolled_back(engine.sync_engine)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     rolled_back(engine, isolation="serializable")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     count_queries(engine.sync_engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    FaultPlan(engine, "meteor")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    FaultPlan(engine, "conflict", "commit")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     capture_after_commit(True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 

@@ -57,9 +57,13 @@ from sqla_uow.mixins import (
 )
 from sqla_uow.testing import (
     CapturedHook,
+    Fault,
+    FaultPlan,
+    FaultPoint,
     assert_max_num_queries,
     assert_no_leaks,
     assert_num_queries,
+    cancel_at,
     capture_after_commit,
     count_queries,
     rolled_back,
@@ -443,6 +447,12 @@ async def kit(engine: AsyncEngine, manager: UnitOfWorkManager[AuditedSession]) -
         assert_type(queries.count, int)
     with assert_no_leaks(engine), assert_no_leaks(manager):
         pass
+    with FaultPlan(manager, "lost", at="after commit", nth=2, times=3) as plan:
+        assert_type(plan.struck, int)
+    fault: Fault = "latency"
+    point: FaultPoint = "flush"
+    FaultPlan(engine, fault, at=point, seconds=1)
+    assert_type(await cancel_at(1, asyncio.sleep(0)), bool)
 
 
 # ---- the web package

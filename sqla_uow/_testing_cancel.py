@@ -1,0 +1,76 @@
+"""`cancel_at`: a call is cancelled at each of its awaits in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Generator
+
+__all__ = ["cancel_at"]
+
+
+async def cancel_at(nth: int, call: Coroutine[Any, Any, object], /) -> bool:
+    """Run a call in a task of its own and cancel it at its nth await, counted from 1.
+
+    ::
+
+        nth = 1
+        while await cancel_at(nth, transfer(1, 2, Decimal(10))):
+            nth += 1
+            ...  # look at what is in the database
+
+    An await counts when it makes the task wait; that of COMMIT is one.
+
+    Returns:
+        whether it was cancelled; False: it came to its end before.
+
+    Raises:
+        Exception: what the call raised other than its cancellation.
+        ValueError: `nth` is below 1.
+    """
+    if nth < 1:
+        call.close()
+        raise ValueError(f"cancel_at() got {nth}; count from 1")
+    steps = _Steps(nth)
+    task = asyncio.create_task(steps.run(call))
+    try:
+        await asyncio.wait({task})
+    finally:
+        task.cancel()
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise error
+    return steps.cancelled
+
+
+class _Steps:
+    """Counts the suspensions of a coroutine, and cancels its task at one of them."""
+
+    def __init__(self, nth: int) -> None:
+        self._left = nth
+        self.cancelled = False
+
+    async def run(self, call: Coroutine[Any, Any, object]) -> None:
+        await self._drive(call)
+
+    @types.coroutine
+    def _drive(self, call: Coroutine[Any, Any, object]) -> Generator[Any, Any, object]:
+        resume: Any = call.send
+        argument: Any = None
+        while True:
+            try:
+                waits_for = resume(argument)
+            except StopIteration as end:
+                return end.value
+            self._left -= 1
+            if self._left == 0:
+                task = asyncio.current_task()
+                assert task is not None
+                self.cancelled = True
+                task.cancel()
+            try:
+                resume, argument = call.send, (yield waits_for)
+            except BaseException as error:  # handed on to whom it is meant for
+                resume, argument = call.throw, error
