@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from sqlalchemy import inspect
 
@@ -14,6 +16,15 @@ from tests.versioning.tables import Plain
 
 class Undo(Exception):  # noqa: N818  # no failure
     """Rolls back a savepoint."""
+
+
+@contextlib.asynccontextmanager
+async def undone(session):
+    """A savepoint that an exception rolls back at the end of the block."""
+    with pytest.raises(Undo):
+        async with session.begin_nested():
+            yield
+            raise Undo
 
 
 @pytest.fixture
@@ -67,10 +78,8 @@ async def test_a_rolled_back_savepoint_gives_the_version_back(db, two, step):
         row = await unit.session.get_one(Plain, 1)
         row.other = 1
         await unit.session.flush()
-        with pytest.raises(Undo):
-            async with unit.session.begin_nested():
-                await step(unit.session, row)
-                raise Undo
+        async with undone(unit.session):
+            await step(unit.session, row)
         assert row.version == 2
         await unit.session.refresh(row, ["value"])
         assert row.value == 0
@@ -83,15 +92,11 @@ async def test_an_inner_rollback_in_a_released_savepoint(db, two):
     """V5: only what the inner one did is taken back, and then all of it with the outer one."""
     async with two.begin() as unit:
         row = await unit.session.get_one(Plain, 1)
-        with pytest.raises(Undo):
-            async with unit.session.begin_nested():
-                await flush(unit.session, row)
-                with pytest.raises(Undo):
-                    async with unit.session.begin_nested():
-                        await flush_twice(unit.session, row)
-                        raise Undo
-                assert row.version == 2
-                raise Undo
+        async with undone(unit.session):
+            await flush(unit.session, row)
+            async with undone(unit.session):
+                await flush_twice(unit.session, row)
+            assert row.version == 2
         assert row.version == 1
     assert await version_of(db, Plain) == 1
 
@@ -130,11 +135,9 @@ async def test_what_was_new_in_a_savepoint_can_be_added_again(db, two):
     """V5: it is transient, and its first version is 1 again."""
     async with two.begin() as unit:
         row = Plain(id=3)
-        with pytest.raises(Undo):
-            async with unit.session.begin_nested():
-                unit.session.add(row)
-                await flush_twice(unit.session, row)
-                raise Undo
+        async with undone(unit.session):
+            unit.session.add(row)
+            await flush_twice(unit.session, row)
         assert inspect(row).transient
         unit.session.add(row)
         await unit.session.flush()
@@ -147,10 +150,8 @@ async def test_expectations_are_what_they_were(db, two):
     async with two.begin() as unit:
         row = await unit.session.get_one(Plain, 1)
         expect_version(row, 1)
-        with pytest.raises(Undo):
-            async with unit.session.begin_nested():
-                await flush(unit.session, row)
-                raise Undo
+        async with undone(unit.session):
+            await flush(unit.session, row)
     assert await version_of(db, Plain) == 1
     if db.family == "mysql":  # InnoDB keeps the locks of a savepoint that was rolled back, so nobody could overtake
         return
@@ -158,10 +159,8 @@ async def test_expectations_are_what_they_were(db, two):
         async with two.begin() as unit:
             row = await unit.session.get_one(Plain, 1)
             expect_version(row, 1)
-            with pytest.raises(Undo):
-                async with unit.session.begin_nested():
-                    await flush(unit.session, row)
-                    raise Undo
+            async with undone(unit.session):
+                await flush(unit.session, row)
             await overtake(db, unit.session, Plain)
 
 
