@@ -63,9 +63,8 @@ class VersionMixin:
             if cls.__version_kind__ in (INTEGER, UUID) and any(
                 "version" in get_annotations(base) for base in cls.__mro__
             ):
-                return mapped_column(
-                    nullable=False
-                )  # the model's own annotation says what type, which may be Annotated
+                # The model's own annotation says what type, which may be Annotated.
+                return mapped_column(nullable=False)
             return cls.__version_kind__.column()
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import event, make_url
+from sqlalchemy import URL, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -24,9 +24,8 @@ SERVERS = {"postgresql": ("PostgreSQL", ("asyncpg", "psycopg")), "mariadb": ("Ma
 _EXTRAS = {"PostgreSQL": "postgresql", "MariaDB": "mysql"}
 
 
-_PATIENCE = (
-    30  # s; SQLite lets in one writer at a time, and on a busy machine its own 5 s are too few for a queue of 16
-)
+_PATIENCE = 30
+"""Seconds.  SQLite lets in one writer at a time, and on a busy machine its own 5 s are too few for a queue of 16."""
 
 
 class UnavailableError(Exception):
@@ -97,8 +96,22 @@ def engine_of(where: Place, workers: int) -> AsyncEngine:
     Raises:
         UnavailableError: the URL cannot be used.
     """
+    url = _checked(where.url)
+    sqlite = url.get_backend_name() == "sqlite"
+    room = {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": _FOR_PEOPLE}
+    patience = {"connect_args": {"timeout": _PATIENCE}} if sqlite else {}
     try:
-        url = make_url(where.url)
+        engine = create_async_engine(url, **room, **patience)
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"driver {error.name!r} is not installed; pip install {error.name}") from error
+    if sqlite:
+        event.listen(engine.sync_engine, "connect", _set_up_ours if where.ours else _set_up)
+    return engine
+
+
+def _checked(text: str) -> URL:
+    try:
+        url = make_url(text)
     except (ArgumentError, ValueError) as error:
         raise UnavailableError(
             "--url is no SQLAlchemy URL; write it as postgresql+asyncpg://user@host/database"
@@ -111,22 +124,18 @@ def engine_of(where: Place, workers: int) -> AsyncEngine:
         raise UnavailableError(
             f"driver {url.drivername!r} is not asynchronous; use sqlite+aiosqlite, postgresql+asyncpg or mysql+asyncmy"
         )
-    file = url.database if url.get_backend_name() == "sqlite" else None
-    if file and not file.startswith("file:") and not Path(file).parent.is_dir():
+    if url.get_backend_name() == "sqlite":
+        _check_file(url.database or ":memory:")
+    return url
+
+
+def _check_file(file: str) -> None:
+    if not file.startswith("file:") and not Path(file).parent.is_dir():
         raise UnavailableError(f"folder {str(Path(file).parent)!r} of the SQLite file is not there; make it first")
-    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+    if file == ":memory:":
         raise UnavailableError(
             "a SQLite database in memory is seen by one connection only, and not by the migrations; name a file"
         )
-    room = {"pool_size": min(workers, _MOST_CONNECTIONS), "max_overflow": _FOR_PEOPLE}
-    patience = {"connect_args": {"timeout": _PATIENCE}} if url.get_backend_name() == "sqlite" else {}
-    try:
-        engine = create_async_engine(url, **room, **patience)
-    except ModuleNotFoundError as error:
-        raise UnavailableError(f"driver {error.name!r} is not installed; pip install {error.name}") from error
-    if engine.dialect.name == "sqlite":
-        event.listen(engine.sync_engine, "connect", _set_up_ours if where.ours else _set_up)
-    return engine
 
 
 def _set_up(dbapi_connection: Any, _record: Any) -> None:

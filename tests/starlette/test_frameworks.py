@@ -88,15 +88,17 @@ async def test_sync_endpoints(db, manager, atomic):
         )
 
 
+async def fail(request):
+    """Swallow the error of a statement, so that the COMMIT of this success is refused."""
+    await add(2)
+    with contextlib.suppress(Exception):
+        await add(1)
+        await current_session().flush()
+    return PlainTextResponse("done")
+
+
 async def test_the_innermost_applications_handler_answers_first(db, manager):
     """W3: a mounted application's handler before the one around it; its Exception handler only for what is left."""
-
-    async def fail(request):
-        await add(2)
-        with contextlib.suppress(Exception):
-            await add(1)
-            await current_session().flush()
-        return PlainTextResponse("done")
 
     def answers(name):
         async def own(request, error):
@@ -128,13 +130,6 @@ async def test_the_innermost_applications_handler_answers_first(db, manager):
 
 async def test_around_the_whole_application(db, manager):
     """W3: as the outermost layer it finds the application's handlers, its general ones and its debug page, too."""
-
-    async def fail(request):
-        await add(2)
-        with contextlib.suppress(Exception):
-            await add(1)
-            await current_session().flush()
-        return PlainTextResponse("done")
 
     async def own(request, error):
         return PlainTextResponse(f"own {type(error).__name__}", 500)
