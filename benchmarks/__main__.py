@@ -1,4 +1,4 @@
-"""Run one benchmark: ``python -m benchmarks overhead|contention --database postgresql``."""
+"""Run one benchmark: ``python -m benchmarks overhead|contention|processes --database postgresql``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy
 
-from benchmarks import contention, overhead
+from benchmarks import contention, overhead, processes
 from tests.servers import MariaDB, PostgreSQL
 
 if TYPE_CHECKING:
@@ -40,30 +40,33 @@ def database(name: str) -> Iterator[str]:
 def main() -> None:
     """Parse the command line, measure, print a table, and write the figures where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["overhead", "contention"])
+    parser.add_argument("name", choices=["overhead", "contention", "processes"])
     parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
     parser.add_argument("--rounds", type=int, default=40, help="overhead: interleaved rounds; default: 40")
-    parser.add_argument("--seconds", type=float, default=6.0, help="contention: for each side of a cell; default: 6")
     parser.add_argument(
-        "--cells", default=contention.CELLS, help="contention: rows/pause in ms/workers[/ordered], with commas between"
+        "--seconds", type=float, default=6.0, help="contention, processes: for each side of a cell; default: 6"
+    )
+    parser.add_argument(
+        "--cells", help="contention, processes: rows/pause in ms/workers[/ordered], with commas between"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds} measures nothing; use 1 or more")
+    cells = arguments.cells or (processes.CELLS if arguments.name == "processes" else contention.CELLS)
     try:
-        contention.cells(arguments.cells)
+        contention.cells(cells)
     except ValueError:
-        parser.error(
-            f"--cells {arguments.cells!r} is no list of rows/pause/workers; an example is 10/0/32,1000/5/8/ordered"
-        )
+        parser.error(f"--cells {cells!r} is no list of rows/pause/workers; an example is 10/0/32,1000/5/8/ordered")
     print(f"{arguments.database}, Python {platform.python_version()}, SQLAlchemy {sqlalchemy.__version__}")
     figures: object
     with database(arguments.database) as url:
         if arguments.name == "overhead":
             figures = overhead.report(url, arguments.rounds)
+        elif arguments.name == "processes":
+            figures = contention.report(url, cells, arguments.seconds, processes.measure)
         else:
-            figures = contention.report(url, arguments.cells, arguments.seconds)
+            figures = contention.report(url, cells, arguments.seconds)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -149,17 +149,16 @@ def sides(engine: AsyncEngine) -> dict[str, Side]:
 class Meter:
     """What one side has done so far, over all its slices."""
 
-    def __init__(self, side: Side) -> None:
-        self.side = side
+    def __init__(self) -> None:
         self.seconds = 0.0
         self.latencies: list[float] = []
         self.gave_up = 0
         self.runs = 0
 
-    async def slice(self, cell: Cell, seconds: float, *, counts: bool) -> None:
+    async def slice(self, side: Side, cell: Cell, seconds: float, *, counts: bool) -> None:
         """Let the workers call it for some seconds."""
         end = time.perf_counter() + seconds
-        self.side.runs = 0
+        side.runs = 0
         latencies: list[float] = []
         gave_up = 0
 
@@ -167,7 +166,7 @@ class Meter:
             nonlocal gave_up
             while (started := time.perf_counter()) < end:
                 payer, payee = random.sample(range(1, cell.rows + 1), 2) if cell.rows > 1 else (1, 1)
-                committed = await self.side.call(cell, payer, payee)
+                committed = await side.call(cell, payer, payee)
                 if committed:
                     latencies.append(time.perf_counter() - started)
                 else:
@@ -179,14 +178,20 @@ class Meter:
             self.seconds += time.perf_counter() - started  # to the end of the last call: a stall counts
             self.latencies += latencies
             self.gave_up += gave_up
-            self.runs += self.side.runs
+            self.runs += side.runs
 
-    def outcome(self) -> Outcome:
-        """Return the figures."""
-        done = len(self.latencies)
-        p99 = sorted(self.latencies)[int(done * 0.99)] if done else float("inf")
-        calls = done + self.gave_up
-        return Outcome(done / self.seconds, self.gave_up / (calls or 1), p99, self.runs / (calls or 1))
+
+def outcome(meters: list[Meter]) -> Outcome:
+    """Return the figures of one side, which ran in several processes or in one."""
+    latencies = sorted(latency for meter in meters for latency in meter.latencies)
+    gave_up = sum(meter.gave_up for meter in meters)
+    calls = len(latencies) + gave_up
+    return Outcome(
+        sum(len(meter.latencies) / meter.seconds for meter in meters),
+        gave_up / (calls or 1),
+        latencies[int(len(latencies) * 0.99)] if latencies else float("inf"),
+        sum(meter.runs for meter in meters) / (calls or 1),
+    )
 
 
 async def prepare(engine: AsyncEngine, rows: int) -> None:
@@ -207,15 +212,16 @@ async def measure(url: str, cell: Cell, seconds: float) -> dict[str, Outcome]:
     logging.getLogger("sqla_uow").setLevel(logging.ERROR)
     engine = create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120)
     await prepare(engine, cell.rows)
-    meters = {name: Meter(side) for name, side in sides(engine).items()}
+    compared = sides(engine)
+    meters = {name: Meter() for name in compared}
     with UnitOfWorkManager(engine).activate():
-        for meter in meters.values():
-            await meter.slice(cell, WARM_UP, counts=False)
+        for name, side in compared.items():
+            await meters[name].slice(side, cell, WARM_UP, counts=False)
         for _ in range(max(1, round(seconds / SLICE))):
-            for meter in meters.values():
-                await meter.slice(cell, SLICE, counts=True)
+            for name, side in compared.items():
+                await meters[name].slice(side, cell, SLICE, counts=True)
     await engine.dispose()
-    return {name: meter.outcome() for name, meter in meters.items()}
+    return {name: outcome([meter]) for name, meter in meters.items()}
 
 
 def cells(text_of_cells: str) -> list[Cell]:
@@ -227,13 +233,18 @@ def cells(text_of_cells: str) -> list[Cell]:
     return parsed
 
 
-def report(url: str, which: str, seconds: float) -> dict[str, dict[str, dict[str, float]]]:
+def report(
+    url: str,
+    which: str,
+    seconds: float,
+    measured: Callable[[str, Cell, float], dict[str, Outcome]] = lambda *cell: asyncio.run(measure(*cell)),
+) -> dict[str, dict[str, dict[str, float]]]:
     """Measure the cells, print a line for each side as soon as it is known, and return the figures."""
     figures = {}
     print(f"{'rows/pause/workers':22}{'':16}{'commits/s':>10}{'gave up':>9}{'p99, ms':>9}{'attempts':>10}")
     for cell in cells(which):
         name = f"{cell.rows}/{cell.pause * 1000:g}/{cell.workers}{'/ordered' if cell.ordered else ''}"
-        outcomes = asyncio.run(measure(url, cell, seconds))
+        outcomes = measured(url, cell, seconds)
         for side, outcome in outcomes.items():
             print(
                 f"{name:22}{side:16}{outcome.commits:>10.0f}{outcome.gave_up:>9.1%}{outcome.p99 * 1000:>9.0f}"

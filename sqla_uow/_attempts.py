@@ -119,7 +119,10 @@ class Attempts(Generic[S]):
             "%s: attempt %d of %d failed (%s); again in %.1f ms",
             self.options.who, self.attempt, self.retries + 1, _of(failure), wait * 1000,
         )  # fmt: skip
-        await self.policy.sleep(wait)
+        if self.gate is None:
+            await self.policy.sleep(wait)
+        else:
+            await self.gate.back_off(self.policy.sleep, wait)
         self.more = True
 
     def remember(self, transaction: Transaction, session: Session) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqla_uow.typing import Contention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 __all__ = ["UNKNOWN", "Controller", "Gate", "Slot"]
 
@@ -32,6 +32,13 @@ TROUBLE = 0.2
 """Share of the time in aborted attempts from which narrower widths are tried."""
 COLLAPSE = 0.5
 """Share from which the search begins with one call at a time, the only width that is sure not to stall."""
+CROWDED = (0.05, 0.1)
+"""Share of the time in aborted attempts while one call runs at a time, from which there must be other processes: they are
+noticed above the second, and forgotten below the first."""
+CROWDING = 0.8
+"""What must be left of the share that is not wasted when more run at once; else it is taken from the other processes."""
+NEWEST = 0.35
+"""Weight of the newest epoch in such a share: the others may pause for one, and their end should be seen within 100 calls."""
 GAIN = 1.1
 """How much more another width must bring to be worth a change: epochs are short, and tell no smaller difference."""
 MEMORY_SECONDS = 2.0
@@ -54,6 +61,8 @@ OPENING_LOCK_WAIT = 0.25
 """Seconds that an attempt waits for a lock while nothing is known: less than a deadlock would cost on PostgreSQL."""
 SHORTEST_LOCK_WAIT = 0.02
 """Seconds that an attempt waits at least for a lock while the width is limited, before it makes way for the others."""
+FOREIGN_LOCK_WAIT = 0.1
+"""The same for locks of other processes, of which is not known how long they are held."""
 
 UNKNOWN = Contention(FIRST_WIDTH, 0, 0, 0.0)
 """What is known of a function that was not called yet."""
@@ -92,9 +101,11 @@ class Controller:
         self._downwards = False
         self._measured = [_Rate()] * (FREE + 1)
         self._contended = False
+        self._lost = [0.0] * (FREE + 1)  # share of the time wasted at each rung, of late
+        self.crowded = False
         self._typical = 0.0  # seconds of an attempt that waits for nobody
         self._running = 0
-        self._idle = False
+        self._idle_since: float | None = None
         self._next_try = self._tried_at = 0.0
         self._left_over = 0  # attempts of the width before, whose ends say nothing of this one
         self._begin_epoch(clock())
@@ -104,9 +115,11 @@ class Controller:
 
         A retry waits longer than a first run, so that not all of those who wait for each other make way at once.
         """
-        if running <= 1 or (self._rung == FREE and not self.opening):
+        if (running <= 1 and not self.crowded) or (self._rung == FREE and not self.opening):
             return None
-        return attempt * (OPENING_LOCK_WAIT if self.opening else max(SHORTEST_LOCK_WAIT, 8 * self._typical))
+        if self.opening:
+            return attempt * OPENING_LOCK_WAIT
+        return attempt * (FOREIGN_LOCK_WAIT if self.crowded else max(SHORTEST_LOCK_WAIT, 8 * self._typical))
 
     def committed(self, seconds: float, running: int, waiting: int) -> None:
         """Take note of an attempt that committed.
@@ -144,10 +157,13 @@ class Controller:
         self._peak = 0
 
     def _wake(self, seconds: float) -> None:
-        """Leave out the time in which nobody called."""
-        if self._idle:
-            self._idle = False
-            self._begin_epoch(self._clock() - seconds)
+        """Leave out the time in which nobody called; who waits to be run again does not run either, but not for so long."""
+        if self._idle_since is None:
+            return
+        started = self._clock() - seconds
+        if started - self._idle_since > EPOCH_SECONDS:
+            self._begin_epoch(started)
+        self._idle_since = None
 
     def _count(self, commits: int, running: int, waiting: int) -> None:
         if self._left_over > 0:
@@ -157,7 +173,8 @@ class Controller:
             return
         self._done += commits
         self._running = running
-        self._idle = running == 0 and waiting == 0
+        if running == 0 and waiting == 0:
+            self._idle_since = self._clock()
         self._peak = max(self._peak, running + 1)
         self._held_back = self._held_back or waiting > 0
         if self._done < EPOCH_COMMITS and not self._contended:
@@ -185,12 +202,23 @@ class Controller:
                 self._try(0)
             return
         self._measured[self._rung] = self._measured[self._rung].then(done, elapsed, now)
+        self._lost[self._rung] += NEWEST * (share - self._lost[self._rung])
+        self.crowded = self._lost[0] >= CROWDED[not self.crowded]
         if self._rung != self._best:
             self._compare(now, elapsed, done, share, held_back=held_back)
+        elif self._takes_from_others():
+            self._hold(0)
         elif now >= self._next_try:
             self._look_around(share, peak, contended=contended)
         elif self._best > 0 and self._measured[self._best - 1].goodput > GAIN * self._measured[self._best].goodput:
             self._hold(self._best - 1)
+
+    def _takes_from_others(self) -> bool:
+        """Say whether this width wastes more than one call at a time, where there are other processes.
+
+        What it brings here is then taken from them, and they would answer in kind.
+        """
+        return self.crowded and 1 - self._lost[self._rung] < (1 - self._lost[0]) * CROWDING
 
     # -- decisions
 
@@ -214,6 +242,8 @@ class Controller:
         rung, best = self._rung, self._best
         brought, known = done / elapsed, self._measured[best].goodput
         worth = known * (GAIN if share >= TROUBLE or rung < best else 2 - GAIN)
+        if self._takes_from_others():
+            brought = 0.0
         if brought >= worth > self._measured[rung].goodput and rung > best:
             return  # it was worse, of late: a stall may be rare; stay until one comes, or what was is outweighed
         if brought >= worth:
@@ -286,7 +316,7 @@ class Gate:
         clock: monotonic seconds.
     """
 
-    __slots__ = ("_again", "_controller", "_loop", "_moved", "_queue", "_running", "_timer", "clock")
+    __slots__ = ("_again", "_backing_off", "_controller", "_loop", "_moved", "_queue", "_running", "_timer", "clock")
 
     def __init__(self, who: str, clock: Callable[[], float]) -> None:
         self.clock: Callable[[], float] = clock
@@ -295,6 +325,7 @@ class Gate:
         self._queue: deque[asyncio.Future[bool]] = deque()
         self._again: deque[asyncio.Future[bool]] = deque()
         self._running = 0
+        self._backing_off = 0
         self._moved = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -314,7 +345,7 @@ class Gate:
 
     def try_enter(self) -> Slot | None:
         """Let the attempt in if nothing holds it back: one comparison where there is no contention."""
-        if self._running < self._controller.width and not self._queue and not self._again:
+        if self._running < self._controller.width and not (self._queue or self._again or self._backing_off):
             self._running += 1
             return Slot(self)
         return None
@@ -348,28 +379,51 @@ class Gate:
             if late is not None:
                 late.cancel()
 
+    async def back_off(self, wait: Callable[[float], Awaitable[object]], seconds: float) -> None:
+        """Wait before a retry.
+
+        With other processes in the way nobody else is let in meanwhile: the process backs off, and not this call alone.
+        """
+        together = self._controller.crowded
+        self._backing_off += together
+        try:
+            await wait(seconds)
+        finally:
+            if together:
+                self._backing_off -= 1
+                self._admit_soon()
+
     def left(self, seconds: float | None) -> None:
         """Let the next one in; `seconds` is how long the one that leaves took, if it committed."""
         self._running -= 1
         self._moved = True
         if seconds is not None:
             self._controller.committed(seconds, self._running, self._waiting())
-        self._admit()
+            self._admit()
+        else:
+            self._admit_soon()
 
     def conflicted(self, seconds: float) -> None:
         """Count what the attempt that has left took as wasted."""
         self._controller.conflicted(seconds, self._running, self._waiting())
-        self._admit()
+        self._admit_soon()
 
     def _waiting(self) -> int:
         return len(self._queue) + len(self._again)
 
     def _admit(self) -> None:
-        while self._running < self._controller.width and self._let_in():
+        while self._running < self._controller.width and self._let_in(first_runs=not self._backing_off):
             pass
 
-    def _let_in(self) -> bool:
-        for queue in (self._again, self._queue):
+    def _admit_soon(self) -> None:
+        """Let others in, but where a failed attempt backs off, or begins again, at once: behind that."""
+        if self._controller.crowded:
+            self._loop.call_soon(self._admit)
+        else:
+            self._admit()
+
+    def _let_in(self, *, first_runs: bool = True) -> bool:
+        for queue in (self._again, self._queue) if first_runs else (self._again,):
             while queue:
                 turn = queue.popleft()
                 if not turn.done():  # else cancelled, or too late

@@ -24,12 +24,15 @@ OFF = RetryPolicy(contention="off")
 class Simulation:
     """So many workers call one function without a pause; an attempt beside others is in a conflict now and then."""
 
-    def __init__(self, workers, conflicts, *, stall=0.0):
+    def __init__(self, workers, conflicts, *, stall=0.0, others=0):
         self.now = 0.0
         self.controller = Controller(lambda: self.now)
         self.conflicts = conflicts  # probability for each other attempt that runs
         self.stall = stall  # seconds that a conflict takes
+        self.others = others  # attempts that run in other processes
+        self.outside = 0.0  # probability of a conflict with what is not this function's
         self.waiting = workers
+        self.paused = False  # nobody calls any more
         self.commits = []
         self._random = random.Random(1)
         self._ends = []
@@ -43,7 +46,7 @@ class Simulation:
             self.now, _number, began, conflict = heapq.heappop(self._ends)
             self.waiting += 1
             tell = self.controller.conflicted if conflict else self.controller.committed
-            tell(self.now - began, len(self._ends), self.waiting)
+            tell(self.now - began, len(self._ends), 0 if self.paused else self.waiting)
             if not conflict:
                 self.commits.append(self.now)
             self._start()
@@ -51,9 +54,10 @@ class Simulation:
         return (len(self.commits) - before) / seconds
 
     def _start(self):
-        while self.waiting and len(self._ends) < self.controller.width:
+        while self.waiting and not self.paused and len(self._ends) < self.controller.width:
             self.waiting -= 1
-            conflict = self._random.random() > (1 - self.conflicts) ** len(self._ends)
+            beside = (1 - self.conflicts) ** (len(self._ends) + self.others) * (1 - self.outside)
+            conflict = self._random.random() > beside
             seconds = 0.002 + (self.stall if conflict else 0.0)
             heapq.heappush(self._ends, (self.now + seconds, next(self._numbers), self.now, conflict))
 
@@ -110,6 +114,36 @@ def test_after_a_burst_the_full_width_is_back(contended):
     assert simulation.controller.width >= 32
 
 
+def test_with_other_processes_in_the_way_no_call_runs_beside_another():
+    """R10: with conflicts in every tenth pair, more at once bring more here, but only by taking it from the others."""
+    crowded = fixed(8, 0.1)
+    crowded.others = 3
+    assert crowded.run(10.0) > 1.5 * one_at_a_time(others=3)
+    simulation = Simulation(workers=8, conflicts=0.1, stall=0.02, others=3)
+    simulation.run(3.0)
+    assert simulation.run(10.0) == pytest.approx(one_at_a_time(others=3), rel=0.2)
+    assert (simulation.controller.crowded, simulation.controller.width) == (True, 1)
+    simulation.others, simulation.conflicts = 0, 0.0
+    simulation.run(1.0)
+    assert simulation.controller.width >= 8
+
+
+def one_at_a_time(others):
+    """Return what that brings beside so many attempts in other processes."""
+    alone = fixed(1, 0.1)
+    alone.others = others
+    return alone.run(10.0)
+
+
+def test_conflicts_that_turns_do_not_prevent_narrow_nothing():
+    """R10: three in ten attempts meet somebody else's, however few run; one at a time brings a thirtieth."""
+    wide = fixed(float("inf"), 0.0)
+    simulation = Simulation(workers=32, conflicts=0.0, stall=0.02)
+    wide.outside = simulation.outside = 0.3
+    simulation.run(5.0)
+    assert simulation.run(10.0) >= 0.4 * wide.run(10.0)
+
+
 def test_who_is_alone_is_not_helped_by_turns():
     """R10: the conflicts of a single worker come from somewhere else."""
     simulation = Simulation(workers=1, conflicts=0.0)
@@ -123,11 +157,24 @@ def test_idle_time_does_not_count():
     simulation = Simulation(workers=32, conflicts=0.9, stall=0.02)
     simulation.run(5.0)
     before = simulation.controller._measured[0].goodput
-    waiting, simulation.waiting = simulation.waiting, 0
+    simulation.paused = True
     simulation.run(60.0)
-    simulation.waiting = waiting
+    simulation.paused = False
     simulation.run(1.0)
     assert simulation.controller._measured[0].goodput == pytest.approx(before, rel=0.2)
+
+
+def test_who_waits_to_be_run_again_is_not_gone():
+    """R10: where all others back off, now and then nobody runs; that is no pause, and the conflicts count."""
+    now = 0.0
+    controller = Controller(lambda: now)
+    controller.opening = False
+    controller._go(_contention.FREE)
+    for number in range(200):
+        now += 0.005
+        controller.conflicted(0.002, number % 2, 0)
+    assert controller.width == 1
+    assert controller.wasted_share == 1.0
 
 
 # -- the gate, in front of real units
@@ -165,6 +212,12 @@ async def waiting(manager, function, count):
 def manager(db):
     """Return one over a fresh database."""
     return UnitOfWorkManager(db.engine())
+
+
+@pytest.fixture
+def no_stall(monkeypatch):
+    """Let nobody in for the time alone that others take."""
+    monkeypatch.setattr(_contention, "STALL_SECONDS", (60.0, 60.0))
 
 
 one_driver = pytest.mark.drivers("sqlite")  # what is about no database
@@ -287,6 +340,68 @@ async def test_what_is_known_of_a_function_goes_with_it(manager):
     assert len(manager._gates) == 0
 
 
+@one_driver
+@pytest.mark.usefixtures("no_stall")
+async def test_with_other_processes_in_the_way_the_whole_process_backs_off(manager):
+    """R10: nobody begins while a failed attempt waits to be run again; without them, the next one does."""
+    for crowded, order in ((True, [1, 1, 2]), (False, [1, 2, 1])):
+        backing_off, go_on, began = asyncio.Event(), asyncio.Event(), []
+
+        async def sleep(_seconds, backing_off=backing_off, go_on=go_on):
+            backing_off.set()
+            await go_on.wait()
+
+        @transactional(using=manager, retries=1, retry=RetryPolicy(sleep=sleep), retry_on=is_value_error)
+        async def call(number, began=began):
+            began.append(number)
+            if began == [1]:
+                raise ValueError(number)
+
+        narrow(manager, call)._controller.crowded = crowded
+        calls = [asyncio.create_task(call(number)) for number in (1, 2)]
+        async with asyncio.timeout(5):
+            await backing_off.wait()
+            if not crowded:
+                await calls[1]
+            go_on.set()
+            await asyncio.gather(*calls)
+        assert began == order
+
+
+def is_value_error(error):
+    """Say what is worth another try."""
+    return isinstance(error, ValueError)
+
+
+@one_driver
+@pytest.mark.usefixtures("no_stall")
+async def test_who_is_cancelled_while_the_process_backs_off_lets_the_next_one_in(manager):
+    """R10: the turn is not lost."""
+    backing_off = asyncio.Event()
+
+    async def sleep(_seconds):
+        backing_off.set()
+        await asyncio.Event().wait()
+
+    began = []
+
+    @transactional(using=manager, retries=1, retry=RetryPolicy(sleep=sleep), retry_on=is_value_error)
+    async def call(number):
+        began.append(number)
+        if number == 1:
+            raise ValueError(number)
+
+    narrow(manager, call)._controller.crowded = True
+    first, second = (asyncio.create_task(call(number)) for number in (1, 2))
+    async with asyncio.timeout(5):
+        await backing_off.wait()
+        await waiting(manager, call, 1)
+        assert began == [1]
+        first.cancel()
+        await second
+    assert (first.cancelled(), began) == (True, [1, 2])
+
+
 SERVERS = pytest.mark.drivers("asyncpg", "asyncmy")
 
 
@@ -331,3 +446,42 @@ async def test_transfers_between_three_rows(db, contention):
     else:
         assert (failed, 1 in widths) == ([], True)
         assert wasted < commits / 2
+
+
+@pytest.mark.drivers("asyncpg")
+async def test_transfers_in_four_processes(db):
+    """R10: four managers know as little of each other as processes do; each finds out, and waits as a whole."""
+    for key in range(3):
+        await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
+    soon = {"server_settings": {"deadlock_timeout": "50ms"}}  # instead of a second; the control has many
+    managers = [UnitOfWorkManager(db.engine(pool_size=4, connect_args=soon)) for _ in range(4)]
+
+    async def attempts_per_commit(contention, turns):
+        attempts, crowded = [], set()
+        policy = RetryPolicy(cap=0.05, contention=contention)
+
+        @transactional(retries=100, isolation="SERIALIZABLE", retry=policy)
+        async def transfer(payer, payee):
+            attempts.append(payer)
+            for key, amount in ((payer, -1), (payee, 1)):
+                account = await current_session().get_one(Account, key)
+                account.balance += amount
+                await current_session().flush()
+
+        async def worker(number):
+            manager = managers[number % 4]
+            with manager.activate():
+                for turn in range(turns):
+                    await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
+                    if contention == "auto" and manager._gates[transfer.__transactional__]._controller.crowded:
+                        crowded.add(number % 4)
+
+        await asyncio.gather(*(worker(number) for number in range(16)))
+        return len(attempts) / (16 * turns), crowded
+
+    off, _ = await attempts_per_commit("off", 6)
+    auto, crowded = await attempts_per_commit("auto", 20)
+    assert crowded == {0, 1, 2, 3}
+    assert off > 2
+    assert auto < 0.75 * off
+    assert await db.scalar("SELECT sum(balance) FROM account") == 0

@@ -1,0 +1,106 @@
+"""The transfers of `contention` from several processes at once, which know nothing of each other.
+
+Each process has its own engine and its own width.  All of them run the same side at the same time: a barrier parts the
+slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from benchmarks import contention
+from sqla_uow import UnitOfWorkManager
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from multiprocessing.synchronize import Barrier
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from benchmarks.contention import Cell
+
+PROCESSES = 4
+CELLS = "2/0/8,10/0/8,100/0/8,1000/0/8,10/5/8,1/0/8"
+"""As for `contention`; the workers are those of one process."""
+LOCKS = {
+    "postgresql": ("SELECT pg_advisory_lock(1)", "SELECT pg_advisory_unlock(1)"),
+    "mysql": ("SELECT GET_LOCK('benchmark', 60)", "SELECT RELEASE_LOCK('benchmark')"),
+}
+
+_barrier: Barrier
+
+
+class OneForAll(contention.ByHand):
+    """One call at a time over all processes: a lock of the database's session, taken before BEGIN."""
+
+    def __init__(self, engine: AsyncEngine, locks: AsyncEngine) -> None:
+        super().__init__(engine, contention.full_jitter)
+        self.locks = locks.execution_options(isolation_level="AUTOCOMMIT")
+
+    async def call(self, cell: Cell, payer: int, payee: int) -> bool:
+        """Return whether it was committed."""
+        async with self._locked():
+            return await super().call(cell, payer, payee)
+
+    @contextlib.asynccontextmanager
+    async def _locked(self) -> AsyncIterator[None]:
+        take, give_back = LOCKS[self.locks.dialect.name]
+        async with self.locks.connect() as connection:
+            await connection.execute(text(take))
+            try:
+                yield
+            finally:
+                await connection.execute(text(give_back))
+
+
+async def one_process(url: str, cell: Cell, seconds: float) -> dict[str, contention.Meter]:
+    """Run every side in turns, each together with the other processes."""
+    logging.getLogger("sqla_uow").setLevel(logging.ERROR)
+    engine, locks = (create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120) for _ in "12")
+    sides = {**contention.sides(engine), "database lock": OneForAll(engine, locks)}
+    meters = {name: contention.Meter() for name in sides}
+    with UnitOfWorkManager(engine).activate():
+        for number in range(1 + max(1, round(seconds / contention.SLICE))):
+            for name, side in sides.items():
+                _barrier.wait()  # no other task runs here
+                length = contention.SLICE if number else contention.WARM_UP
+                await meters[name].slice(side, cell, length, counts=number > 0)
+    await engine.dispose()
+    await locks.dispose()
+    return meters
+
+
+def be_one(url: str, cell: Cell, seconds: float) -> dict[str, contention.Meter]:
+    """Run in a process of the pool."""
+    return asyncio.run(one_process(url, cell, seconds))
+
+
+def meet_at(barrier: Barrier) -> None:
+    """Keep what a process of the pool can only be given at its start."""
+    global _barrier  # noqa: PLW0603  # see above
+    _barrier = barrier
+
+
+async def prepare(url: str, cell: Cell) -> None:
+    """Fill the table."""
+    engine = create_async_engine(url)
+    await contention.prepare(engine, cell.rows)
+    await engine.dispose()
+
+
+def measure(url: str, cell: Cell, seconds: float) -> dict[str, contention.Outcome]:
+    """Let the processes run, and add up what they did."""
+    asyncio.run(prepare(url, cell))
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(PROCESSES)
+    with ProcessPoolExecutor(PROCESSES, spawn, meet_at, (barrier,)) as pool:
+        parts = [future.result() for future in [pool.submit(be_one, url, cell, seconds) for _ in range(PROCESSES)]]
+    return {name: contention.outcome([part[name] for part in parts]) for name in parts[0]}
