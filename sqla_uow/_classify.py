@@ -24,7 +24,7 @@ from sqla_uow.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Failure", "Kind", "chain", "classify", "code_of", "hidden_conflict", "is_retryable"]
+__all__ = ["HARD", "Failure", "Kind", "chain", "classify", "code_of", "hidden_conflict", "is_retryable"]
 
 
 class Kind(enum.Enum):

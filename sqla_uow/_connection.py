@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
-__all__ = ["UnitEngine", "install"]
+__all__ = ["UnitConnection", "UnitEngine", "install"]
 
 
 class UnitConnection(Connection):

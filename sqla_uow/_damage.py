@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sqla_uow._classify import Failure
     from sqla_uow._hooks import Hooks
 
-__all__ = ["Damage", "Mark"]
+__all__ = ["Damage"]
 
 
 class Mark(NamedTuple):

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect
 
 __all__ = [
-    "LEVELS",
     "begin_sqlite",
     "check_level",
     "engine_options",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqla_uow._database import Database
     from sqla_uow._transaction import Transaction
 
-__all__ = ["MARKERS", "Notary", "Witness"]
+__all__ = ["Notary", "Witness"]
 
 logger = logging.getLogger("sqla_uow")
 

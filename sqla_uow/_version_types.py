@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
 
-__all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "Kind"]
+__all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "Kind", "UtcTimestamp"]
 
 T_co = TypeVar("T_co", covariant=True)
 _MICROSECOND = timedelta(microseconds=1)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sqla_uow import Scope as UnitScope
 
-__all__ = ["ERROR", "Refused", "Sender", "run"]
+__all__ = ["ERROR", "Sender", "run"]
 
 ERROR = 400
 """Responses of this status and above tell of an error."""
