@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tests.servers.server import Server
 
 DRIVERS = ("sqlite", "asyncpg", "psycopg", "asyncmy", "aiomysql")
+ONE_OF_EACH = ("sqlite", "asyncpg", "asyncmy")
+"""One driver for each kind of database, for what is about the database and takes its time."""
 MODULES = {"sqlite": "aiosqlite"} | {name: name for name in DRIVERS[1:]}
 SERVERS: dict[str, type[Server]] = {
     "asyncpg": PostgreSQL,

@@ -2,6 +2,9 @@ import pytest
 
 from tests.alembic.catalog import columns
 from tests.alembic.project import PLAIN, VERSIONED, Project
+from tests.databases import ONE_OF_EACH
+
+pytestmark = pytest.mark.drivers(*ONE_OF_EACH)  # Alembic compares catalogs, whichever driver has read them
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ from alembic.util import CommandError
 from sqlalchemy import Integer
 
 from tests.alembic.catalog import columns, identity, triggers
+from tests.databases import ONE_OF_EACH
 
 KINDS = ("integer", "uuid", "timestamp")
 
@@ -112,6 +113,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.drivers(*ONE_OF_EACH)
 @pytest.mark.parametrize("case", REFUSED)
 async def test_bad_input(db, operate, case):
     """A2: one clear error each, and nothing half done."""

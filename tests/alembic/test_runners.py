@@ -13,6 +13,7 @@ from sqla_uow import _alembic_lock
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked
 from tests.alembic.project import Project
+from tests.databases import ONE_OF_EACH
 from tests.waiting import until
 
 
@@ -27,6 +28,7 @@ CREATE = (
 )
 
 
+@pytest.mark.drivers(*ONE_OF_EACH)
 async def test_five_at_once(db, project):
     """A4: of five processes that run `upgrade head` at once one works and none fails."""
     project.revision("one", None, CREATE)
@@ -49,6 +51,7 @@ _alembic_lock.sleep = sleep
 """
 
 
+@pytest.mark.drivers(*ONE_OF_EACH)
 async def test_the_holder_is_killed(project, db):
     """A4: nobody comes in while a runner holds the lock; if it is killed -9 what it had begun is undone and another goes on.
 
@@ -80,6 +83,7 @@ async def test_the_holder_is_killed(project, db):
     assert await db.rows("SELECT id, version FROM account") == [(1, 1)]
 
 
+@pytest.mark.drivers(*ONE_OF_EACH)
 async def test_it_survives_an_autocommit_block(db, project):
     """A4: the lock is held through autocommit_block(), and three runners with CREATE INDEX CONCURRENTLY do not wait for ever."""
     how = "CONCURRENTLY " if db.family == "postgresql" else ""
@@ -92,6 +96,7 @@ async def test_it_survives_an_autocommit_block(db, project):
     assert await db.rows("SELECT id, version FROM account") == [(1, 1)]
 
 
+@pytest.mark.drivers(*ONE_OF_EACH)
 async def test_half_a_migration_is_undone(db, project):
     """A4: run_migrations makes each migration one transaction, on SQLite too; MariaDB cannot undo DDL."""
     project.revision("one", None, "op.execute('CREATE TABLE half (id INTEGER PRIMARY KEY)'); op.execute('nonsense')")

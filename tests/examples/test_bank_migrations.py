@@ -19,8 +19,10 @@ from examples.bank.models import VERSION_TABLE
 from sqla_uow import UnitOfWorkManager
 from tests.alembic.catalog import columns, triggers
 from tests.alembic.locking import locked
+from tests.databases import ONE_OF_EACH
 from tests.waiting import until
 
+pytestmark = pytest.mark.drivers(*ONE_OF_EACH)  # test_bank.py starts the bank, and so migrates, by each driver
 CHECKOUT = Path(__file__).parents[2]
 INI = "examples/bank/migrations/alembic.ini"
 ACCOUNT = "sqla_uow_bank_account"
@@ -123,11 +125,12 @@ async def python(*arguments, **streams):
 @pytest.mark.parametrize("another", [False, True])
 async def test_ctrl_c_while_it_migrates(db, monkeypatch, another):
     """Who is cancelled leaves no table that his migrations made, and takes none away that another one's made meanwhile."""
-    engine, started, upgrade = db.engine(), threading.Event(), command.upgrade
+    engine, started, ended, upgrade = db.engine(), threading.Event(), threading.Event(), command.upgrade
 
     def begin(*arguments):
         started.set()
         upgrade(*arguments)
+        ended.set()
 
     monkeypatch.setattr(command, "upgrade", begin)
 
@@ -143,6 +146,7 @@ async def test_ctrl_c_while_it_migrates(db, monkeypatch, another):
     creating = await locked(db, lambda _: await_only(cancel()))  # so that the migrations wait
     with pytest.raises(asyncio.CancelledError):
         await creating
+    assert ended.is_set()
     assert await tables(db) == ([VERSION_TABLE] if another else [])
 
 
