@@ -9,8 +9,6 @@ import pytest
 
 from sqla_uow import Status
 from sqla_uow.errors import AmbiguousCommitError
-from tests.losses import Wire
-from tests.servers import Proxy
 from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -19,18 +17,13 @@ APPLIED = pytest.mark.parametrize("applied", [False, True], ids=["before", "afte
 
 
 @pytest.fixture
-async def wire(db):
-    """An account behind a proxy."""
-    await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    with Proxy("127.0.0.1", db.server.port) as proxy:
-        wire = Wire(db, proxy)
-        await wire.add_one(ambiguous_commit="verify")  # makes MariaDB's marker table, with a COMMIT of its own
-        await db.run("UPDATE account SET balance = 0")
-        wire.units.clear()
-        wire.hooks.clear()
-        yield wire
-        proxy.forward_all()
-        await wire.engine.dispose()
+async def wire(wire, db):
+    """An account behind a proxy, and what verifying needs, as after a first unit."""
+    await wire.add_one(ambiguous_commit="verify")  # makes MariaDB's marker table, with a COMMIT of its own
+    await db.run("UPDATE account SET balance = 0")
+    wire.units.clear()
+    wire.hooks.clear()
+    return wire
 
 
 async def has_added_once(wire, *, applied):
