@@ -19,7 +19,7 @@ from sqla_uow._loops import Loop, leads_back, loop_of
 from sqla_uow.errors import ConflictError, StaleVersionError, TransactionTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
     from types import FrameType
 
     from sqlalchemy.orm import Session
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
     from sqla_uow._scope import Scope
     from sqla_uow._transaction import Transaction
 
-__all__ = ["Attempts", "LoopedAttempts"]
+__all__ = ["Attempts", "LoopedAttempts", "rehearsals"]
 
 logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+
+rehearsals: list[Callable[[Attempts[Any], Callable[[], Coroutine[Any, Any, object]]], Awaitable[None]]] = []
+"""Awaited before the first attempt of each transactional function, with its attempts and what runs its body."""
 
 
 def _of(failure: Failure) -> str:

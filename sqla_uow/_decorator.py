@@ -6,7 +6,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from sqla_uow._attempts import Attempts
+from sqla_uow._attempts import Attempts, rehearsals
 from sqla_uow._context import locate
 from sqla_uow._isolation import check_level
 from sqla_uow._joining import join
@@ -141,6 +141,8 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
             async with join(unit, options):
                 return await function(*args, **kwargs)
         attempts = Attempts(manager, options)
+        for rehearse in rehearsals:
+            await rehearse(attempts, functools.partial(function, *args, **kwargs))
         result: Any = None
         while True:
             async with attempts.next():

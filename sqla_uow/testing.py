@@ -5,6 +5,7 @@
 * `count_queries`, `assert_num_queries` and `assert_max_num_queries` look at what is sent.
 * `assert_no_leaks` sees that connections come back.
 * `FaultPlan` makes a unit meet a failure of its database, as the driver reports it; `cancel_at` cancels a call.
+* `run_twice` runs transactional functions in vain first, to show what they do that no rollback undoes.
 """
 
 from sqla_uow._testing_cancel import cancel_at
@@ -13,6 +14,7 @@ from sqla_uow._testing_faults import Fault, FaultPlan, FaultPoint
 from sqla_uow._testing_leaks import assert_no_leaks
 from sqla_uow._testing_queries import Queries, assert_max_num_queries, assert_num_queries, count_queries
 from sqla_uow._testing_rolled_back import rolled_back
+from sqla_uow._testing_twice import run_twice
 
 __all__ = [
     "CapturedHook",
@@ -27,4 +29,5 @@ __all__ = [
     "capture_after_commit",
     "count_queries",
     "rolled_back",
+    "run_twice",
 ]

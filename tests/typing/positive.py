@@ -67,6 +67,7 @@ from sqla_uow.testing import (
     capture_after_commit,
     count_queries,
     rolled_back,
+    run_twice,
 )
 from sqla_uow_starlette import (
     AnyVersioned,
@@ -435,6 +436,10 @@ def in_a_program() -> None:
 # ---- tests
 
 
+async def twice(number: int, *, by: str) -> str:
+    return by * number
+
+
 async def kit(engine: AsyncEngine, manager: UnitOfWorkManager[AuditedSession]) -> None:
     async with rolled_back(engine, isolation="SERIALIZABLE") as inside:
         assert_type(inside, AsyncEngine)
@@ -453,6 +458,7 @@ async def kit(engine: AsyncEngine, manager: UnitOfWorkManager[AuditedSession]) -
     point: FaultPoint = "flush"
     FaultPlan(engine, fault, at=point, seconds=1)
     assert_type(await cancel_at(1, asyncio.sleep(0)), bool)
+    assert_type(await run_twice(twice)(1, by="x"), str)
 
 
 # ---- the web package

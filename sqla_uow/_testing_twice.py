@@ -1,0 +1,92 @@
+"""`run_twice`: what is left of a function that was run in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from sqla_uow._attempts import rehearsals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from sqla_uow._attempts import Attempts
+    from sqla_uow._unit import UnitOfWork
+
+__all__ = ["run_twice"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Make a function, or a test, in which every transactional function is run once in vain and once for real.
+
+    The first run ends where COMMIT would be sent: what it wrote is rolled back and its `after_commit` hooks are dropped,
+    as in an attempt that meets a conflict.  Whatever is there twice after the second run does not belong in a
+    transaction: a mail, a file, an entry in a list, an object made outside (`InstanceReuseError`).  What the first run
+    raises is dropped as well.  Blocks, ``begin()`` and ``attempts()``, cannot be run again, and are not.
+
+    ::
+
+        @run_twice
+        async def test_transfer(manager): ...
+
+        await run_twice(transfer)(1, 2, Decimal(10))
+
+    Args:
+        function: calls transactional functions, or is one.  While it runs, those of all tasks are run twice.
+
+    Raises:
+        TypeError: no ``async def`` function.
+
+    Calls raise `AssertionError` if no transactional function was run.
+    """
+    if not inspect.iscoroutinefunction(function):
+        raise TypeError(f"run_twice() got {function!r}; pass an 'async def' function, without calling it")
+
+    @functools.wraps(function)
+    async def twice(*args: P.args, **kwargs: P.kwargs) -> R:
+        names: list[str] = []
+
+        async def in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+            names.append(attempts.options.who)
+            await _in_vain(attempts, call)
+
+        rehearsals.append(in_vain)
+        try:
+            result = await function(*args, **kwargs)
+        finally:
+            rehearsals.remove(in_vain)
+        if not names:
+            raise AssertionError(
+                f"no transactional function was run in {function.__qualname__}(); nothing was run twice"
+            )
+        return result
+
+    return twice
+
+
+async def _in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    attempt = attempts.next()
+    attempts.retries += 1  # for this run is not the last
+    try:
+        with contextlib.suppress(Exception):
+            async with attempt as unit:
+                await call()
+                unit.before_commit(_stop, unit)
+    finally:
+        attempts.retries -= 1
+        attempts.attempt, attempts.more = 0, True
+
+
+async def _stop(unit: UnitOfWork[Any]) -> None:
+    """Do all that may fail before COMMIT, and then not commit."""
+    await unit.session.flush()
+    raise _InVain
+
+
+class _InVain(Exception):  # noqa: N818  # nobody sees it
+    pass
