@@ -1,4 +1,4 @@
-"""Run one benchmark: ``python -m benchmarks overhead|contention|processes --database postgresql``."""
+"""Run one benchmark: ``python -m benchmarks NAME --database sqlite|postgresql|mariadb``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy
 
-from benchmarks import contention, overhead, processes
+from benchmarks import contention, middleware, overhead, processes
 from tests.servers import MariaDB, PostgreSQL
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ def database(name: str) -> Iterator[str]:
 def main() -> None:
     """Parse the command line, measure, print a table, and write the figures where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["overhead", "contention", "processes"])
+    parser.add_argument("name", choices=["overhead", "middleware", "contention", "processes"])
     parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
-    parser.add_argument("--rounds", type=int, default=40, help="overhead: interleaved rounds; default: 40")
+    parser.add_argument("--rounds", type=int, default=40, help="overhead, middleware: interleaved rounds; default: 40")
     parser.add_argument(
         "--seconds", type=float, default=6.0, help="contention, processes: for each side of a cell; default: 6"
     )
@@ -63,6 +63,8 @@ def main() -> None:
     with database(arguments.database) as url:
         if arguments.name == "overhead":
             figures = overhead.report(url, arguments.rounds)
+        elif arguments.name == "middleware":
+            figures = middleware.report(url, arguments.rounds)
         elif arguments.name == "processes":
             figures = contention.report(url, cells, arguments.seconds, processes.measure)
         else:
