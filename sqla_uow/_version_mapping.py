@@ -142,23 +142,13 @@ def check_type(mapper: Mapper[Any], version: Any) -> None:
 @event.listens_for(VersionMixin, "after_mapper_constructed", propagate=True)
 def _constructed(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
     """Make the version column the mapper's ``version_id_col``; each way in which it could not be one is an error here."""
-    if mapper.concrete and mapper.inherits is not None:
-        raise TypeError(
-            f"{model.__name__} is a concrete child of {mapper.inherits.class_.__name__}, whose version is in another "
-            "table; make it a joined or single-table child, or a model of its own with the mixin"
-        )
+    _check_place(mapper, model)
     kind = model.__version_kind__
     inherited = mapper.inherits.version_id_col if mapper.inherits is not None else None
     if inherited is not None:
         _check_child(mapper, inherited)
         _send_no_returning(mapper, kind)
         return
-    if mapper.single:
-        assert mapper.inherits is not None
-        raise TypeError(
-            f"{model.__name__} has a version mixin but shares the table of {mapper.inherits.class_.__name__}, which has "
-            f"none; put the mixin on {mapper.inherits.class_.__name__}"
-        )
     column = _column(mapper, model)
     if mapper.version_id_col is not None and mapper.version_id_col is not column:
         raise TypeError(
@@ -173,6 +163,23 @@ def _constructed(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
     mapper.version_id_col = column
     _send_no_returning(mapper, kind)
     event.listen(getattr(model, model.__version_attr__), "set", _refuse_assignment, propagate=True)
+
+
+def _check_place(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
+    """Refuse a model that has no table to keep its version in."""
+    if mapper.inherits is None:
+        return
+    parent = mapper.inherits.class_.__name__
+    if mapper.concrete:
+        raise TypeError(
+            f"{model.__name__} is a concrete child of {parent}, whose version is in another "
+            "table; make it a joined or single-table child, or a model of its own with the mixin"
+        )
+    if mapper.single and mapper.inherits.version_id_col is None:
+        raise TypeError(
+            f"{model.__name__} has a version mixin but shares the table of {parent}, which has "
+            f"none; put the mixin on {parent}"
+        )
 
 
 def _send_no_returning(mapper: Mapper[Any], kind: Kind) -> None:
