@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy
 
-from benchmarks import contention, middleware, overhead, processes
+from benchmarks import contention, memory, middleware, overhead, processes
 from tests.servers import MariaDB, PostgreSQL
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def database(name: str) -> Iterator[str]:
 def main() -> None:
     """Parse the command line, measure, print a table, and write the figures where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["overhead", "middleware", "contention", "processes"])
+    parser.add_argument("name", choices=["overhead", "middleware", "memory", "contention", "processes"])
     parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
     parser.add_argument("--rounds", type=int, default=40, help="overhead, middleware: interleaved rounds; default: 40")
     parser.add_argument(
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--cells", help="contention, processes: rows/pause in ms/workers[/ordered], with commas between"
     )
+    parser.add_argument("--units", type=int, default=100_000, help="memory: how many end; default: 100000")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -65,6 +66,8 @@ def main() -> None:
             figures = overhead.report(url, arguments.rounds)
         elif arguments.name == "middleware":
             figures = middleware.report(url, arguments.rounds)
+        elif arguments.name == "memory":
+            figures = memory.report(url, arguments.units)
         elif arguments.name == "processes":
             figures = contention.report(url, cells, arguments.seconds, processes.measure)
         else:
