@@ -1,116 +1,195 @@
-"""One transaction through `@transactional` against the same by hand, call by call in turns.
+"""One transaction through `@transactional` against the same by hand, by the driver alone, and by others.
 
-A round runs some calls of one side, then as many of the other; the ratio is taken round by round and its median is
-quoted, because the machine's speed drifts.
+Every side runs the same body with the session it gives; the first of a case is what one writes without any library.
 """
 
 from __future__ import annotations
 
 import asyncio
-import statistics
-import time
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from sqla_uow import UnitOfWorkManager, current_session, transactional
+from benchmarks.contention import RETRIES, full_jitter
+from benchmarks.interleaving import Figure, compare, left_out, print_table
+from benchmarks.transaction_peers import PEERS, RETRYING
+from sqla_uow import UnitOfWorkManager, current_session, is_retryable, transactional
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+    Body = Callable[[AsyncSession], Awaitable[None]]
+    Run = Callable[[Body], Awaitable[None]]
+
+__all__ = ["report"]
 
 SELECT = text("SELECT n FROM counter WHERE id = 1")
 UPDATE = text("UPDATE counter SET n = n + 1 WHERE id = 1")
 
 
-@transactional
-async def nothing() -> None:
-    """Send no SQL."""
+async def no_sql(_session: AsyncSession) -> None:
+    """Send nothing."""
 
 
-@transactional
-async def select() -> None:
+async def one_select(session: AsyncSession) -> None:
     """Read one row."""
-    await current_session().execute(SELECT)
+    await session.execute(SELECT)
 
 
-@transactional(retries=5, isolation="SERIALIZABLE")
-async def serializable_select() -> None:
-    """Read one row, ready to be retried."""
-    await current_session().execute(SELECT)
-
-
-@transactional
-async def update() -> None:
+async def one_update(session: AsyncSession) -> None:
     """Write one row."""
-    await current_session().execute(UPDATE)
+    await session.execute(UPDATE)
 
 
-@transactional
-async def ten_selects() -> None:
+async def ten_selects(session: AsyncSession) -> None:
     """Read one row ten times."""
     for _ in range(10):
-        await current_session().execute(SELECT)
+        await session.execute(SELECT)
 
 
-def by_hand(
-    maker: async_sessionmaker[AsyncSession], statement: object = None, times: int = 1
-) -> Callable[[], Awaitable[None]]:
+@transactional
+async def unit(body: Body) -> None:
+    """Run the body in a unit."""
+    await body(current_session())
+
+
+@transactional(retries=RETRIES, isolation="SERIALIZABLE")
+async def retried(body: Body) -> None:
+    """Run the body in a unit that may be run again."""
+    await body(current_session())
+
+
+@transactional(propagation="nested")
+async def savepoint(body: Body) -> None:
+    """Run the body in a savepoint."""
+    await body(current_session())
+
+
+async def joined(_session: AsyncSession) -> None:
+    """Read one row in a transactional function that joins."""
+    await unit(one_select)
+
+
+async def in_savepoint(_session: AsyncSession) -> None:
+    """Read one row in a transactional function that is a savepoint."""
+    await savepoint(one_select)
+
+
+async def in_savepoint_by_hand(session: AsyncSession) -> None:
+    """Read one row in a savepoint."""
+    async with session.begin_nested():
+        await one_select(session)
+
+
+def by_hand(engine: AsyncEngine) -> Run:
     """Return what one writes without the library."""
+    maker = async_sessionmaker(engine, expire_on_commit=False)
+
+    async def run(body: Body) -> None:
+        async with maker.begin() as session:
+            await body(session)
+
+    return run
+
+
+def loop_by_hand(engine: AsyncEngine) -> Run:
+    """Return a SERIALIZABLE loop as it is usually written: session, body and COMMIT again, after a wait."""
+    once = by_hand(engine.execution_options(isolation_level="SERIALIZABLE"))
+
+    async def run(body: Body) -> None:
+        for attempt in range(RETRIES + 1):
+            try:
+                await once(body)
+            except Exception as error:
+                if attempt == RETRIES or not is_retryable(error):
+                    raise
+            else:
+                return
+            await asyncio.sleep(full_jitter(attempt))
+
+    return run
+
+
+async def by_the_driver(url: str, statement: str, stack: contextlib.AsyncExitStack) -> Callable[[], Awaitable[object]]:
+    """Return the same by asyncpg alone, on one connection that is never given back."""
+    import asyncpg  # noqa: PLC0415  # only where PostgreSQL is measured
+
+    connection: Any = await asyncpg.connect(url.replace("+asyncpg", ""))
+    stack.push_async_callback(connection.close)
 
     async def call() -> None:
-        async with maker.begin() as session:
-            for _ in range(times if statement is not None else 0):
-                await session.execute(statement)  # type: ignore[call-overload]  # one of the two above
+        async with connection.transaction():
+            await connection.fetch(statement)
 
     return call
 
 
-async def measure(url: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Return, for each case, the median microseconds of both sides and the median of their ratio."""
-    plain, ours = create_async_engine(url), create_async_engine(url)
-    async with plain.begin() as connection:
+def bound(run: Run, body: Body) -> Callable[[], Awaitable[None]]:
+    """Return a call of no arguments."""
+    return lambda: run(body)
+
+
+async def peers(
+    engine: AsyncEngine, stack: contextlib.AsyncExitStack, builders: dict[str, Any] = PEERS
+) -> dict[str, Run]:
+    """Return the ones that are installed."""
+    built: dict[str, Run] = {}
+    for name, build in builders.items():
+        try:
+            built[name] = await build(engine, stack)
+        except ImportError as error:
+            left_out(name, error)
+    return built
+
+
+async def measure(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
+    """Return, for each case, the figures of every side."""
+    async with contextlib.AsyncExitStack() as stack:
+        plain, ours = create_async_engine(url), create_async_engine(url)
+        for engine in (plain, ours):
+            stack.push_async_callback(engine.dispose)
+        await prepare(plain)
+        strict = plain.execution_options(isolation_level="SERIALIZABLE")
+        hand: dict[str, Run] = {"Session.begin() by hand": by_hand(plain)}
+        runs = {**hand, "sqla_uow": unit, **await peers(plain, stack)}
+        loops = {"loop by hand": loop_by_hand(plain), "sqla_uow": retried, **await peers(strict, stack, RETRYING)}
+        cases: dict[str, tuple[dict[str, Callable[[], Awaitable[object]]], int]] = {}
+        for what, body, calls in (
+            ("no SQL", no_sql, 100),
+            ("one SELECT", one_select, 20),
+            ("one UPDATE", one_update, 20),
+        ):
+            cases[what] = ({name: bound(run, body) for name, run in runs.items()}, calls)
+        if "+asyncpg" in url:
+            cases["one SELECT"][0]["asyncpg alone"] = await by_the_driver(url, SELECT.text, stack)
+            cases["one UPDATE"][0]["asyncpg alone"] = await by_the_driver(url, UPDATE.text, stack)
+        cases["ten SELECTs"] = ({name: bound(run, ten_selects) for name, run in runs.items()}, 5)
+        cases["one SELECT, SERIALIZABLE with retries"] = (
+            {name: bound(run, one_select) for name, run in loops.items()}, 20
+        )  # fmt: skip
+        run = hand["Session.begin() by hand"]
+        cases["one SELECT, nested"] = ({"by hand": bound(run, one_select), "sqla_uow": bound(unit, joined)}, 20)
+        cases["one SELECT, savepoint"] = (
+            {"by hand": bound(run, in_savepoint_by_hand), "sqla_uow": bound(unit, in_savepoint)}, 20
+        )  # fmt: skip
+        with UnitOfWorkManager(ours).activate():
+            return {what: await compare(*case, rounds) for what, case in cases.items()}
+
+
+async def prepare(engine: AsyncEngine) -> None:
+    """Make the table."""
+    async with engine.begin() as connection:
         await connection.execute(text("CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER)"))
         await connection.execute(text("INSERT INTO counter VALUES (1, 0)"))
-    maker = async_sessionmaker(plain, expire_on_commit=False)
-    strict = async_sessionmaker(plain.execution_options(isolation_level="SERIALIZABLE"), expire_on_commit=False)
-    cases = {
-        "no SQL": (by_hand(maker), nothing, 200),
-        "one SELECT": (by_hand(maker, SELECT), select, 30),
-        "one SELECT, SERIALIZABLE": (by_hand(strict, SELECT), serializable_select, 30),
-        "one UPDATE": (by_hand(maker, UPDATE), update, 30),
-        "ten SELECTs": (by_hand(maker, SELECT, 10), ten_selects, 10),
-    }
-    try:
-        with UnitOfWorkManager(ours).activate():
-            return {name: await _compare(*case, rounds) for name, case in cases.items()}
-    finally:
-        await plain.dispose()
-        await ours.dispose()
 
 
-async def _compare(
-    hand: Callable[[], Awaitable[None]], unit: Callable[[], Awaitable[None]], calls: int, rounds: int
-) -> dict[str, float]:
-    pairs = [(await _time(hand, calls), await _time(unit, calls)) for _ in range(rounds + 2)][2:]  # two to warm up
-    return {
-        "by_hand": statistics.median(pair[0] for pair in pairs),
-        "sqla_uow": statistics.median(pair[1] for pair in pairs),
-        "ratio": statistics.median(pair[1] / pair[0] for pair in pairs),
-    }
-
-
-async def _time(call: Callable[[], Awaitable[None]], calls: int) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        await call()
-    return (time.perf_counter() - started) / calls * 1e6
-
-
-def report(url: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Measure, print a table, and return the figures."""
+def report(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
+    """Measure, print the tables, and return the figures."""
     figures = asyncio.run(measure(url, rounds))
-    print(f"{'':28}{'by hand, us':>14}{'sqla_uow, us':>14}{'ratio':>8}")
-    for name, figure in figures.items():
-        print(f"{name:28}{figure['by_hand']:>14.1f}{figure['sqla_uow']:>14.1f}{figure['ratio']:>8.2f}")
+    for what, sides in figures.items():
+        print_table(what, sides)
     return figures
