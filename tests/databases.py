@@ -113,14 +113,18 @@ class Database:
 
     async def until_waiting(self) -> None:
         """Wait until a session of this database waits for a lock."""
-        waiting = (
+        # InnoDB renews innodb_trx only if nobody has read it for 0.1 s.
+        await until(self.waiting, pause=0.11)
+
+    async def waiting(self) -> int:
+        """Return how many sessions of this database wait for a lock."""
+        rows = await self.rows(
             "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
             if self.family == "postgresql"
             else "SELECT 1 FROM information_schema.innodb_trx t JOIN information_schema.processlist p "
             "ON t.trx_mysql_thread_id = p.id WHERE p.db = database() AND t.trx_state = 'LOCK WAIT'"
         )
-        # InnoDB renews innodb_trx only if nobody has read it for 0.1 s.
-        await until(lambda: self.rows(waiting), pause=0.11)
+        return len(rows)
 
     async def kill(self, session: AsyncSession) -> None:
         """End the server's side of a session, and wait until it has ended."""
