@@ -20,6 +20,8 @@ if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `
 from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs the line above
 from tests.troubles import QUICK, TROUBLES  # noqa: E402  # likewise
 
+pytest_plugins = ["pytester"]  # for the tests of our own plugin
+
 # The servers have tests of their own; one run for each kind of server is enough of a matrix.
 collect_ignore = (
     [] if os.environ.get("SQLA_UOW_DRIVER", "asyncpg") in ("asyncpg", "asyncmy") else ["test_servers.py", "servers"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sqla_uow
+import sqla_uow_pytest
 import sqla_uow_starlette
 
 CHECKOUT = Path(__file__).parents[1]
@@ -25,7 +26,9 @@ expects_lowest = pytest.mark.skipif(
 
 
 @expects_wheel
-@pytest.mark.parametrize("package", [sqla_uow, sqla_uow_starlette], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [sqla_uow, sqla_uow_pytest, sqla_uow_starlette], ids=lambda package: package.__name__
+)
 def test_packages_come_from_site_packages(package):
     """The tox environments hide the checkout's packages behind the wheel's, which carries the typing marker."""
     site_packages = Path(sysconfig.get_path("purelib"))

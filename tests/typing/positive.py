@@ -60,6 +60,7 @@ from sqla_uow.testing import (
     Fault,
     FaultPlan,
     FaultPoint,
+    Queries,
     assert_max_num_queries,
     assert_no_leaks,
     assert_num_queries,
@@ -68,6 +69,15 @@ from sqla_uow.testing import (
     count_queries,
     rolled_back,
     run_twice,
+)
+from sqla_uow_pytest import (
+    AssertNoLeaks,
+    AssertNumQueries,
+    CaptureAfterCommit,
+    CountQueries,
+    Faults,
+    RolledBack,
+    RunTwice,
 )
 from sqla_uow_starlette import (
     AnyVersioned,
@@ -459,6 +469,24 @@ async def kit(engine: AsyncEngine, manager: UnitOfWorkManager[AuditedSession]) -
     FaultPlan(engine, fault, at=point, seconds=1)
     assert_type(await cancel_at(1, asyncio.sleep(0)), bool)
     assert_type(await run_twice(twice)(1, by="x"), str)
+
+
+async def fixtures(  # noqa: PLR0917  # one for each fixture
+    rolled_back_: RolledBack,
+    capture: CaptureAfterCommit,
+    count: CountQueries,
+    number: AssertNumQueries,
+    leaks: AssertNoLeaks,
+    faults: Faults,
+    in_vain: RunTwice,
+) -> None:
+    assert_type(rolled_back_(isolation="SERIALIZABLE"), AbstractAsyncContextManager[UnitOfWorkManager[Any]])
+    assert_type(capture(execute=True), AbstractContextManager[list[CapturedHook]])
+    assert_type(count(), AbstractContextManager[Queries])
+    assert_type(number(1), AbstractContextManager[Queries])
+    assert_type(leaks(), AbstractContextManager[None])
+    assert_type(faults("conflict", at="commit", nth=1, times=1), FaultPlan)
+    assert_type(await in_vain(twice)(1, by="x"), str)
 
 
 # ---- the web package
