@@ -207,9 +207,11 @@ async def both_leave(bank, db, client):
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")
-async def test_write_skew_is_refused(bank, db):
+async def test_write_skew_is_refused(bank, db, caplog):
     """V2: two who leave, each having counted the other: one is run again, sees that it is the last, and is refused."""
+    caplog.set_level("INFO", logger="sqla_uow")
     assert await both_leave(bank, db, bank.client) == [200, 409]
+    assert "failed (conflict 40001); again in" in caplog.text  # the conflict happened
     assert sorted(await db.rows(DUTY)) == [(False,), (True,)]
     assert await bank.broken_rules() == ([], 0)
 

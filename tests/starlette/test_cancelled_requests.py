@@ -64,9 +64,6 @@ async def engine(db):
     return db.engine(pool_size=1, max_overflow=0, pool_timeout=5, connect_args=connect_args)
 
 
-# Not on SQLite: where the return of an aiosqlite connection is cancelled, SQLAlchemy 2.1.9 closes it in a task that waits
-# for ever for a thread that has ended.
-@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 @pytest.mark.timeout(600 if TIMES == 1000 else 60)
 async def test_cancelled_anywhere_it_leaves_nothing(db, engine):
     """C3: in seven ways, at every suspension: 0 checked out, 0 in a transaction; a success was really committed."""
