@@ -47,7 +47,7 @@ def main() -> None:
         "--seconds", type=float, default=6.0, help="contention, processes: for each side of a cell; default: 6"
     )
     parser.add_argument(
-        "--cells", help="contention, processes: rows/pause in ms/workers[/ordered], with commas between"
+        "--cells", help="contention, processes: rows/pause in ms/workers[/ordered|/skew], with commas between"
     )
     parser.add_argument("--units", type=int, default=100_000, help="memory: how many end; default: 100000")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

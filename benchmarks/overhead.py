@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from benchmarks.contention import RETRIES, full_jitter
+from benchmarks.contention_sides import RETRIES, full_jitter
 from benchmarks.interleaving import Figure, compare, left_out, print_table
 from benchmarks.transaction_peers import PEERS, RETRYING
 from sqla_uow import UnitOfWorkManager, current_session, is_retryable, transactional

@@ -17,6 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks import contention
+from benchmarks.contention_sides import ByHand, full_jitter, sides
 from sqla_uow import UnitOfWorkManager
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from benchmarks.contention import Cell
+    from benchmarks.contention_sides import Cell, Side
 
 PROCESSES = 4
 CELLS = "2/0/8,10/0/8,100/0/8,1000/0/8,10/5/8,1/0/8"
@@ -38,11 +39,11 @@ LOCKS = {
 _barrier: Barrier
 
 
-class OneForAll(contention.ByHand):
+class OneForAll(ByHand):
     """One call at a time over all processes: a lock of the database's session, taken before BEGIN."""
 
     def __init__(self, engine: AsyncEngine, locks: AsyncEngine) -> None:
-        super().__init__(engine, contention.full_jitter)
+        super().__init__(engine, full_jitter)
         self.locks = locks.execution_options(isolation_level="AUTOCOMMIT")
 
     async def call(self, cell: Cell, payer: int, payee: int) -> bool:
@@ -65,11 +66,11 @@ async def one_process(url: str, cell: Cell, seconds: float) -> dict[str, content
     """Run every side in turns, each together with the other processes."""
     logging.getLogger("sqla_uow").setLevel(logging.ERROR)
     engine, locks = (create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120) for _ in "12")
-    sides = {**contention.sides(engine), "database lock": OneForAll(engine, locks)}
-    meters = {name: contention.Meter() for name in sides}
+    compared: dict[str, Side] = {**sides(engine), "database lock": OneForAll(engine, locks)}
+    meters = {name: contention.Meter() for name in compared}
     with UnitOfWorkManager(engine).activate():
         for number in range(1 + max(1, round(seconds / contention.SLICE))):
-            for name, side in sides.items():
+            for name, side in compared.items():
                 _barrier.wait()  # no other task runs here
                 length = contention.SLICE if number else contention.WARM_UP
                 await meters[name].slice(side, cell, length, counts=number > 0)
