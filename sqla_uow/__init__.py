@@ -25,15 +25,21 @@ The tour:
 The errors are in `sqla_uow.errors`.
 """
 
-from sqla_uow import errors
-from sqla_uow._classify import is_retryable
-from sqla_uow._context import after_commit, after_rollback, before_commit, current_session, current_unit
-from sqla_uow._decorator import transactional
-from sqla_uow._manager import UnitOfWorkManager
-from sqla_uow._retry import RetryPolicy
-from sqla_uow._scope import Scope
-from sqla_uow._unit import UnitOfWork
-from sqla_uow.typing import IsolationLevel, Propagation, Status
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqla_uow import errors
+    from sqla_uow._classify import is_retryable
+    from sqla_uow._context import after_commit, after_rollback, before_commit, current_session, current_unit
+    from sqla_uow._decorator import transactional
+    from sqla_uow._manager import UnitOfWorkManager
+    from sqla_uow._retry import RetryPolicy
+    from sqla_uow._scope import Scope
+    from sqla_uow._unit import UnitOfWork
+    from sqla_uow.typing import IsolationLevel, Propagation, Status
 
 __all__ = [
     "IsolationLevel",
@@ -52,3 +58,35 @@ __all__ = [
     "is_retryable",
     "transactional",
 ]
+
+# Imported when asked for, once: pytest loads `sqla_uow.pytest_plugin`, and so this, wherever sqla-uow is installed.
+_MODULES = {
+    "IsolationLevel": "typing",
+    "Propagation": "typing",
+    "RetryPolicy": "_retry",
+    "Scope": "_scope",
+    "Status": "typing",
+    "UnitOfWork": "_unit",
+    "UnitOfWorkManager": "_manager",
+    "after_commit": "_context",
+    "after_rollback": "_context",
+    "before_commit": "_context",
+    "current_session": "_context",
+    "current_unit": "_context",
+    "is_retryable": "_classify",
+    "transactional": "_decorator",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "errors":
+        return import_module("sqla_uow.errors")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import sqla_uow
-import sqla_uow_pytest
 import sqla_uow_starlette
 
 CHECKOUT = Path(__file__).parents[1]
@@ -26,9 +25,7 @@ expects_lowest = pytest.mark.skipif(
 
 
 @expects_wheel
-@pytest.mark.parametrize(
-    "package", [sqla_uow, sqla_uow_pytest, sqla_uow_starlette], ids=lambda package: package.__name__
-)
+@pytest.mark.parametrize("package", [sqla_uow, sqla_uow_starlette], ids=lambda package: package.__name__)
 def test_packages_come_from_site_packages(package):
     """The tox environments hide the checkout's packages behind the wheel's, which carries the typing marker."""
     site_packages = Path(sysconfig.get_path("purelib"))
@@ -61,3 +58,13 @@ def test_lowest_versions_are_installed():
     assert {name: release(version) for name, version in installed.items()} == {
         name: release(bound) for name, bound in bounds.items()
     }
+
+
+def test_every_public_name_is_found_when_asked_for():
+    """What `sqla_uow` offers is imported when it is asked for, and is what its module has."""
+    assert set(sqla_uow.__all__) == {"errors", *sqla_uow._MODULES}
+    for name in sqla_uow.__all__:
+        assert getattr(sqla_uow, name) is not None
+    assert set(sqla_uow.__all__) <= set(dir(sqla_uow))
+    with pytest.raises(AttributeError, match=r"^module 'sqla_uow' has no attribute 'transactionl'$"):
+        sqla_uow.transactionl  # noqa: B018  # what is raised is the point

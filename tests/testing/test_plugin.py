@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import sqla_uow
-import sqla_uow_pytest
+from sqla_uow import pytest_plugin
 
 pytestmark = pytest.mark.drivers("sqlite")
 
-ALONE = ["-p", "sqla_uow_pytest", "-p", "no:cacheprovider"]
+ALONE = ["-p", "sqla_uow.pytest_plugin", "-p", "no:cacheprovider"]
 CONFTEST = """
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -118,8 +118,8 @@ def test_it_imports_pytest_only(driver, project):
         import sys
 
         def test_lazy():
-            assert "sqla_uow_pytest" in sys.modules
-            assert not {"sqlalchemy", "sqla_uow", "greenlet"} & set(sys.modules)
+            assert "sqla_uow.pytest_plugin" in sys.modules
+            assert not {"sqlalchemy", "greenlet"} & set(sys.modules)
         """
     )
     project.runpytest_subprocess(*ALONE).assert_outcomes(passed=1)
@@ -139,7 +139,11 @@ def test_pytest_finds_it_by_its_entry_point(driver):
     """What setup.cfg says, and what is installed where the wheel is."""
     config = configparser.ConfigParser()
     config.read(Path(__file__).parents[2] / "setup.cfg")
-    assert config["options.entry_points"]["pytest11"].split() == ["sqla_uow_pytest", "=", "sqla_uow_pytest"]
+    assert config["options.entry_points"]["pytest11"].split() == [
+        "sqla_uow.pytest_plugin",
+        "=",
+        "sqla_uow.pytest_plugin",
+    ]
     if os.environ.get("SQLA_UOW_EXPECT_INSTALLED") == "1":
-        (found,) = importlib.metadata.entry_points(group="pytest11", name="sqla_uow_pytest")
-        assert found.load() is sqla_uow_pytest
+        (found,) = importlib.metadata.entry_points(group="pytest11", name="sqla_uow.pytest_plugin")
+        assert found.load() is pytest_plugin

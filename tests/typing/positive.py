@@ -55,6 +55,15 @@ from sqla_uow.mixins import (
     next_version,
     touch,
 )
+from sqla_uow.pytest_plugin import (
+    AssertNoLeaks,
+    AssertNumQueries,
+    CaptureAfterCommit,
+    CountQueries,
+    Faults,
+    RolledBack,
+    RunTwice,
+)
 from sqla_uow.testing import (
     CapturedHook,
     Fault,
@@ -69,15 +78,6 @@ from sqla_uow.testing import (
     count_queries,
     rolled_back,
     run_twice,
-)
-from sqla_uow_pytest import (
-    AssertNoLeaks,
-    AssertNumQueries,
-    CaptureAfterCommit,
-    CountQueries,
-    Faults,
-    RolledBack,
-    RunTwice,
 )
 from sqla_uow_starlette import (
     AnyVersioned,

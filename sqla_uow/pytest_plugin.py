@@ -1,7 +1,7 @@
 """Fixtures for tests of units of work: `sqla_uow.testing`, told once which database is meant.
 
 Loaded by pytest in every project that has sqla-uow installed, so it imports pytest only; SQLAlchemy comes with the first
-fixture that a test asks for.  A package of its own, because importing a part of `sqla_uow` imports all of it.
+fixture that a test asks for.
 
 A project defines ``uow_engine``, and ``uow_manager`` where its managers have options::
 
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sqla_uow_pytest._kit import Kit
-from sqla_uow_pytest._types import (
+from sqla_uow._pytest_kit import Kit
+from sqla_uow._pytest_types import (
     AssertNoLeaks,
     AssertNumQueries,
     CaptureAfterCommit,
