@@ -245,8 +245,8 @@ class FaultPlan:
 def _cancel(unit: Transaction) -> None:
     """Cancel the task that the unit belongs to, which at COMMIT waits for another one."""
     task = unit.owner.last or asyncio.current_task()
-    if task is not None:
-        task.cancel()
+    assert task is not None
+    task.cancel()
 
 
 def _check(database: str, fault: object, at: object, nth: int, times: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from greenlet import getcurrent
 from sqlalchemy import event
 
 from sqla_uow._database import WITHIN
+from sqla_uow._tasks import running_task
 from sqla_uow._testing_statements import engine_of
 
 if TYPE_CHECKING:
@@ -45,25 +45,22 @@ def assert_no_leaks(bind: Bind, /) -> Generator[None]:
     within = WITHIN in engine.get_execution_options()  # always in the test's transaction
 
     def checkout(_connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-        if watching:
-            taken[record] = _where()
+        taken[record] = _where()
 
     def checkin(connection: Any, record: ConnectionPoolEntry) -> None:
         where = taken.pop(record, "before the block")
-        if watching and connection is not None and not within and _in_transaction(connection.driver_connection):
+        if connection is not None and not within and _in_transaction(connection.driver_connection):
             poisoned.append(where)
 
-    pool, watching = engine.pool, True
+    pool = engine.pool  # SQLAlchemy knows what dispose() puts in its place, which has the listeners too
     listeners = (("checkout", checkout), ("checkin", checkin))
     for name, listener in listeners:
         event.listen(pool, name, listener)
     try:
         yield
     finally:
-        watching = False  # the pool that dispose() makes has them too, and SQLAlchemy takes them from neither
         for name, listener in listeners:
-            if event.contains(pool, name, listener):
-                event.remove(pool, name, listener)
+            event.remove(pool, name, listener)
     if taken:
         raise AssertionError(
             _message(list(taken.values()), "were not returned to the pool", "was not returned to the pool")
@@ -83,10 +80,7 @@ def _where() -> str:
     frame: FrameType | None = sys._getframe() if current is None else current.gr_frame
     while frame is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] in _INTERNAL:
         frame = frame.f_back
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
+    task = running_task()
     name = "outside any task" if task is None else f"by task {task.get_name()!r}"
     return name if frame is None else f"{name} at {frame.f_code.co_filename}:{frame.f_lineno}"
 

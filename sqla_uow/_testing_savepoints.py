@@ -82,8 +82,6 @@ class Outer:
 
     def release(self) -> None:
         """Do what COMMIT does, but for making it durable."""
-        if not self._open:
-            return
         if self._at_commit is not None:
             self._send(self._at_commit)
         self._send_or_lose(f"RELEASE SAVEPOINT {_NAME}")
@@ -182,13 +180,13 @@ class _Within:
         else:
             self._above.do_rollback(dbapi_connection)
 
+    # Asked by the pool of the outer transaction's connection only.  The next one that takes it undoes what was open.
+
     def do_close(self, dbapi_connection: Any) -> None:
-        if not self.outer.is_of(dbapi_connection):  # else the next one that takes it undoes what was open
-            self._above.do_close(dbapi_connection)
+        pass
 
     def do_terminate(self, dbapi_connection: Any) -> None:
-        if not self.outer.is_of(dbapi_connection):
-            self._above.do_terminate(dbapi_connection)
+        pass
 
     def set_isolation_level(self, dbapi_connection: Any, level: str) -> None:
         if self.outer.is_of(dbapi_connection):
@@ -209,10 +207,6 @@ class _Within:
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         if not self.outer.replaces(cursor, statement):
             self._above.do_execute(cursor, statement, parameters, context)
-
-    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
-        if not self.outer.replaces(cursor, statement):
-            self._above.do_execute_no_params(cursor, statement, context)
 
     @property
     def _above(self) -> Any:

@@ -1,4 +1,4 @@
-"""The pytest plugin, in projects of its own: run by pytest in a process of its own, under either async plugin."""
+"""The pytest plugin, in projects of its own, under either async plugin."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def project(pytester, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        ["-p", "pytest_asyncio.plugin", "-o", "asyncio_mode=auto"],
+        ["-p", "pytest_asyncio.plugin", "-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function"],
         ["-p", "anyio.pytest_plugin", "-o", "anyio_mode=auto"],
     ],
     ids=["asyncio", "anyio"],
@@ -107,7 +107,7 @@ def test_the_fixtures_work_under_both_plugins(driver, project, options):
     """Sync fixtures: the manager they activate is the one that async tests find, in either plugin's loop."""
     project.makeconftest(CONFTEST)
     project.makepyfile(TESTS)
-    result = project.runpytest_subprocess(*ALONE, *options)
+    result = project.runpytest_inprocess(*ALONE, *options)
     result.assert_outcomes(passed=5)
 
 
@@ -128,7 +128,7 @@ def test_it_imports_pytest_only(driver, project):
 def test_a_project_without_an_engine(driver, project):
     """The message names what to define."""
     project.makepyfile("def test_it(uow_activated): pass")
-    result = project.runpytest_subprocess(*ALONE)
+    result = project.runpytest_inprocess(*ALONE)
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(
         ["sqla_uow knows no engine for its fixtures; define a fixture 'uow_engine' that returns your AsyncEngine"]

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 from sqlalchemy import event, select, text
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from sqla_uow import (
     RetryPolicy,
@@ -391,6 +392,36 @@ async def test_plain_connections_of_the_engine_are_in_it_too(db):
         with UnitOfWorkManager(engine).activate():
             assert await read() == ["plain"]
     assert await left(db) == 0
+
+
+async def test_other_connections_are_what_they_were(db):
+    """What the library does beside a unit, such as making a table, is done on a connection that really commits."""
+    engine = db.engine()
+    async with engine.begin():
+        pass  # the dialect is ready
+    async with rolled_back(engine) as inside:
+        sync = inside.sync_engine
+        twin = sync.pool.recreate()
+        beside = AsyncEngine(Engine(twin, sync.dialect, sync.url))
+        if db.family == "sqlite":
+            async with beside.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+                await connection.rollback()
+        else:
+            async with beside.connect() as connection:
+                await connection.execution_options(isolation_level=STRONGEST)
+                await connection.execute(text("INSERT INTO note (text) VALUES ('undone')"))
+                await connection.rollback()
+                await connection.execute(text("INSERT INTO note (text) VALUES ('done')"))
+                await connection.commit()
+        async with beside.connect() as connection:
+            await connection.invalidate()
+        if db.family == "postgresql":
+            reading = beside.execution_options(postgresql_readonly=True)
+            async with reading.connect() as connection:
+                assert await connection.scalar(text("SHOW transaction_read_only")) == "on"
+        await beside.dispose()
+    assert await left(db) == (0 if db.family == "sqlite" else 1)
 
 
 @pytest.mark.drivers("sqlite")

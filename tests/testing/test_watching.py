@@ -205,6 +205,9 @@ async def test_a_connection_that_comes_back_in_a_transaction_is_found(db):
         await engine.dispose()
         async with engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
+    with assert_no_leaks(engine):  # not what the pool of the last block still tells it
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
 
 
 async def test_the_exception_of_the_block_is_not_hidden(manager):
