@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import sys
 import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +38,22 @@ def database(name: str) -> Iterator[str]:
         raise SystemExit(f"benchmarks: {reason}")
     with kind() as server:
         yield server.url(driver, database=server.create_database())
+
+
+def about(name: str, database_name: str) -> dict[str, str]:
+    """Return what figures depend on: what was run, where, with which versions, and when."""
+    names = ("sqlalchemy", "asyncpg", "asyncmy", "aiosqlite", "starlette", "uvicorn")
+    versions = ", ".join(f"{one} {version(one)}" for one in names)
+    said = sys.argv[1:]
+    if "--json" in said:  # where to is nobody else's business
+        del said[said.index("--json") : said.index("--json") + 2]
+    today = datetime.now(UTC).date()
+    return {
+        "name": name,
+        "database": database_name,
+        "command": f"python -m benchmarks {' '.join(said)}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}; {today}",
+    }
 
 
 def main() -> None:
@@ -73,7 +92,8 @@ def main() -> None:
         else:
             figures = contention.report(url, cells, arguments.seconds)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        kept = {"about": about(arguments.name, arguments.database), "figures": figures}
+        arguments.json.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     Call = Callable[[], Awaitable[object]]
 
-__all__ = ["Figure", "compare", "left_out", "print_table"]
+__all__ = ["Figure", "compare", "left_out", "report"]
 
 _WARM_UP = 2
 
@@ -77,7 +77,7 @@ async def _time(call: Call, calls: int) -> tuple[float, float]:
     return (time.perf_counter() - wall) / calls * 1e6, (time.process_time() - cpu) / calls * 1e6
 
 
-def print_table(title: str, figures: Mapping[str, Figure]) -> None:
+def _print_table(title: str, figures: Mapping[str, Figure]) -> None:
     """Print a line for each side."""
     print(f"{title:34}{'us':>10}{'a second':>10}{'ratio':>8}{'extra us':>10}{'cpu us':>10}{'ratio':>8}")
     for name, figure in figures.items():
@@ -86,6 +86,13 @@ def print_table(title: str, figures: Mapping[str, Figure]) -> None:
             f"{figure.extra:>10.1f}{figure.cpu:>10.1f}{figure.cpu_ratio:>8.2f}",
             flush=True,
         )
+
+
+def report(measured: Mapping[str, Mapping[str, Figure]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Print a table for each case; return the figures by name."""
+    for what, sides in measured.items():
+        _print_table(what, sides)
+    return {what: {side: figure._asdict() for side, figure in sides.items()} for what, sides in measured.items()}
 
 
 def left_out(name: str, error: ImportError) -> None:

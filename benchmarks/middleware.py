@@ -19,7 +19,8 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.interleaving import Figure, compare, left_out, print_table
+from benchmarks import interleaving
+from benchmarks.interleaving import Figure, compare, left_out
 from benchmarks.web_peers import PEERS, Web
 from sqla_uow import UnitOfWorkManager, current_session
 from sqla_uow_starlette import UnitOfWorkMiddleware
@@ -189,9 +190,6 @@ async def measure(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
     return figures
 
 
-def report(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
+def report(url: str, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     """Measure, print the tables, and return the figures."""
-    figures = asyncio.run(measure(url, rounds))
-    for what, sides in figures.items():
-        print_table(what, sides)
-    return figures
+    return interleaving.report(asyncio.run(measure(url, rounds)))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
+from benchmarks import interleaving
 from benchmarks.contention_sides import RETRIES, full_jitter
-from benchmarks.interleaving import Figure, compare, left_out, print_table
+from benchmarks.interleaving import Figure, compare, left_out
 from benchmarks.transaction_peers import PEERS, RETRYING
 from sqla_uow import UnitOfWorkManager, current_session, is_retryable, transactional
 
@@ -187,9 +188,6 @@ async def prepare(engine: AsyncEngine) -> None:
         await connection.execute(text("INSERT INTO counter VALUES (1, 0)"))
 
 
-def report(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
+def report(url: str, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     """Measure, print the tables, and return the figures."""
-    figures = asyncio.run(measure(url, rounds))
-    for what, sides in figures.items():
-        print_table(what, sides)
-    return figures
+    return interleaving.report(asyncio.run(measure(url, rounds)))

@@ -1,0 +1,98 @@
+"""Write what ``--json`` has kept as a page with a table and a plot for each benchmark.
+
+``python -m benchmarks.report overhead.json contention.json`` writes ``docs/reference/performance-figures.md`` and
+``docs/images/benchmark-*.svg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+HEAD = """# Performance figures
+
+Written by `python -m benchmarks.report`; [Performance](performance.md) says how they are measured and what they mean.
+"""
+TIMES = {"us": "microseconds", "ratio": "ratio", "extra us": "extra", "CPU us": "cpu", "CPU ratio": "cpu_ratio"}
+CONTENTION = {"commits/s": "commits", "gave up": "gave_up", "p99, s": "p99", "attempts": "attempts"}
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return a Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "--:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def three_digits(figure: float) -> str:
+    """Return it as far as it can be believed; what is large, as a whole number."""
+    return f"{figure:#.3g}" if abs(figure) < 100 else f"{figure:.0f}"  # noqa: PLR2004  # from there on all are whole
+
+
+def sides(what: str, figures: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
+    """Return the table of one case."""
+    rows = [[what, *columns]]
+    rows += [[side, *(three_digits(figure[key]) for key in columns.values())] for side, figure in figures.items()]
+    return table(rows)
+
+
+def memory(figures: dict[str, Any]) -> str:
+    """Return the tables of `memory`."""
+    opened = [["open", "bytes"], *([name, f"{size:.0f}"] for name, size in figures["bytes"].items())]
+    left = [["units that have ended", "bytes left", "objects left"]]
+    left += [[str(one["units"]), str(one["bytes"]), str(one["objects"])] for one in figures["left"]]
+    return table(opened) + "\n\n" + table(left)
+
+
+def plot(figures: dict[str, dict[str, dict[str, Any]]], key: str, title: str, to: Path) -> None:
+    """Draw a bar for each side of each case."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # of the dependency group benchmarks, wanted only here
+
+    figure = Figure(figsize=(8, 0.6 + sum(0.5 + 0.24 * len(case) for case in figures.values())), layout="constrained")
+    heights = [1 + len(case) for case in figures.values()]
+    axes = figure.subplots(len(figures), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axis, (what, case) in zip(axes, figures.items(), strict=True):
+        colours = ["tab:blue" if side.startswith("sqla_uow") else "silver" for side in case]
+        bars = axis.barh(list(case), [one[key] for one in case.values()], color=colours)
+        axis.bar_label(bars, fmt="%.4g", padding=3, fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_title(f"{what}: {title}", loc="left", fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.savefig(to, metadata={"Date": None})
+
+
+def section(name: str, kept: dict[str, Any], docs: Path) -> str:
+    """Return what the page says of one benchmark; draw its plot."""
+    about, figures = kept["about"], kept["figures"]
+    parts = [f"## {name}, {about['database']}", f"`{about['command']}`  \n{about['machine']}"]
+    if name == "memory":
+        return "\n\n".join([*parts, memory(figures)])
+    columns, key, title = TIMES, "microseconds", "us"
+    if name in ("contention", "processes"):
+        columns, key, title = CONTENTION, "commits", "commits/s"
+    picture = f"benchmark-{name}-{about['database']}.svg"
+    plot(figures, key, title, docs / "images" / picture)
+    parts.append(f"![{name}: {title}](../images/{picture})")
+    parts += [sides(what, case, columns) for what, case in figures.items()]
+    return "\n\n".join(parts)
+
+
+def write(files: list[Path], docs: Path) -> None:
+    """Write the page and its plots."""
+    parts = [HEAD.rstrip()]
+    for file in files:
+        kept = json.loads(file.read_text())
+        parts.append(section(kept["about"]["name"], kept, docs))
+    (docs / "reference" / "performance-figures.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, help="what --json has written")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder to write to; default: docs of the checkout")
+    arguments = parser.parse_args()
+    write(arguments.files, arguments.docs)

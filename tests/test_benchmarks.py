@@ -1,0 +1,59 @@
+"""Every benchmark runs, once and in small: the figures are for `python -m benchmarks` on a machine that has nothing else to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    "SQLA_UOW_BENCHMARKS" not in os.environ, reason="takes a minute, and packages of its own: tox -e benchmarks"
+)
+ARGUMENTS = {
+    "overhead": ["--rounds=1"],
+    "middleware": ["--rounds=1"],
+    "memory": ["--units=50"],
+    "contention": ["--cells=2/0/2,2/0/2/skew", "--seconds=1"],
+}
+
+
+def run(module, *arguments):
+    """Run a module as a person does."""
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.mark.timeout(180)
+def test_every_benchmark_measures_and_is_reported(tmp_path):
+    """Deliverable 4: one command each; every side has figures, and page and plots are made of them."""
+    for folder in ("reference", "images"):
+        (tmp_path / folder).mkdir()
+    kept = {name: tmp_path / f"{name}.json" for name in ARGUMENTS}
+    for name, file in kept.items():
+        run("benchmarks", name, *ARGUMENTS[name], "--json", str(file))
+    run("benchmarks.report", *map(str, kept.values()), "--docs", str(tmp_path))
+    page = (tmp_path / "reference/performance-figures.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
+        f"## {name}, sqlite" for name in ARGUMENTS
+    ]
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {
+        f"benchmark-{name}-sqlite.svg" for name in ARGUMENTS if name != "memory"
+    }
+    for name in ("overhead", "middleware"):
+        for sides in json.loads(kept[name].read_text())["figures"].values():
+            assert "sqla_uow" in sides
+            assert all(figure["microseconds"] > 0 for figure in sides.values())
+    for sides in json.loads(kept["contention"].read_text())["figures"].values():
+        assert sides["sqla_uow"]["commits"] > 0
+
+
+@pytest.mark.timeout(180)
+def test_nothing_is_left_behind_and_a_scope_is_small(tmp_path):
+    """Deliverable 4: under 4 KiB per open scope; ended units leave no objects, so a leak of one per unit is seen."""
+    units = 500
+    run("benchmarks", "memory", f"--units={units}", "--json", str(tmp_path / "memory.json"))
+    figures = json.loads((tmp_path / "memory.json").read_text())["figures"]
+    assert figures["bytes"]["scope"] < 4096
+    assert figures["left"][-1]["objects"] < units / 10
