@@ -10,18 +10,19 @@ import platform
 import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy
 
-from benchmarks import contention, memory, middleware, overhead, processes
+from benchmarks import contention, memory, middleware, overhead, processes, transaction_peers, web_peers
 from tests.servers import MariaDB, PostgreSQL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+DEPENDENCIES = ("sqlalchemy", "asyncpg", "asyncmy", "aiosqlite", "starlette", "uvicorn")
 SERVERS = {"postgresql": (PostgreSQL, "asyncpg"), "mariadb": (MariaDB, "asyncmy")}
 
 
@@ -42,8 +43,9 @@ def database(name: str) -> Iterator[str]:
 
 def about(name: str, database_name: str) -> dict[str, str]:
     """Return what figures depend on: what was run, where, with which versions, and when."""
-    names = ("sqlalchemy", "asyncpg", "asyncmy", "aiosqlite", "starlette", "uvicorn")
-    versions = ", ".join(f"{one} {version(one)}" for one in names)
+    installed = {one.name.lower().replace("_", "-"): one.version for one in distributions()}
+    names = [*DEPENDENCIES, *transaction_peers.PEERS, *web_peers.PEERS]
+    versions = ", ".join(f"{one} {installed[one]}" for one in dict.fromkeys(names) if one in installed)
     said = sys.argv[1:]
     if "--json" in said:  # where to is nobody else's business
         del said[said.index("--json") : said.index("--json") + 2]
