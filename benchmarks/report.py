@@ -18,6 +18,7 @@ Written by `python -m benchmarks.report`; [Performance](performance.md) says how
 """
 TIMES = {"us": "microseconds", "ratio": "ratio", "extra us": "extra", "CPU us": "cpu", "CPU ratio": "cpu_ratio"}
 CONTENTION = {"commits/s": "commits", "gave up": "gave_up", "p99, s": "p99", "attempts": "attempts"}
+COLD = {"cold, 1st s": "first", "cold, 2nd s": "second"}
 
 
 def table(rows: list[list[str]]) -> str:
@@ -71,9 +72,12 @@ def section(name: str, kept: dict[str, Any], docs: Path) -> str:
     parts = [f"## {name}, {about['database']}", f"`{about['command']}`  \n{about['machine']}"]
     if name == "memory":
         return "\n\n".join([*parts, memory(figures)])
+    for case in figures.values():
+        for side in case.values():
+            side.update(zip(COLD.values(), side.get("cold", ()), strict=False))
     columns, key, title = TIMES, "microseconds", "us"
     if name in ("contention", "processes"):
-        columns, key, title = CONTENTION, "commits", "commits/s"
+        columns, key, title = CONTENTION | (COLD if name == "contention" else {}), "commits", "commits/s"
     picture = f"benchmark-{name}-{about['database']}.svg"
     plot(figures, key, title, docs / "images" / picture)
     parts.append(f"![{name}: {title}](../images/{picture})")
