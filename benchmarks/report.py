@@ -50,8 +50,11 @@ def memory(figures: dict[str, Any]) -> str:
 
 def plot(figures: dict[str, dict[str, dict[str, Any]]], key: str, title: str, to: Path) -> None:
     """Draw a bar for each side of each case."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  # of the dependency group benchmarks, wanted only here
+    # of the dependency group benchmarks, wanted only here
+    from matplotlib import rcParams  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
+    rcParams["svg.hashsalt"] = "sqla_uow"  # the same figures give the same file
     figure = Figure(figsize=(8, 0.6 + sum(0.5 + 0.24 * len(case) for case in figures.values())), layout="constrained")
     heights = [1 + len(case) for case in figures.values()]
     axes = figure.subplots(len(figures), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
