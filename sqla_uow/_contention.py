@@ -24,7 +24,10 @@ __all__ = ["UNKNOWN", "Controller", "Gate", "Slot"]
 logger = logging.getLogger("sqla_uow")
 
 FIRST_WIDTH = 2
-"""Calls of a function that run at once before anything is known of it; each one that commits lets another in."""
+"""Calls of a function that run at once before anything is known of it; each one that commits lets another in, and a conflict
+halves their number."""
+OPENING_COMMITS = 127
+"""After so many, less than a fifth of the time went into conflicts, and nothing is held back any more."""
 WIDEST = 7
 """The last rung with a limit: 2 ** 7 = 128 calls at once.  Above it nothing is held back."""
 FREE = WIDEST + 1
@@ -97,6 +100,7 @@ class Controller:
         self.width: float = FIRST_WIDTH
         self.wasted_share: float = 0.0
         self.opening = True
+        self._opened = 0
         self._rung = self._best = 0
         self._downwards = False
         self._measured = [_Rate()] * (FREE + 1)
@@ -104,10 +108,10 @@ class Controller:
         self._lost = [0.0] * (FREE + 1)  # share of the time wasted at each rung, of late
         self.crowded = False
         self._typical = 0.0  # seconds of an attempt that waits for nobody
-        self._running = 0
         self._idle_since: float | None = None
-        self._next_try = self._tried_at = 0.0
-        self._left_over = 0  # attempts of the width before, whose ends say nothing of this one
+        self._next_try = 0.0
+        self._changed_at = clock()
+        self._first = False  # nothing that began at this width has ended yet
         self._begin_epoch(clock())
 
     def lock_wait(self, attempt: int, running: int) -> float | None:
@@ -121,10 +125,11 @@ class Controller:
             return attempt * OPENING_LOCK_WAIT
         return attempt * (FOREIGN_LOCK_WAIT if self.crowded else max(SHORTEST_LOCK_WAIT, 8 * self._typical))
 
-    def committed(self, seconds: float, running: int, waiting: int) -> None:
+    def committed(self, began: float, seconds: float, running: int, waiting: int) -> None:
         """Take note of an attempt that committed.
 
         Args:
+            began: on the clock.
             seconds: how long it took.
             running: how many others run.
             waiting: how many wait.
@@ -133,19 +138,24 @@ class Controller:
         self._typical = min(self._typical * 1.01, seconds) if self._typical else seconds
         if self.opening:
             self.width += 1
-            if self.width > 2**WIDEST:
+            self._opened += 1
+            if self._opened >= OPENING_COMMITS:
                 self.opening = False
                 self._go(FREE)
-        self._wake(seconds)
-        self._useful += seconds
-        self._count(1, running, waiting)
+        if self._belongs(began):
+            self._useful += seconds
+            self._count(1, running, waiting)
 
-    def conflicted(self, seconds: float, running: int, waiting: int) -> None:
+    def conflicted(self, began: float, seconds: float, running: int, waiting: int) -> None:
         """Take note of an attempt that a conflict ended; the arguments are those of `committed`."""
-        self._wake(seconds)
-        self._wasted += seconds
-        self._contended = self._contended or running > 0 or waiting > 0  # a call that was alone is not helped by turns
-        self._count(0, running, waiting)
+        if self.opening and (running or waiting):
+            self.width = max(1, self.width // 2)
+        if self._belongs(began):
+            self._wasted += seconds
+            self._contended = (
+                self._contended or running > 0 or waiting > 0
+            )  # a call that was alone is not helped by turns
+            self._count(0, running, waiting)
 
     # -- epochs: a width is judged by what happened while it was in force
 
@@ -156,23 +166,21 @@ class Controller:
         self._contended = self._held_back = False
         self._peak = 0
 
-    def _wake(self, seconds: float) -> None:
-        """Leave out the time in which nobody called; who waits to be run again does not run either, but not for so long."""
-        if self._idle_since is None:
-            return
-        started = self._clock() - seconds
-        if started - self._idle_since > EPOCH_SECONDS:
-            self._begin_epoch(started)
+    def _belongs(self, began: float) -> bool:
+        """Say whether an attempt belongs to this epoch: not if it began at the width before; begin it anew after a pause.
+
+        Who waits to be run again does not run either, but not for so long.
+        """
+        if began < self._changed_at:
+            return False
+        if self._first or (self._idle_since is not None and began - self._idle_since > EPOCH_SECONDS):
+            self._first = False
+            self._begin_epoch(began)
         self._idle_since = None
+        return True
 
     def _count(self, commits: int, running: int, waiting: int) -> None:
-        if self._left_over > 0:
-            self._left_over -= 1
-            if self._left_over == 0:
-                self._begin_epoch(self._clock())
-            return
         self._done += commits
-        self._running = running
         if running == 0 and waiting == 0:
             self._idle_since = self._clock()
         self._peak = max(self._peak, running + 1)
@@ -186,10 +194,10 @@ class Controller:
             self._judge(now, elapsed)
 
     def _patience(self) -> float:
-        """Return the seconds after which an epoch is judged in any case: a try, when three times as many could be done."""
+        """Return the seconds after which an epoch is judged in any case: a try, when much more could be done."""
         if self._rung == self._best or not (known := self._measured[self._best].goodput):
             return EPOCH_SECONDS
-        return min(EPOCH_SECONDS, 3 * EPOCH_COMMITS / known)
+        return min(EPOCH_SECONDS, 1.75 * EPOCH_COMMITS / known)
 
     def _judge(self, now: float, elapsed: float) -> None:
         share, done, peak, held_back, contended = (
@@ -256,7 +264,7 @@ class Controller:
             else:
                 self._hold(rung)
             return
-        cost = (now - self._tried_at) * (1 - brought / known)
+        cost = (now - self._changed_at) * (1 - brought / known)
         soonest, latest = SEARCH_SECONDS
         self._next_try = now + min(latest, max(soonest, cost / SEARCH_SHARES[rung < best]))
         self._hold(best)
@@ -280,8 +288,8 @@ class Controller:
 
     def _go(self, rung: int) -> None:
         if rung != self._rung:
-            self._left_over = self._running
-            self._tried_at = self._clock()
+            self._changed_at = self._clock()
+            self._first = True
         self._rung = rung
         self.width = math.inf if rung == FREE else 2**rung
 
@@ -289,23 +297,22 @@ class Controller:
 class Slot:
     """The right of one attempt to run."""
 
-    __slots__ = ("_gate", "_seconds", "_started")
+    __slots__ = ("_began", "_gate", "_seconds")
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._started: float | None = gate.clock()
-        self._seconds = 0.0
+        self._began = gate.clock()
+        self._seconds: float | None = None
 
     def free(self, *, committed: bool) -> None:
         """Give it back; called as soon as the transaction has ended, before its hooks."""
-        if self._started is None:
-            return
-        self._seconds, self._started = self._gate.clock() - self._started, None
-        self._gate.left(self._seconds if committed else None)
+        if self._seconds is None:
+            self._seconds = self._gate.clock() - self._began
+            self._gate.left(self._began, self._seconds, committed=committed)
 
     def conflicted(self) -> None:
         """Say that a conflict had ended the attempt."""
-        self._gate.conflicted(self._seconds)
+        self._gate.conflicted(self._began, self._seconds or 0.0)
 
 
 class Gate:
@@ -393,19 +400,19 @@ class Gate:
                 self._backing_off -= 1
                 self._admit_soon()
 
-    def left(self, seconds: float | None) -> None:
-        """Let the next one in; `seconds` is how long the one that leaves took, if it committed."""
+    def left(self, began: float, seconds: float, *, committed: bool) -> None:
+        """Let the next one in; the one that leaves began then, and took so long."""
         self._running -= 1
         self._moved = True
-        if seconds is not None:
-            self._controller.committed(seconds, self._running, self._waiting())
+        if committed:
+            self._controller.committed(began, seconds, self._running, self._waiting())
             self._admit()
         else:
             self._admit_soon()
 
-    def conflicted(self, seconds: float) -> None:
+    def conflicted(self, began: float, seconds: float) -> None:
         """Count what the attempt that has left took as wasted."""
-        self._controller.conflicted(seconds, self._running, self._waiting())
+        self._controller.conflicted(began, seconds, self._running, self._waiting())
         self._admit_soon()
 
     def _waiting(self) -> int:
@@ -413,7 +420,7 @@ class Gate:
 
     def _admit(self) -> None:
         while self._running < self._controller.width and self._let_in(first_runs=not self._backing_off):
-            pass
+            self.width = max(1, self.width // 2)
 
     def _admit_soon(self) -> None:
         """Let others in, but where a failed attempt backs off, or begins again, at once: behind that."""
