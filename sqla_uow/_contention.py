@@ -152,9 +152,7 @@ class Controller:
             self.width = max(1, self.width // 2)
         if self._belongs(began):
             self._wasted += seconds
-            self._contended = (
-                self._contended or running > 0 or waiting > 0
-            )  # a call that was alone is not helped by turns
+            self._contended = self._contended or running > 0 or waiting > 0  # who was alone is not helped by turns
             self._count(0, running, waiting)
 
     # -- epochs: a width is judged by what happened while it was in force
@@ -420,7 +418,7 @@ class Gate:
 
     def _admit(self) -> None:
         while self._running < self._controller.width and self._let_in(first_runs=not self._backing_off):
-            self.width = max(1, self.width // 2)
+            pass
 
     def _admit_soon(self) -> None:
         """Let others in, but where a failed attempt backs off, or begins again, at once: behind that."""
