@@ -310,11 +310,19 @@ def test_misuse_is_told(server):
 # ---- what can be missing
 
 
-def test_missing_mariadb_is_told(monkeypatch, tmp_path):
+@pytest.fixture
+def open_folder():
+    """A temporary folder that every account can enter, which pytest's own cannot."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_missing_mariadb_is_told(monkeypatch, open_folder):
     """Without its programs the line names the first one and its package."""
-    (tmp_path / "test").symlink_to(shutil.which("test"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(ENVIRONMENT, "PATH", str(tmp_path))
+    (open_folder / "test").symlink_to(shutil.which("test"))
+    monkeypatch.setenv("PATH", str(open_folder))
+    monkeypatch.setitem(ENVIRONMENT, "PATH", str(open_folder))
     assert MariaDB.unavailable() == "mariadbd not found on PATH; Debian: apt-get install mariadb-server"
     with pytest.raises(ServerError, match="mariadbd not found on PATH"):
         MariaDB().start()
