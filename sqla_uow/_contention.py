@@ -55,6 +55,8 @@ EPOCH_COMMITS = 16
 SHORTEST_EPOCH = 1e-6  # s; a clock may be too coarse, or stand still in a test
 EPOCH_SECONDS = 0.5
 """How long a width is measured at most before it is judged."""
+TRY_PATIENCE = 1.75
+"""The same for a try, in the times that the best width takes for an epoch."""
 STALL_SECONDS = (0.1, 2.0)
 """When nobody has finished for so long, more are let in: those who run may be slow, or wait for those who do not.
 
@@ -192,10 +194,10 @@ class Controller:
             self._judge(now, elapsed)
 
     def _patience(self) -> float:
-        """Return the seconds after which an epoch is judged in any case: a try, when much more could be done."""
+        """Return the seconds after which an epoch is judged in any case."""
         if self._rung == self._best or not (known := self._measured[self._best].goodput):
             return EPOCH_SECONDS
-        return min(EPOCH_SECONDS, 1.75 * EPOCH_COMMITS / known)
+        return min(EPOCH_SECONDS, TRY_PATIENCE * EPOCH_COMMITS / known)
 
     def _judge(self, now: float, elapsed: float) -> None:
         share, done, peak, held_back, contended = (

@@ -131,7 +131,6 @@ class _Player:
         self.task = asyncio.create_task(self._play(manager, isolation))
 
     async def _play(self, manager: UnitOfWorkManager, isolation: Any) -> None:
-        done: asyncio.Future[None] | None = None
         try:
             async with manager.begin(isolation=isolation) as unit:
                 while True:
@@ -147,19 +146,12 @@ class _Player:
             self.committed = True
         except (ConflictError, _UndoneError):
             pass
-        finally:
-            if done is not None and not done.done():
-                done.set_result(None)
 
-    def tell(self, statement: str) -> asyncio.Future[None]:
-        """Hand it a step; a transaction that has failed has nothing more to do."""
+    def tell(self, statement: str) -> None:
+        """Hand it a step; one that has ended has nothing more to do."""
         done = self.last = asyncio.get_running_loop().create_future()
-        if self.task.done():
-            done.set_result(None)
-        else:
-            self.steps.put_nowait((statement, done))
-            self.task.add_done_callback(lambda _task: done.done() or done.set_result(None))
-        return done
+        self.steps.put_nowait((statement, done))
+        self.task.add_done_callback(lambda _task: done.done() or done.set_result(None))
 
 
 async def happens(db: Database, manager: UnitOfWorkManager, name: str, isolation: Any) -> bool:
@@ -168,12 +160,11 @@ async def happens(db: Database, manager: UnitOfWorkManager, name: str, isolation
     await db.run("DROP TABLE IF EXISTS test", "CREATE TABLE test (id INTEGER PRIMARY KEY, value INTEGER NOT NULL)")
     await db.run("INSERT INTO test VALUES (1, 10), (2, 20)")
     players = {number: _Player(manager, isolation) for number in {number for number, _ in anomaly.script}}
-    steps = []
     async with asyncio.timeout(30):
         for number, statement in anomaly.script:
-            steps.append(players[number].tell(statement))
+            players[number].tell(statement)
             await _done_or_waiting(db, players.values())
-        await asyncio.gather(*steps, *(player.task for player in players.values()))
+        await asyncio.gather(*(player.task for player in players.values()))
     rows = dict(await db.rows("SELECT id, value FROM test"))
     return anomaly.happened(
         Seen(
