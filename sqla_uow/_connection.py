@@ -12,6 +12,7 @@ import enum
 import functools
 import re
 import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
@@ -26,7 +27,7 @@ from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
@@ -37,7 +38,7 @@ __all__ = ["UnitConnection", "UnitEngine", "install"]
 class UnitConnection(Connection):
     """A connection that knows whose it is; the listeners are inert on every other."""
 
-    def __init__(self, engine: Engine, unit: Transaction) -> None:
+    def __init__(self, engine: UnitEngine, unit: Transaction) -> None:
         self.unit = unit
         try:
             if engine._has_events:  # listeners of the user: joining them with ours costs 30 us for each connection
@@ -46,6 +47,8 @@ class UnitConnection(Connection):
             else:  # ours alone, and one dispatch for all connections: to make it anew would cost one 15 us
                 self.dispatch = _dispatch
                 super().__init__(engine, _has_events=True)
+            if engine.settings:
+                engine.dialect.set_connection_execution_options(self, engine.settings)
         except BaseException:
             # Cut off while the isolation level is set, for which psycopg awaits: nobody else knows the connection yet.
             lent: PoolProxiedConnection | None = self.__dict__.get("_dbapi_connection")
@@ -58,6 +61,15 @@ class UnitEngine(OptionEngine):
     """The engine as units see it: tells the unit when connecting begins, fails or is done."""
 
     unit: Transaction | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """What each connection of it is set to: an isolation level, or that it only reads."""
+
+    def update_execution_options(self, **options: Any) -> None:
+        # SQLAlchemy's dialects note the settings among them in a listener on the engine.  That one would have to be joined
+        # with ours for each connection, see `UnitConnection`.
+        self.dispatch.set_engine_execution_options(self, options)
+        self._execution_options = self._execution_options.union(options)
+        self.settings = options
 
     def of(self, transaction: Transaction) -> UnitEngine:
         """Return this engine for one unit.  A copy of its attributes: making an option engine costs ten times as much."""
