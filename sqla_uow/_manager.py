@@ -16,7 +16,7 @@ from sqla_uow._context import locate
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
 from sqla_uow._joining import Joined, Nested, join
-from sqla_uow._options import Options, check_name, check_policy, check_retries, check_timeout
+from sqla_uow._options import Options, block_options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._places import ManagerPlace
 from sqla_uow._retry import RetryPolicy
 from sqla_uow._scope import ScopeContext
@@ -148,7 +148,7 @@ class UnitOfWorkManager(Generic[S]):
             propagation: what to do when a unit is open already; see `transactional`.
             timeout: seconds for the block; None is the manager's.
         """
-        options = Options(
+        options = block_options(
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
         check_level(self._database.family, isolation, who=options.who)
@@ -181,7 +181,9 @@ class UnitOfWorkManager(Generic[S]):
             read_only: writes are refused, by the database as well.
             timeout: seconds over all attempts and waits; None is the manager's.
         """
-        options = Options(who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
+        options = block_options(
+            who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout
+        )
         check_level(self._database.family, isolation, who=options.who)
         return LoopedAttempts(self, options, sys._getframe(1).f_code)
 
