@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
@@ -82,7 +83,7 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
         close_unused(unit)
         return await _committed(unit, None)
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
-    work = session.run_sync(_commit_and_close, transaction, witness)
+    work = partial(session.run_sync, _commit_and_close, transaction, witness)
     limit = math.inf if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await failure_of(outcome.task, transaction)
@@ -161,7 +162,7 @@ async def _ambiguous(
     remember_objects(unit)
     await discard_connection(unit)
     if witness is not None and witness.signed and cancelled is None:
-        asked = await shielded(witness.verdict(transaction), grace=COMMIT_SECONDS)
+        asked = await shielded(partial(witness.verdict, transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
         verdict = _verdict(asked)
     if verdict is True:

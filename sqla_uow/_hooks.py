@@ -106,7 +106,7 @@ async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tup
     """Run the hooks of a commit; return what they raised, and the cancellation of the caller, before or meanwhile."""
     for take in takers:
         take(hooks.after_commit)
-    outcome = await _bounded(_run_collecting(hooks.after_commit), who, cancelled)
+    outcome = await _bounded(functools.partial(_run_collecting, hooks.after_commit), who, cancelled)
     return outcome.task.result() if outcome.finished else [], cancelled or outcome.cancelled
 
 
@@ -114,12 +114,12 @@ async def run_after_rollback(hooks: Hooks, who: str, cancelled: _Cancelled) -> _
     """Run the hooks of what was rolled back; return the cancellation of the caller, before or meanwhile."""
     due = hooks.due_after_rollback()
     if due:
-        outcome = await _bounded(_run_best_effort(due), who, cancelled)
+        outcome = await _bounded(functools.partial(_run_best_effort, due), who, cancelled)
         cancelled = cancelled or outcome.cancelled
     return cancelled
 
 
-async def _bounded(work: Coroutine[Any, Any, T], who: str, cancelled: _Cancelled) -> Shielded[T]:
+async def _bounded(work: Callable[[], Coroutine[Any, Any, T]], who: str, cancelled: _Cancelled) -> Shielded[T]:
     outcome = await shielded(work, grace=HOOK_SECONDS, limit=math.inf if cancelled is None else HOOK_SECONDS)
     if outcome.stop():
         logger.error("hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Generic
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -115,7 +116,7 @@ class Nested(Generic[S]):
             if savepoint.is_active or savepoint.session.get_nested_transaction() is savepoint:
                 savepoint.rollback()
 
-        outcome = await shielded(self._unit.session.run_sync(undo), limit=SAVEPOINT_SECONDS)
+        outcome = await shielded(partial(self._unit.session.run_sync, undo), limit=SAVEPOINT_SECONDS)
         if not outcome.stop() and (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
             self._unit._transaction.damage.add(trouble, hard=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqla_uow._hooks import run_after_rollback
@@ -91,8 +93,10 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
             cut(transaction.connection)
             await wait_briefly(idle)
             discard = True
-    work = session.run_sync(_roll_back_and_close, transaction, discard=discard)
-    outcome = await shielded(work, limit=ROLLBACK_SECONDS)
+    work = partial(session.run_sync, _roll_back_and_close, transaction, discard=discard)
+    # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
+    limit = math.inf if transaction.scope_read and transaction.damage.mark is None else ROLLBACK_SECONDS
+    outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)
         logger.warning(
@@ -105,7 +109,7 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
 
 async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
     """Wait for what should be over soon; return the cancellation meanwhile."""
-    waited = await shielded(asyncio.wait({future}), limit=IDLE_SECONDS)
+    waited = await shielded(lambda: asyncio.wait({future}), limit=IDLE_SECONDS)
     waited.stop()
     return waited.cancelled
 
@@ -116,10 +120,9 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
     transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
     connection = transaction.connection
     try:
-        if not discard:
-            if keeps:
-                session.commit()
-                transaction.end_here(Phase.ENDING)
+        if keeps and not discard:
+            session.commit()
+        elif not discard:
             # Explicitly: close() alone hands an open transaction to the pool if a refused COMMIT ended SQLAlchemy's own.
             session.rollback()
             if connection is not None and not connection.closed and connection.in_transaction():
@@ -142,7 +145,7 @@ async def discard_connection(unit: UnitOfWork[Any]) -> None:
     """Give up the connection of an unknown COMMIT: whatever arrives on it later must reach nobody else."""
     session = unit._session
     assert session is not None
-    work = session.run_sync(_roll_back_and_close, unit._transaction, discard=True)
+    work = partial(session.run_sync, _roll_back_and_close, unit._transaction, discard=True)
     outcome = await shielded(work, limit=ROLLBACK_SECONDS)
     if not outcome.stop() and (trouble := outcome.trouble) is not None:
         logger.warning("discarding a connection failed (%s)", type(trouble).__name__)

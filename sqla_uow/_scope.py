@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -86,8 +87,11 @@ class Scope:
 
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
-        async with self._giving_way:  # once for all units that sibling tasks begin: they do not use the read session
-            await self._give_way()
+        if self.reader is not None:
+            async with (
+                self._giving_way
+            ):  # once for all units that sibling tasks begin: they do not use the read session
+                await self._give_way()
 
     async def _give_way(self) -> None:
         reader = self.reader
@@ -102,7 +106,7 @@ class Scope:
                 return
             transaction.seal(Phase.COMMITTING)
             # Shielded: cut off here, it could only be discarded, and SQLAlchemy would log an error for each.
-            outcome = await shielded(session.run_sync(_commit_reading, transaction), grace=COMMIT_SECONDS)
+            outcome = await shielded(partial(session.run_sync, _commit_reading, transaction), grace=COMMIT_SECONDS)
             error = await failure_of(outcome.task, transaction)
             if error is not None or outcome.cancelled is not None:
                 await self.end_reading()

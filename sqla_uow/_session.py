@@ -163,7 +163,7 @@ def refuse_changes(session: Session, transaction: Transaction) -> None:
     Raises:
         ReadOnlyError: naming the object and the cures.
     """
-    changed = _changed_object(session)
+    changed = _changed_object(session) if has_changes(session) else None
     if changed is not None:
         raise ReadOnlyError(transaction.read_only_message(f"{describe(changed)} was changed"))
 

@@ -56,8 +56,7 @@ def settle(connection: Connection, cursor: Any) -> None:
     work = _STOP.get(driver)
     if work is None:
         return
-    stopping = work(raw, connection, cursor)
-    outcome = await_only(shielded(stopping, limit=SETTLE_SECONDS))
+    outcome = await_only(shielded(lambda: work(raw, connection, cursor), limit=SETTLE_SECONDS))
     if outcome.stop():
         logger.warning(
             "a cancelled statement could not be stopped on the server within %s s; its locks last until it ends",

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
 __all__ = ["Shielded", "shielded"]
 
@@ -52,59 +52,55 @@ def _anyio_shield() -> contextlib.AbstractContextManager[object]:
     return shield
 
 
-async def shielded(work: Coroutine[Any, Any, T], *, grace: float = math.inf, limit: float = math.inf) -> Shielded[T]:
+async def shielded(
+    work: Callable[[], Coroutine[Any, Any, T]], *, grace: float = math.inf, limit: float = math.inf
+) -> Shielded[T]:
     """Run `work` in a task of its own and wait for it.
 
     Args:
-        work: the coroutine; it is not cancelled before its time is up.
+        work: makes the coroutine, which is not cancelled before its time is up.
         grace: seconds it may still take once the caller has been cancelled.
         limit: seconds it may take in any case.
     """
     loop = asyncio.get_running_loop()
-    task = loop.create_task(work)
+    over: asyncio.Future[None] = loop.create_future()
+    task = loop.create_task(_telling(over, work))
+    task.add_done_callback(lambda _: _tell(over))  # of one that was cancelled before its first step
+    if limit <= 0:
+        return Shielded(task, None)
     until = loop.time() + limit
-    first: asyncio.CancelledError | None = None
-    with _anyio_shield():
-        while not task.done():
-            left = until - loop.time()
-            if left <= 0:
-                break
-            try:
-                await _over(task, loop, left)
-            except asyncio.CancelledError as error:
-                if first is None:
-                    first = error
-                    until = min(until, loop.time() + grace)
-    if first is None:
-        first = await _pending_cancellation()
-    return Shielded(task, first)
-
-
-async def _over(task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-    """Wait for the task, at most so long; what `asyncio.wait` does, at two thirds of its price, for every COMMIT."""
-    waiter = loop.create_future()
-
-    def wake(_task: object = None) -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    task.add_done_callback(wake)
-    timer = None if seconds == math.inf else loop.call_later(seconds, wake)
     try:
-        await waiter
+        await _within(until, over, loop)
+    except asyncio.CancelledError as cancelled:
+        until = min(until, loop.time() + grace)
+        with _anyio_shield():  # entered here only: it costs as much as the task, and nobody else needs it
+            while not task.done() and loop.time() < until:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({task}, timeout=None if until == math.inf else until - loop.time())
+        return Shielded(task, cancelled)
+    return Shielded(task, None)
+
+
+async def _telling(over: asyncio.Future[None], work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Do the work and say that it is over: a callback of the task would say so a turn of the loop later."""
+    try:
+        return await work()
     finally:
-        task.remove_done_callback(wake)
-        if timer is not None:
-            timer.cancel()
+        _tell(over)
 
 
-async def _pending_cancellation() -> asyncio.CancelledError | None:
-    """Return the cancellation that an anyio scope held back while it was shielded."""
-    lowlevel = sys.modules.get("anyio.lowlevel")
-    if lowlevel is None:
-        return None
+def _tell(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+async def _within(until: float, over: asyncio.Future[None], loop: asyncio.AbstractEventLoop) -> None:
+    """Wait until it is over, at most until then."""
+    if until == math.inf:
+        await over
+        return
+    timer = loop.call_at(until, _tell, over)
     try:
-        await lowlevel.checkpoint_if_cancelled()
-    except asyncio.CancelledError as error:
-        return error
-    return None
+        await over
+    finally:
+        timer.cancel()
