@@ -29,8 +29,14 @@ __all__ = [
 class VersionOp(MigrateOperation):
     """What the four share: a table's version column, and the patience to wait for the table.
 
-    Attributes:
+    Args:
+        table_name: a table with a primary key.
+        column_name: of the version.
+        kind: ``"integer"``, ``"uuid"`` or ``"timestamp"``.
         parent: with joined inheritance, the table that has the version; of triggers.
+        schema: the table's.
+        lock_timeout: seconds that one try waits for the table.
+        retries: further tries.
     """
 
     name: ClassVar[str]
@@ -59,7 +65,11 @@ class VersionOp(MigrateOperation):
         return (self.name, self.schema, self.table_name, self.column_name)
 
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script."""
+        """Do it, on a database or into a script.
+
+        Args:
+            operations: given by Alembic.
+        """
         raise NotImplementedError
 
     def _execute(self, operations: Operations, statements: list[str]) -> None:

@@ -42,6 +42,15 @@ def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
         insert(Order).values(...).on_conflict_do_update(index_elements=["id"], set_={"name": ..., **next_version(Order)})
 
     MariaDB: ``on_duplicate_key_update(name=..., **next_version(Order))``.  Empty for `VersionedByXmin`.
+
+    Args:
+        model: a model with a version mixin.
+
+    Returns:
+        the column's name, and an expression that counts.
+
+    Raises:
+        TypeError: the model has no version.
     """
     mapper: Mapper[Any] | None = inspect(model, raiseerr=False)
     kind = None if mapper is None else kind_of(mapper)

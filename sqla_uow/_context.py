@@ -130,6 +130,11 @@ def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -
     In an `after_commit` hook, outside any unit, it adds to the hooks that are being run.  It is for the manager named
     "default"; for another one use ``current_unit("name").after_commit(...)``.
 
+    Args:
+        hook: sync or async; what it returns is ignored.
+        args: passed to it.
+        kwargs: passed to it.
+
     Raises:
         NoUnitError: no unit is open here.
     """
@@ -147,6 +152,11 @@ def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -
 def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` inside the transaction at the end of the current unit; see `UnitOfWork.before_commit`.
 
+    Args:
+        hook: sync or async; what it returns is ignored.
+        args: passed to it.
+        kwargs: passed to it.
+
     Raises:
         NoUnitError: no unit is open here.
     """
@@ -155,6 +165,11 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
 
 def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` after a rollback of the current unit or savepoint; see `UnitOfWork.after_rollback`.
+
+    Args:
+        hook: sync or async; what it returns is ignored.
+        args: passed to it.
+        kwargs: passed to it.
 
     Raises:
         NoUnitError: no unit is open here.

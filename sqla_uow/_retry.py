@@ -54,6 +54,13 @@ class RetryPolicy:
             )
 
     def delay(self, retry: int) -> float:
-        """Return the seconds to wait before retry number `retry`, counted from 0."""
+        """Return how long to wait before a retry.
+
+        Args:
+            retry: its number, from 0.
+
+        Returns:
+            Seconds.
+        """
         # 2.0**1024 overflows; by then the cap has long decided.
         return self.rng(0.0, min(self.cap, self.base * 2.0 ** min(retry, 1000)))

@@ -24,6 +24,10 @@ async def cancel_at(nth: int, call: Coroutine[Any, Any, object], /) -> bool:
 
     An await counts when it makes the task wait; that of COMMIT is one.
 
+    Args:
+        nth: at which await, from 1.
+        call: what the async function returned, not awaited yet.
+
     Returns:
         whether it was cancelled; False: it came to its end before.
 

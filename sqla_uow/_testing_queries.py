@@ -66,6 +66,10 @@ def count_queries(bind: Bind, /) -> Generator[Queries]:
 def assert_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
     """Fail unless the block sends exactly so many statements; see `count_queries`.
 
+    Args:
+        bind: the engine, or a manager over it.
+        number: of statements.
+
     Raises:
         AssertionError: it sent fewer or more; with their text.
     """
@@ -78,6 +82,10 @@ def assert_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
 @contextmanager
 def assert_max_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
     """Fail if the block sends more statements than that; see `count_queries`.
+
+    Args:
+        bind: the engine, or a manager over it.
+        number: of statements.
 
     Raises:
         AssertionError: it did; with their text.

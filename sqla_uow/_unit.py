@@ -94,6 +94,11 @@ class UnitOfWork(Generic[S]):
     def before_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` inside the transaction, at its end, in each attempt; it may write, and its errors roll back.
 
+        Args:
+            hook: sync or async; what it returns is ignored.
+            args: passed to it.
+            kwargs: passed to it.
+
         Raises:
             NoUnitError: the unit has ended.
         """
@@ -101,6 +106,11 @@ class UnitOfWork(Generic[S]):
 
     def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
+
+        Args:
+            hook: sync or async; what it returns is ignored.
+            args: passed to it.
+            kwargs: passed to it.
 
         Raises:
             NoUnitError: the unit has ended.

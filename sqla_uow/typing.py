@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 __all__ = ["Contention", "IsolationLevel", "Propagation", "Status"]
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
-"""An isolation level in SQL spelling.  Which database has which one: see the isolation table in the docs."""
+"""An isolation level in SQL spelling; the table of isolation levels in the docs says which database has which one."""
 
 Propagation = Literal["required", "requires_new", "nested", "mandatory", "durable"]
 """What a call does when a unit is already open; see `sqla_uow.transactional`."""
