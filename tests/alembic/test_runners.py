@@ -58,12 +58,12 @@ async def test_the_holder_is_killed(project, db):
     The runner is at first in an autocommit block, where nothing but the lock keeps others out: neither Alembic's table
     that is being made, nor a row, nor SQLite's one writer.
     """
-    env = project.folder / "migrations/env.py"
-    env.write_text(ASKED + env.read_text())
     entered, asked, begun = (project.folder / name for name in ("entered", "asked", "begun"))
     enter = "pathlib.Path('entered').open('a').write(f'{os.getpid()}\\n'); "
     project.revision("one", None, "pass")
     await project.alembic("upgrade", "head")
+    env = project.folder / "migrations/env.py"
+    env.write_text(ASKED + env.read_text())  # after what runs in this process, which has other tests to run
     project.revision("two", "one", f"with op.get_context().autocommit_block(): {enter} until('go on')")
     stop = "pathlib.Path('begun').exists() or (pathlib.Path('begun').touch(), time.sleep(60))"
     insert = "op.execute('INSERT INTO account (id, balance) VALUES (1, 0)')"
