@@ -113,7 +113,9 @@ class Controller:
         self._idle_since: float | None = None
         self._next_try = 0.0
         self._changed_at = clock()
-        self._first = False  # nothing that began at this width has ended yet
+        self._clean_since = clock()  # nothing runs any more that a wider width had let in
+        self._narrowed = False
+        self._first = False  # nothing that counts has ended yet
         self._begin_epoch(clock())
 
     def lock_wait(self, attempt: int, running: int) -> float | None:
@@ -167,11 +169,17 @@ class Controller:
         self._peak = 0
 
     def _belongs(self, began: float) -> bool:
-        """Say whether an attempt belongs to this epoch: not if it began at the width before; begin it anew after a pause.
+        """Say whether an attempt belongs to this epoch; begin it anew after a pause.
 
-        Who waits to be run again does not run either, but not for so long.
+        Not if it began at the width before, or beside one that did and that a narrower width would have kept out.  Who waits
+        to be run again does not run either, but not for so long.
         """
         if began < self._changed_at:
+            now = self._clock()
+            if self._narrowed and now - self._changed_at < EPOCH_SECONDS:
+                self._clean_since = now
+            return False
+        if began < self._clean_since:
             return False
         if self._first or (self._idle_since is not None and began - self._idle_since > EPOCH_SECONDS):
             self._first = False
@@ -287,11 +295,13 @@ class Controller:
         self._go(rung)
 
     def _go(self, rung: int) -> None:
-        if rung != self._rung:
-            self._changed_at = self._clock()
+        width = math.inf if rung == FREE else 2**rung
+        if width != self.width:
+            self._changed_at = self._clean_since = self._clock()
+            self._narrowed = width < self.width
             self._first = True
         self._rung = rung
-        self.width = math.inf if rung == FREE else 2**rung
+        self.width = width
 
 
 class Slot:
