@@ -129,6 +129,13 @@ async def test_weaker_histories_are_not(db, level):
         ({1: [Append(0, 1)]}, {}, {0: ()}, "lost: 1 is not in the list of 0"),
         ({1: [Append(0, 1)], 2: [Read(0, (2,))]}, {}, {0: (1,)}, "(2,) of 0 was read, which is no beginning of (1,)"),
         ({2: [Read(0, (1,))]}, {}, {0: (1,)}, "aborted: [1] of 0 were written by nobody who committed"),
+        # G0: each wrote over the other
+        (
+            {1: [Append(0, 1), Append(1, 3)], 2: [Append(0, 2), Append(1, 4)]},
+            {},
+            {0: (1, 2), 1: (4, 3)},
+            "cycle of [1, 2]",
+        ),
         # G1c: each has read what the other wrote
         (
             {1: [Append(0, 1), Read(1, (2,))], 2: [Append(1, 2), Read(0, (1,))]},
