@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 
 from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._commit import commit, prepare
+from sqla_uow._context import last_write_of
 from sqla_uow._places import UnitPlace
 from sqla_uow._rollback import Ended, roll_back
 from sqla_uow._tasks import pop, push
@@ -102,6 +103,10 @@ class Attempt(Generic[S]):
             tainted=attempts.tainted,
             enclosing=attempts.enclosing,
         )
+        if manager._replicas is not None:
+            transaction.last_write = last_write_of(manager, manager._replicas)
+            if transaction.read_only:
+                transaction.replicas = manager._replicas
         is_last = attempts.attempt > attempts.retries
         if not is_last:
             transaction.on_rollback = attempts.remember

@@ -159,6 +159,8 @@ async def _ambiguous(
 ) -> Ended:
     transaction = unit._transaction
     verdict: bool | None = None
+    if transaction.last_write is not None:
+        transaction.last_write.lose()
     remember_objects(unit)
     await discard_connection(unit)
     if witness is not None and witness.signed and cancelled is None:

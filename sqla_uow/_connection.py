@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
+    from sqla_uow._database import Database
+    from sqla_uow._replicas import Replicas
+
 __all__ = ["UnitConnection", "UnitEngine", "install"]
 
 
@@ -78,6 +81,12 @@ class UnitEngine(OptionEngine):
         engine.unit = transaction
         return engine
 
+    def _become(self, other: UnitEngine) -> None:
+        """Lead elsewhere; sessions know their connections by the engine, which has to stay the same object."""
+        unit = self.unit
+        self.__dict__.update(other.__dict__)
+        self.unit = unit
+
     def connect(self) -> Connection:
         transaction = self.unit
         if transaction is None or transaction.connection is not None:
@@ -85,7 +94,10 @@ class UnitEngine(OptionEngine):
         try:
             transaction.before_connect()
             _take_turn(transaction)
-            connection = UnitConnection(self, transaction)
+            connection = (
+                None if transaction.replicas is None else self._connect_to_replica(transaction.replicas, transaction)
+            )
+            connection = connection or UnitConnection(self, transaction)
             if not transaction.phase.is_open:  # it has ended meanwhile
                 connection.close()
                 transaction.check_usable()
@@ -94,6 +106,21 @@ class UnitEngine(OptionEngine):
             raise
         transaction.owner.leave()
         return connection
+
+    def _connect_to_replica(self, replicas: Replicas, transaction: Transaction) -> Connection | None:
+        def connect(database: Database[Any]) -> Connection:
+            self._become(database.unit_engine(transaction))
+            return UnitConnection(self, transaction)
+
+        try:
+            lent = await_only(replicas.lend(transaction, connect))
+            if lent is None:
+                return None
+            transaction.replica, connection = lent
+            transaction.database = transaction.replica.database
+            return connection
+        finally:
+            self._become(transaction.database.unit_engine(transaction))
 
 
 def _take_turn(transaction: Transaction) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from sqla_uow._manager import UnitOfWorkManager
+    from sqla_uow._replicas import LastWrite, Replicas
     from sqla_uow._scope import Scope
     from sqla_uow._transaction import Transaction
     from sqla_uow._unit import UnitOfWork
@@ -26,6 +27,7 @@ __all__ = [
     "before_commit",
     "current_session",
     "current_unit",
+    "last_write_of",
     "locate",
     "surroundings",
 ]
@@ -80,6 +82,14 @@ def surroundings(manager: UnitOfWorkManager[Any]) -> tuple[Scope | None, bool, t
             elif place.scope.reader is not None:
                 transactions += (place.scope.reader._transaction,)  # holds a connection, and will not give way to us
     return scope, inside, transactions
+
+
+def last_write_of(manager: UnitOfWorkManager[Any], replicas: Replicas) -> LastWrite:
+    """Return what the client of this context has written: the innermost scope's, also behind its end; else everybody's."""
+    for place in current_places():
+        if isinstance(place, ScopePlace) and place.manager is manager and place.scope.last_write is not None:
+            return place.scope.last_write
+    return replicas.last_write
 
 
 def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:

@@ -75,21 +75,34 @@ class Database(Generic[S]):
         return bool(getattr(self.sync_engine.dialect, "is_mariadb", False))
 
     @property
+    def driver(self) -> str:
+        return self.sync_engine.dialect.driver
+
+    @property
     def pool(self) -> Pool:
         return self.sync_engine.pool
 
     def session(self, transaction: Transaction) -> S:
         """Make the session of one unit; no connection is taken."""
+        session = self._make(self._engine_for(transaction))
+        sync_session = session.sync_session
+        assert isinstance(sync_session, UnitSession)
+        sync_session.transaction_of_unit = transaction
+        return session
+
+    def unit_engine(self, transaction: Transaction) -> UnitEngine:
+        """Return the engine for units like this one."""
+        engine = self._engine_for(transaction).sync_engine
+        assert isinstance(engine, UnitEngine)
+        return engine
+
+    def _engine_for(self, transaction: Transaction) -> AsyncEngine:
         key = (transaction.isolation, transaction.read_only)
         engine = self._engines.get(key)
         if engine is None:
             options = engine_options(self.family, transaction.isolation, read_only=transaction.read_only)
             engine = self._engines[key] = AsyncEngine(UnitEngine(self.sync_engine, options))
-        session = self._make(engine)
-        sync_session = session.sync_session
-        assert isinstance(sync_session, UnitSession)
-        sync_session.transaction_of_unit = transaction
-        return session
+        return engine
 
     def maker_over(self, engine: AsyncEngine) -> async_sessionmaker[S]:
         """Return a maker of the same sessions over another engine."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
 from weakref import WeakKeyDictionary
@@ -12,12 +13,14 @@ from typing_extensions import TypeVar
 
 from sqla_uow._attempts import Attempts, LoopedAttempts
 from sqla_uow._contention import UNKNOWN, Gate
-from sqla_uow._context import locate
+from sqla_uow._context import last_write_of, locate
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
 from sqla_uow._joining import Joined, Nested, join
 from sqla_uow._options import Options, block_options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._places import ManagerPlace
+from sqla_uow._positions import from_text
+from sqla_uow._replicas import DRIVERS, LastWrite, Replicas
 from sqla_uow._retry import RetryPolicy
 from sqla_uow._scope import ScopeContext
 from sqla_uow._tasks import pop, push
@@ -25,7 +28,7 @@ from sqla_uow._verify import Notary, Witness
 from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
@@ -53,6 +56,10 @@ class UnitOfWorkManager(Generic[S]):
             does not say; 0 is a single run.
         timeout: seconds that all attempts and waits of one call may take together; None is no deadline.
         retry: how long to wait between attempts.
+        replicas: engines of replicas of the database, where units that only read are run, unless they are SERIALIZABLE; a
+            client reads there only what is not older than what it has written.
+        replica_wait: seconds that a read waits for a replica to have replayed what its client has written; then the
+            primary has to do.
         ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
             what became of it, at the cost of one round trip in every unit that writes.
 
@@ -72,6 +79,8 @@ class UnitOfWorkManager(Generic[S]):
         timeout: float | None = None,
         retry: RetryPolicy = RetryPolicy(),
         ambiguous_commit: Literal["raise", "verify"] = "raise",
+        replicas: Sequence[AsyncEngine] = (),
+        replica_wait: float = 0.05,
     ) -> None:
         who = f"UnitOfWorkManager {name!r}"
         check_name(name, "UnitOfWorkManager(name=...)")
@@ -90,6 +99,8 @@ class UnitOfWorkManager(Generic[S]):
         self._timeout = timeout
         self._retry = retry
         self._gates: WeakKeyDictionary[object, Gate] = WeakKeyDictionary()
+        self._replica_engines = tuple(replicas)
+        self._replicas = _replicas_of(self._database, self._replica_engines, replica_wait, who) if replicas else None
         self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
 
     @property
@@ -101,6 +112,11 @@ class UnitOfWorkManager(Generic[S]):
     def engine(self) -> AsyncEngine:
         """The engine that was passed, or that the sessionmaker is bound to."""
         return self._database.engine
+
+    @property
+    def replicas(self) -> tuple[AsyncEngine, ...]:
+        """The engines of replicas that were passed."""
+        return self._replica_engines
 
     @property
     def isolation(self) -> IsolationLevel | None:
@@ -126,9 +142,19 @@ class UnitOfWorkManager(Generic[S]):
         """Make this the manager of its name in the ``with`` block and in the tasks started there."""
         return _Activation(self)
 
-    def scope(self) -> AbstractAsyncContextManager[Scope]:
-        """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit."""
-        return ScopeContext(self)
+    def scope(self, *, position: str | None = None) -> AbstractAsyncContextManager[Scope]:
+        """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
+
+        Args:
+            position: with replicas, makes the scope a client of its own, which has written up to here before: what
+                `Scope.position` said, "" where nothing is known.  None goes on with the client around it.
+        """
+        replicas = self._replicas
+        if replicas is None:
+            return ScopeContext(self, None)
+        if position is None:
+            return ScopeContext(self, last_write_of(self, replicas))
+        return ScopeContext(self, LastWrite(from_text(position)))
 
     def begin(
         self,
@@ -252,6 +278,27 @@ class UnitOfWorkManager(Generic[S]):
     def __repr__(self) -> str:
         # Not the engine: its repr has the URL.
         return f"<UnitOfWorkManager {self._name!r} on {self._database.family}>"
+
+
+def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
+    if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait < math.inf:
+        raise ValueError(f"{who} has replica_wait={wait!r}; use a number of seconds, 0 or more")
+    for engine in engines:
+        if not isinstance(engine, AsyncEngine):
+            raise TypeError(
+                f"{who} has a replica of type {type(engine).__name__}; pass engines of create_async_engine()"
+            )
+    databases: list[Database[Any]] = [Database(engine) for engine in engines]
+    for database in [primary, *databases]:
+        if database.driver not in DRIVERS:
+            raise ValueError(
+                f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
+            )
+        if database.family != primary.family:
+            raise ValueError(
+                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
+            )
+    return Replicas(primary, databases, wait)
 
 
 class _Activation:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqla_uow._commit import COMMIT_SECONDS, failure_of
 from sqla_uow._instances import Tainted, taint
 from sqla_uow._places import ManagerPlace
+from sqla_uow._positions import to_text
 from sqla_uow._rollback import roll_back
 from sqla_uow._session import refuse_changes
 from sqla_uow._shield import shielded
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from sqla_uow._manager import UnitOfWorkManager
+    from sqla_uow._replicas import LastWrite
 
 __all__ = ["Scope", "ScopeContext", "ScopePlace"]
 
@@ -43,8 +45,9 @@ class Scope:
     readable.  After that function the next use begins a fresh one.
     """
 
-    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+    def __init__(self, manager: UnitOfWorkManager[Any], last_write: LastWrite | None = None) -> None:
         self.manager: UnitOfWorkManager[Any] = manager
+        self.last_write: LastWrite | None = last_write
         self.tainted: Tainted = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
         self.place: ScopePlace | None = None
@@ -65,7 +68,7 @@ class Scope:
 
     def _read_transaction(self) -> Transaction:
         manager = self.manager
-        return Transaction(
+        transaction = Transaction(
             _READER,
             manager._database,
             isolation=manager.isolation,
@@ -74,6 +77,17 @@ class Scope:
             clock=manager.retry.clock,
             scope_read=True,
         )
+        transaction.replicas, transaction.last_write = manager._replicas, self.last_write
+        return transaction
+
+    @property
+    def position(self) -> str | None:
+        """How far a replica must be to show what was written here; None where the manager has no replicas.
+
+        Digits, points and minus signs, made for a cookie or a message; "" if nothing was written.  Give it to the scope in
+        which the same client goes on: ``manager.scope(position=...)``.
+        """
+        return None if self.last_write is None else to_text(self.last_write.position)
 
     def refuse_unsaved(self) -> None:
         """Raise if an object of the read session was changed: nothing would ever write it.
@@ -197,16 +211,17 @@ class ScopePlace(ManagerPlace):
 class ScopeContext:
     """``async with manager.scope()``."""
 
-    __slots__ = ("_manager", "_place")
+    __slots__ = ("_last_write", "_manager", "_place")
 
-    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+    def __init__(self, manager: UnitOfWorkManager[Any], last_write: LastWrite | None) -> None:
         self._manager = manager
+        self._last_write = last_write
         self._place: ScopePlace | None = None
 
     async def __aenter__(self) -> Scope:
         if self._place is not None:
             raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
-        scope = Scope(self._manager)
+        scope = Scope(self._manager, self._last_write)
         self._place = scope.place = ScopePlace(scope)
         push(self._place)
         return scope

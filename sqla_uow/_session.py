@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.util import await_only
 
 from sqla_uow._classify import classify
 from sqla_uow._connection import UnitEngine
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState
+
+    from sqla_uow._replicas import LastWrite
+
+logger = logging.getLogger("sqla_uow")
 
 __all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class"]
 
@@ -214,6 +220,20 @@ def _after_commit(session: UnitSession) -> None:
     unit = session.transaction_of_unit
     if unit is not None and unit.phase is Phase.SENT:  # else it is the release of a savepoint
         unit.phase = Phase.ENDING  # answered: what listeners of the user raise now is no trouble of COMMIT
+        if unit.last_write is not None and unit.wrote and unit.connection is not None:
+            _note_position(unit, unit.last_write, unit.connection)
+
+
+def _note_position(unit: Transaction, last_write: LastWrite, connection: Connection) -> None:
+    """Ask how far a replica must be to show what was committed."""
+    try:
+        await_only(last_write.note(connection, unit.database.family))
+    except Exception as error:
+        logger.warning(
+            "%s is committed, but the primary did not tell its position (%s); its client will read from the primary",
+            unit.name, type(error).__name__,
+        )  # fmt: skip
+        connection.invalidate()
 
 
 @event.listens_for(UnitSession, "after_transaction_create")

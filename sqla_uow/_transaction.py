@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqla_uow._contention import Slot
     from sqla_uow._database import Database
     from sqla_uow._instances import Tainted
+    from sqla_uow._replicas import LastWrite, Replica, Replicas
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
@@ -93,6 +94,7 @@ class Transaction:
         "hooks",
         "isolation",
         "joined",
+        "last_write",
         "lock_wait",
         "name",
         "on_rollback",
@@ -100,6 +102,8 @@ class Transaction:
         "pending_savepoint",
         "phase",
         "read_only",
+        "replica",
+        "replicas",
         "rolling_back_to_savepoint",
         "scope_read",
         "slot",
@@ -146,6 +150,9 @@ class Transaction:
         self.wrote: bool = False
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint: bool = False
+        self.replicas: Replicas | None = None  # where it may read
+        self.replica: Replica | None = None  # where it does
+        self.last_write: LastWrite | None = None  # of its client, where there are replicas
         self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
 
@@ -349,6 +356,8 @@ class Transaction:
         hard = lost or undoing or (failure is not None and failure.kind in HARD)
         if sent or hard:
             self.damage.add(shown or error, failure=failure, hard=hard)
+        if self.replica is not None and failure is not None:
+            self.replica.met(failure)
 
     def before_rollback(self, cause: BaseException | None) -> None:
         """A ROLLBACK is about to be sent: not under another task's statement."""

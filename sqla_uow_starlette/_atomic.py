@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqla_uow import Status
 from sqla_uow.errors import ConflictError, RollbackOnlyError
 from sqla_uow_starlette._answer import answering
+from sqla_uow_starlette._position import Carrier, open_scope, telling
 from sqla_uow_starlette._replay import Body, copied
 from sqla_uow_starlette._request import answer
 from sqla_uow_starlette._sending import ERROR, Sender, run
@@ -52,10 +53,12 @@ class AtomicRequest:
         send: Send,
         *,
         options: Atomic,
+        carrier: Carrier | None,
     ) -> None:
         self.app = app
         self.manager = manager
         self.options = options
+        self.carrier = carrier
         self.scope = scope
         self.receive = receive
         self.send = send
@@ -66,7 +69,8 @@ class AtomicRequest:
         """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
         outer = self.scope.get("app")
         read_only = self.scope["method"] in self.options.read_only_methods
-        async with self.manager.scope() as unit_scope:
+        async with open_scope(self.manager, self.carrier, self.scope) as unit_scope:
+            self.send = telling(self.send, self.carrier, self.scope, unit_scope)
             units = _units(self.manager, self.options, read_only=read_only)
             try:
                 failure = await self._attempts(unit_scope, units)
@@ -75,7 +79,7 @@ class AtomicRequest:
                     await units.aclose()
         if failure is not None:
             app = answering(failure, self.scope, outer)
-            await answer(app, self.manager, self.scope, self.receive, self.send)
+            await answer(app, unit_scope, self.scope, self.receive, self.send)
 
     async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
         """Run the application until one of its units has ended for good; return what is left to be answered."""

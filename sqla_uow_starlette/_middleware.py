@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest
+from sqla_uow_starlette._position import Carrier, PositionIn
 from sqla_uow_starlette._request import handle_connection, handle_request
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class UnitOfWorkMiddleware:
         read_only_methods: the methods, say ``("GET", "HEAD")``, whose units are read-only.
         should_commit: called with the ASGI scope and the response's status, decides instead of the rule above.
             A unit that is doomed is rolled back all the same.
+        position_in: with replicas, where a client keeps between its requests how far it has written, so that it reads
+            nothing older: ``"cookie"``, or ``"header"``, ``Uow-Position``, which it has to send back; None keeps nothing.
         max_replay_body: bytes of a request's body that are kept for another attempt; a request of which more was read
             has only one.
 
@@ -60,6 +63,7 @@ class UnitOfWorkMiddleware:
         read_only_methods: Iterable[str] = (),
         should_commit: Callable[[Scope, int], bool] | None = None,
         max_replay_body: int = _MIB,
+        position_in: Literal["cookie", "header"] | None = "cookie",
     ) -> None:
         _check_types(manager, atomic, read_only_methods, should_commit, max_replay_body)
         methods = frozenset(method.upper() for method in read_only_methods)
@@ -71,18 +75,25 @@ class UnitOfWorkMiddleware:
         manager.attempts(retries=retries, isolation=isolation, timeout=timeout)  # checks them
         self.app = app
         self.manager = manager
+        if position_in not in (None, *get_args(PositionIn)):
+            raise ValueError(
+                f"UnitOfWorkMiddleware has position_in={position_in!r}, which is unknown; use 'cookie', 'header' or None"
+            )
+        self._carrier = Carrier(manager, position_in) if position_in is not None and manager.replicas else None
         self._atomic = Atomic(isolation, retries, timeout, methods, should_commit, max_replay_body) if atomic else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
         if scope["type"] == "websocket":
-            await handle_connection(self.app, self.manager, scope, receive, send)
+            await handle_connection(self.app, self.manager, scope, receive, send, carrier=self._carrier)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
         elif self._atomic is None:
-            await handle_request(self.app, self.manager, scope, receive, send)
+            await handle_request(self.app, self.manager, scope, receive, send, carrier=self._carrier)
         else:
-            await AtomicRequest(self.app, self.manager, scope, receive, send, options=self._atomic).handle()
+            await AtomicRequest(
+                self.app, self.manager, scope, receive, send, options=self._atomic, carrier=self._carrier
+            ).handle()
 
 
 def _check_types(

@@ -7,31 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 from sqla_uow.errors import ReadOnlyError
 from sqla_uow_starlette._answer import answering
+from sqla_uow_starlette._position import Carrier, open_scope, telling
 from sqla_uow_starlette._sending import Sender, run
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
 
 __all__ = ["answer", "handle_connection", "handle_request"]
 
 
 async def handle_request(
-    app: ASGIApp, manager: UnitOfWorkManager[Any], scope: Scope, receive: Receive, send: Send
+    app: ASGIApp,
+    manager: UnitOfWorkManager[Any],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    carrier: Carrier | None,
 ) -> None:
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
-    async with manager.scope() as unit_scope:
+    async with open_scope(manager, carrier, scope) as unit_scope:
+        send = telling(send, carrier, scope, unit_scope)
         sender = Sender(unit_scope, send)
         await run(app, scope, receive, sender)
     if sender.failure is not None:
-        await answer(answering(sender.failure, scope, outer), manager, scope, receive, send)
+        await answer(answering(sender.failure, scope, outer), unit_scope, scope, receive, send)
 
 
-async def answer(app: ASGIApp, manager: UnitOfWorkManager[Any], scope: Scope, receive: Receive, send: Send) -> None:
-    """Run an application that answers a failure: it may read, and nothing is refused."""
-    async with manager.scope() as unit_scope:
+async def answer(app: ASGIApp, failed: UnitScope, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run an application that answers what has failed in a scope: it may read, and nothing is refused."""
+    async with failed.manager.scope(position=failed.position) as unit_scope:
 
         async def closing(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -43,10 +52,16 @@ async def answer(app: ASGIApp, manager: UnitOfWorkManager[Any], scope: Scope, re
 
 
 async def handle_connection(
-    app: ASGIApp, manager: UnitOfWorkManager[Any], scope: Scope, receive: Receive, send: Send
+    app: ASGIApp,
+    manager: UnitOfWorkManager[Any],
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    carrier: Carrier | None,
 ) -> None:
     """Handle a WebSocket connection in a scope that rests while the application waits for the next message."""
-    async with manager.scope() as unit_scope:
+    async with open_scope(manager, carrier, scope) as unit_scope:
 
         async def resting() -> Message:
             await unit_scope.rest()

@@ -9,10 +9,10 @@ and removes the folder even when the test run is killed. `python -m tests.server
 hand.
 """
 
-from .mariadb import MariaDB
-from .postgresql import PostgreSQL
+from .mariadb import MariaDB, Replica
+from .postgresql import PostgreSQL, Standby
 from .proxy import Proxy
 from .server import Server, ServerError
 from .triggers import Trigger
 
-__all__ = ["MariaDB", "PostgreSQL", "Proxy", "Server", "ServerError", "Trigger"]
+__all__ = ["MariaDB", "PostgreSQL", "Proxy", "Replica", "Server", "ServerError", "Standby", "Trigger"]

