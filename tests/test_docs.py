@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -107,7 +109,9 @@ def engines(namespace):
 async def test_every_block_runs(driver, page, tmp_path, monkeypatch):
     """What a reader copies from a page works; an `assert` on a page holds."""
     monkeypatch.chdir(tmp_path)
-    namespace, made = {"__name__": "page"}, set()
+    module, made = ModuleType("page"), set()
+    monkeypatch.setitem(sys.modules, "page", module)  # what a page defines can be looked up there, as taskiq does
+    namespace = vars(module)
     try:
         for block in program(page):
             await run(block, namespace)

@@ -16,8 +16,10 @@ def add_contents(_app: Sphinx, name: str, source: list[str]) -> None:
     """Append a hidden table of contents for each section of the first page."""
     if name != "index":
         return
+    listed: set[str] = set()
     for title, text in SECTION.findall(source[0]):
-        pages = list(dict.fromkeys(PAGE.findall(text)))
+        pages = [page for page in dict.fromkeys(PAGE.findall(text)) if page not in listed]
+        listed.update(pages)
         if pages:
             source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n"
 
