@@ -25,6 +25,7 @@ extensions = [
     "public_names",  # what is public, and that the reference has all of it
     "fixtures",  # of the pytest plugin
     "foreign_names",  # where the names of others are explained
+    "terms",  # of the glossary, linked where a page first has them
     "diagrams",  # SVG that follows the light and dark of the page
 ]
 exclude_patterns = ["_build"]
