@@ -93,6 +93,8 @@ async def _ask(connection: Connection, family: str, questions: dict[str, str]) -
 
 # -- what is known
 
+_ASKED = "sqla_uow.asked"
+
 
 class LastWrite:
     """How far a replica must be to show what one client has written."""
@@ -139,6 +141,10 @@ class Replica:
         """Say whether it is known to have replayed so far; of one that was never asked nothing is known."""
         return self._replayed is not None and has_reached(self._replayed, position)
 
+    def is_behind(self, position: Position) -> bool:
+        """Say whether it is known not to have replayed so far."""
+        return self._replayed is not None and not has_reached(self._replayed, position)
+
     async def lend(self, connect: Callable[[], Connection]) -> Connection | None:
         """Return a connection, or None and pass the replica over for a while."""
         try:
@@ -156,7 +162,8 @@ class Replica:
         """
         pause, longest = POLL_SECONDS
         # A server that was restarted may be behind what it was.  Its old connections are dead then; a new one asks.
-        known = connection.info.setdefault("sqla_uow.asked", self) is self and self._replayed is not None
+        known = connection.info.get(_ASKED) is self and self._replayed is not None
+        connection.info[_ASKED] = self
         while not (known and self.has(position)):
             self._replayed = await _ask(connection, self.database.family, _REPLICA)
             self._failures, known = 0, True
@@ -238,7 +245,7 @@ class Replicas:
         return None
 
     def _candidates(self, transaction: Transaction, wanted: Position) -> list[Replica]:
-        """Return who is up, one after the other at each call; first who is known to be far enough."""
+        """Return who is up, another one first at each call; those that have to be waited for are the last."""
         self._turn = (self._turn + 1) % len(self._replicas)
         now = time.monotonic()
         up = [
@@ -246,7 +253,7 @@ class Replicas:
             for replica in self._replicas[self._turn :] + self._replicas[: self._turn]
             if replica.takes(transaction, now) and (replica.has(wanted) or now >= replica.lagging_until)
         ]
-        return sorted(up, key=lambda replica: not replica.has(wanted))
+        return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
     def _patience(self, transaction: Transaction) -> float:
         if transaction.deadline is None:

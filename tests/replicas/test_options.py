@@ -1,0 +1,52 @@
+"""What can be passed as a replica."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from sqla_uow import UnitOfWorkManager
+from sqla_uow_starlette import UnitOfWorkMiddleware
+
+
+def test_what_is_refused():
+    """Each with a reason and a remedy."""
+    sqlite = create_async_engine("sqlite+aiosqlite://")
+    with pytest.raises(
+        ValueError,
+        match=r"^UnitOfWorkManager 'default' has replicas over aiosqlite, of which no position can be learned; "
+        r"use asyncpg, psycopg, asyncmy, aiomysql$",
+    ):
+        UnitOfWorkManager(sqlite, replicas=[sqlite])
+    with pytest.raises(
+        TypeError,
+        match=r"^UnitOfWorkManager 'default' has a replica of type str; pass engines of create_async_engine\(\)$",
+    ):
+        UnitOfWorkManager(sqlite, replicas=["sqlite://"])
+    for wait in (-1, float("inf"), "1", True):
+        with pytest.raises(ValueError, match=r"has replica_wait=.*; use a number of seconds, 0 or more$"):
+            UnitOfWorkManager(sqlite, replicas=[sqlite], replica_wait=wait)
+    with pytest.raises(
+        ValueError,
+        match=r"^UnitOfWorkMiddleware has position_in='body', which is unknown; use 'cookie', 'header' or None$",
+    ):
+        UnitOfWorkMiddleware(None, manager=UnitOfWorkManager(sqlite), position_in="body")
+
+
+@pytest.mark.drivers("asyncpg")
+async def test_a_replica_of_another_database(db, databases, tmp_path):
+    """Its positions would mean nothing."""
+    pytest.importorskip("asyncmy")
+    other = create_async_engine("mysql+asyncmy://u@127.0.0.1/test")
+    with pytest.raises(
+        ValueError,
+        match=r"^UnitOfWorkManager 'default' is on postgresql, and a replica of it on mysql; pass its own replicas$",
+    ):
+        UnitOfWorkManager(db.engine(), replicas=[other])
+
+
+def test_without_replicas_there_is_no_position():
+    """A scope keeps none, and takes none."""
+    manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
+    assert manager.replicas == ()
+    assert manager.scope(position="0-1") is not None
