@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
+    from sphinx import addnodes
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
 
@@ -121,6 +122,12 @@ def leave_out_bases(_app: Sphinx, _name: str, _value: object, _options: object, 
     bases[:] = [base for base in told if getattr(base, "__origin__", None) is not Generic] or [object]
 
 
+def leave_out_object(_app: Sphinx, _domain: str, _objtype: str, content: addnodes.desc_content) -> None:
+    """Take back the line that autodoc writes where no base class is left."""
+    if content and content[0].astext() == "Bases: object":
+        del content[0]
+
+
 PUBLIC: dict[str, str] = {}
 """Each public name's module."""
 
@@ -133,5 +140,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("name", NameRole())
     app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-process-bases", leave_out_bases)
+    app.connect("object-description-transform", leave_out_object)
     app.connect("env-check-consistency", tell_what_is_missing)
     return {"parallel_read_safe": True}
