@@ -49,7 +49,8 @@ def modules() -> Iterator[ModuleType]:
     for package in map(import_module, PACKAGES):
         yield package
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            yield import_module(found.name)
+            if not found.name.endswith(".__main__"):  # a program
+                yield import_module(found.name)
 
 
 def public_modules() -> list[ModuleType]:
