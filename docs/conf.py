@@ -39,7 +39,15 @@ myst_heading_anchors = 4  # as a code forge makes them
 default_role = "name"  # `name` in a docstring: a link where it is public, see _ext/public_names.py
 
 # ---- reference
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"show-inheritance": True}
+autodoc_type_aliases = {
+    "IsolationLevel": "sqla_uow.typing.IsolationLevel",
+    "Propagation": "sqla_uow.typing.Propagation",
+    "Fault": "sqla_uow.testing.Fault",
+    "FaultPoint": "sqla_uow.testing.FaultPoint",
+    "AnyVersioned": "sqla_uow_starlette.AnyVersioned",
+    "ASGIApp": "starlette.types.ASGIApp",
+}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

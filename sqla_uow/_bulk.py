@@ -47,7 +47,7 @@ def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
         model: a model with a version mixin.
 
     Returns:
-        the column's name, and an expression that counts.
+        The column's name, and an expression that counts.
 
     Raises:
         TypeError: the model has no version.

@@ -29,7 +29,7 @@ async def cancel_at(nth: int, call: Coroutine[Any, Any, object], /) -> bool:
         call: what the async function returned, not awaited yet.
 
     Returns:
-        whether it was cancelled; False: it came to its end before.
+        True if it was cancelled; False if it came to its end before.
 
     Raises:
         Exception: what the call raised other than its cancellation.

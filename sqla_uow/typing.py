@@ -15,7 +15,7 @@ Propagation = Literal["required", "requires_new", "nested", "mandatory", "durabl
 
 
 class Status(enum.Enum):
-    """Where a unit of work stands.  The last four are final except `DOOMED`, which becomes `ROLLED_BACK`."""
+    """Where a unit of work stands.  `DOOMED` becomes `ROLLED_BACK`; that, `COMMITTED` and `AMBIGUOUS` are final."""
 
     NEW = "new"
     """No SQL was sent yet, so no connection is held."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from docutils import nodes
 from sphinx.roles import XRefRole
 from sphinx.util import logging
-from sphinx.util.typing import stringify_annotation
+from sphinx.util.inspect import TypeAliasForwardRef
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,17 +29,11 @@ if TYPE_CHECKING:
     from sphinx.environment import BuildEnvironment
 
 PACKAGES = ("sqla_uow", "sqla_uow_starlette")
-ALIASES = {
-    "IsolationLevel": "sqla_uow.typing",
-    "Propagation": "sqla_uow.typing",
-    "Fault": "sqla_uow.testing",
-    "FaultPoint": "sqla_uow.testing",
-}
-"""Type aliases that Python has expanded by the time a signature is read, and where they are documented."""
 SHORTER = {
     r" = <[^,]*>(?=[,)])": " = ...",  # a function by its address
     r"(\*\*?\w+): ~typing\.~P\b": r"\1",  # P.args and P.kwargs
     r"\[\[~P\]": "[...",
+    r" = _MIB\b": " = 1048576",
 }
 logger = logging.getLogger(__name__)
 
@@ -105,16 +99,20 @@ class NameRole(XRefRole):
 
 
 def shorten(*event: Any) -> tuple[str, str] | None:
-    """Name the aliases that were expanded, and leave out the arguments of a class that nobody makes by hand."""
-    _app, what, _name, _value, _options, signature, returns = event
-    if what == "class" and "_transaction.Transaction" in str(signature):
+    """Write a signature as users read it; without the arguments of a class that nobody makes by hand."""
+    _app, what, _name, value, _options, signature, returns = event
+    if what == "class" and re.search(r"\._transaction\.Transaction|\bLastWrite\b", str(signature)):
         return ("", "")
     for written, shown in SHORTER.items():
         signature = signature and re.sub(written, shown, signature)
-    for alias, home in ALIASES.items():
-        value = getattr(import_module(home), alias)
-        signature = signature and signature.replace(stringify_annotation(value, "smart"), f"~{home}.{alias}")
+    if returns and inspect.isgeneratorfunction(getattr(value, "__wrapped__", None)):  # @contextmanager
+        returns = re.sub(r"^.*\bGenerator\[(.*)\]$", r"~contextlib.AbstractContextManager[\1]", returns)
     return signature, returns
+
+
+def leave_out_fields(_app: Sphinx, _what: str, _name: str, value: object, *_rest: object) -> bool | None:
+    """Leave out the fields of a named tuple, which its docstring explains."""
+    return True if str(value.__doc__).startswith("Alias for field number") else None
 
 
 def leave_out_bases(_app: Sphinx, _name: str, _value: object, _options: object, bases: list[type]) -> None:
@@ -138,8 +136,11 @@ def setup(app: Sphinx) -> dict[str, bool]:
     for module in list(modules()):
         import_for_annotations(module)
     PUBLIC.update({name: found[0] for name, found in homes().items()})
+    # In a union Sphinx writes an alias of `autodoc_type_aliases` by its repr, which no reader knows.
+    TypeAliasForwardRef.__repr__ = lambda alias: f"~{alias.name}"  # type: ignore[method-assign]
     app.add_role("name", NameRole())
     app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("autodoc-process-bases", leave_out_bases)
     app.connect("object-description-transform", leave_out_object)
     app.connect("env-check-consistency", tell_what_is_missing)
