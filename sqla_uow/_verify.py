@@ -1,7 +1,8 @@
 """Settle an unknown COMMIT.
 
 PostgreSQL keeps the status of a transaction id.  Elsewhere a marker row is written in the same transaction, and probed by
-an INSERT of the same token: it waits while the old transaction lives, where a SELECT would answer too early.
+an INSERT of the same token: it waits while the old transaction lives, where a SELECT would answer too early.  On another node
+of a Galera cluster it would not wait either, so there the INSERT is committed: one of the two transactions then fails.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Notary:
 class Witness:
     """Signs one transaction before its COMMIT, and says afterwards whether it is there."""
 
-    __slots__ = ("_database", "_life", "_notary", "_old", "_token", "signed")
+    __slots__ = ("_database", "_life", "_notary", "_old", "_outlawed", "_token", "signed")
 
     def __init__(self, notary: Notary, database: Database[Any]) -> None:
         self._notary = notary
@@ -101,6 +102,7 @@ class Witness:
         self._old = notary.free.pop() if notary.free else None
         self._token: str | None = None
         self._life: str | None = None
+        self._outlawed = False  # the token is in a row of ours, so the transaction can never bring it
         self.signed = False
 
     async def get_ready(self) -> None:
@@ -130,9 +132,8 @@ class Witness:
         if status is Status.AMBIGUOUS or self._database.keeps_status():
             return
         committed = self.signed and status is Status.COMMITTED
-        marker = self._token if committed else self._old
-        if marker is not None:
-            self._notary.free.append(marker)
+        there = [self._token] if committed else [self._old, *([self._token] if self._outlawed else [])]
+        self._notary.free.extend(marker for marker in there if marker is not None)
         self._notary.ready = self._notary.ready or committed
 
     async def verdict(self, transaction: Transaction) -> bool | None:
@@ -176,6 +177,8 @@ class Witness:
             if self._database.family != "mysql":  # made by the transaction in question, if there was none before
                 await connection.run_sync(MARKERS.metadata.create_all)
             await connection.execute(insert(MARKERS).values(token=self._token))
+            if self._database.family == "mysql" and await _is_cluster(connection):
+                return await self._outlaw(connection)
         except IntegrityError:
             return "committed"
         except SAOperationalError as error:
@@ -184,6 +187,23 @@ class Witness:
         finally:
             await connection.rollback()
         return "aborted"
+
+    async def _outlaw(self, connection: AsyncConnection) -> str:
+        """Let the cluster decide between the transaction, which may still be under way on its node, and this one."""
+        try:
+            await connection.commit()
+        except DBAPIError as error:
+            if error.connection_invalidated:  # whose row it is then, nobody could tell
+                return "undecidable"
+            raise
+        self._outlawed = True
+        return "aborted"
+
+
+async def _is_cluster(connection: AsyncConnection) -> bool:
+    """Say whether the server certifies its transactions with other nodes; MySQL knows no such variable."""
+    row = (await connection.execute(text("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'"))).first()
+    return row is not None and row[1] == "ON"
 
 
 async def _on_fresh_connection(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[str]]) -> str:

@@ -16,9 +16,12 @@ from tests.replicas.conftest import at_replica, write
 from tests.starlette.client import app_of, client_of
 from tests.waiting import until
 
-pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 PAIRS = int(os.environ.get("SQLA_UOW_PAIRS", "200"))
-"""How many writes are read back in all; 10,000 take a minute or two."""
+"""How many writes are read back in all; 10,000 take a minute or two: tox -e long."""
+pytestmark = [
+    pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql"),
+    pytest.mark.timeout(max(60, PAIRS / 20)),
+]
 
 
 async def put(request):

@@ -9,10 +9,11 @@ and removes the folder even when the test run is killed. `python -m tests.server
 hand.
 """
 
+from .galera import Cluster
 from .mariadb import MariaDB, Replica
 from .postgresql import PostgreSQL, Standby
 from .proxy import Proxy
 from .server import Server, ServerError
 from .triggers import Trigger
 
-__all__ = ["MariaDB", "PostgreSQL", "Proxy", "Replica", "Server", "ServerError", "Standby", "Trigger"]
+__all__ = ["Cluster", "MariaDB", "PostgreSQL", "Proxy", "Replica", "Server", "ServerError", "Standby", "Trigger"]
