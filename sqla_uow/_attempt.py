@@ -16,6 +16,7 @@ from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._commit import commit, prepare
 from sqla_uow._context import last_write_of
 from sqla_uow._places import UnitPlace
+from sqla_uow._records import record
 from sqla_uow._rollback import Ended, roll_back
 from sqla_uow._tasks import pop, push
 from sqla_uow._transaction import Transaction
@@ -28,6 +29,7 @@ from sqla_uow.errors import (
     TransactionTimeoutError,
     UnitOfWorkError,
 )
+from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt"]
 
-logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 
@@ -63,15 +64,18 @@ class Attempt(Generic[S]):
         attempts, options = self._attempts, self._attempts.options
         if self.unit is not None:
             raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
-        if attempts.reading is not None:
-            await attempts.reading.give_way()
-        if attempts.gate is not None:
-            self._slot = attempts.gate.try_enter() or await self._turn(attempts.gate)
+        attempts.manager._counts.began(first=attempts.attempt == 1)
         try:
+            if attempts.reading is not None:
+                await attempts.reading.give_way()
+            if attempts.gate is not None:
+                self._slot = attempts.gate.try_enter() or await self._turn(attempts.gate)
+            attempts.begins()
             return await self._begin()
-        except BaseException:
+        except BaseException as error:
             if self._slot is not None:
                 self._slot.free(committed=False)
+            attempts.over(Status.ROLLED_BACK, error)
             raise
 
     async def _turn(self, gate: Gate) -> Slot:
@@ -102,6 +106,7 @@ class Attempt(Generic[S]):
             clock=attempts.policy.clock,
             tainted=attempts.tainted,
             enclosing=attempts.enclosing,
+            times=attempts.times,
         )
         if manager._replicas is not None:
             transaction.last_write = last_write_of(manager, manager._replicas)
@@ -133,20 +138,29 @@ class Attempt(Generic[S]):
             raise PropagationError(
                 f"a unit of {attempts.options.who} was left twice; use each unit in one 'async with'"
             )
-        final = True
+        final, outcome = True, error
         try:
             ended = await self._end(unit, place, error)
+            outcome = ended.error
             if ended.error is None:
                 return error is None
-            final = not await self._retry(unit, ended, sys._getframe(1))
+            try:
+                final = not await self._retry(unit, ended, sys._getframe(1))
+            except BaseException as raised:
+                outcome = raised
+                raise
             if not final:
                 return True
             if ended.error is error:
                 return False
             raise ended.error
         finally:
-            if final and attempts.reading is not None:
-                await attempts.reading.end_what_gave_way()
+            try:
+                if final and attempts.reading is not None:
+                    await attempts.reading.end_what_gave_way()
+            finally:
+                if final:
+                    attempts.over(unit.status, outcome, finished=error is None)
 
     async def _end(self, unit: UnitOfWork[S], place: UnitPlace, error: BaseException | None) -> Ended:
         """Commit or roll back, whatever happens; never raises."""
@@ -249,7 +263,10 @@ class Attempt(Generic[S]):
             async with attempts.manager.begin(read_only=True, propagation="requires_new", timeout=left) as unit:
                 return await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
         except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
-            logger.warning("the versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__)
+            record(
+                logging.WARNING, "the versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__,
+                function=attempts.options.who, manager=attempts.manager.name, error=type(trouble).__name__,
+            )  # fmt: skip
             return None
 
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:

@@ -16,7 +16,11 @@ from sqla_uow._classify import Failure, Kind
 from sqla_uow._context import surroundings
 from sqla_uow._instances import Tainted, taint
 from sqla_uow._loops import Loop, leads_back, loop_of
-from sqla_uow.errors import ConflictError, StaleVersionError, TransactionTimeoutError
+from sqla_uow._observing import Times, tell_attempt, tell_outcome, tell_retry
+from sqla_uow._records import record
+from sqla_uow.errors import ConflictError, RollbackOnlyError, StaleVersionError, TransactionTimeoutError
+from sqla_uow.events import Call
+from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempts", "LoopedAttempts", "rehearsals"]
 
-logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 
@@ -48,8 +51,8 @@ class Attempts(Generic[S]):
     """As many runs as the retries allow, or one that commits: `next` as long as there are `more`."""
 
     __slots__ = (
-        "attempt", "deadline", "enclosing", "function", "gate",
-        "manager", "more", "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout",
+        "attempt", "call", "deadline", "enclosing", "function", "gate", "given_up", "manager", "more", "observers",
+        "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout", "times",
     )  # fmt: skip
 
     def __init__(self, manager: UnitOfWorkManager[S], options: Options, function: object = None) -> None:
@@ -70,6 +73,12 @@ class Attempts(Generic[S]):
         self.more = True
         self.function = function or options  # whose calls take turns with this one
         self.gate: Gate | None = None
+        self.given_up: Failure | None = None
+        self.observers = manager._observers
+        if self.scope is not None and self.scope.observers:
+            self.observers += self.scope.observers
+        self.call = Call() if self.observers else None
+        self.times: Times | None = None
 
     def next(self) -> Attempt[S]:
         """Return the next attempt; the caller knows that there is one."""
@@ -119,15 +128,49 @@ class Attempts(Generic[S]):
             wait = max(wait, soonest)
         if self.deadline is not None and self.policy.clock() + wait >= self.deadline:
             raise self.timed_out(f"{_of(failure)}, and the next wait would cross the deadline") from error
-        logger.info(
-            "%s: attempt %d of %d failed (%s); again in %.1f ms",
+        record(
+            logging.INFO, "%s: attempt %d of %d failed (%s); again in %.1f ms",
             self.options.who, self.attempt, self.retries + 1, _of(failure), wait * 1000,
+            **self._fields(failure), wait=wait,
         )  # fmt: skip
+        if self.observers:
+            tell_retry(self, failure, error, wait)
         if self.gate is None:
             await self.policy.sleep(wait)
         else:
             await self.gate.back_off(self.policy.sleep, wait)
+        self.manager._counts.retried(failure)
         self.more = True
+
+    def _fields(self, failure: Failure) -> dict[str, Any]:
+        """Return what a record says of a failed run."""
+        return {
+            "function": self.options.who, "manager": self.manager.name, "attempt": self.attempt,
+            "attempts": self.retries + 1, "reason": failure.kind.value, "code": failure.code,
+        }  # fmt: skip
+
+    def begins(self) -> None:
+        """Tell that the next run has its turn."""
+        if self.observers:
+            self.times = Times(self.policy.clock)
+            tell_attempt(self)
+
+    def over(self, status: Status, error: BaseException | None, *, finished: bool = False) -> None:
+        """Count and tell what became of the call.
+
+        Args:
+            status: of its last unit.
+            error: what it ends with.
+            finished: the body came to its end.
+        """
+        refused = error is None or isinstance(error, RollbackOnlyError)
+        doomed = finished and refused and status is Status.ROLLED_BACK
+        if status is Status.COMMITTED:
+            self.manager._counts.has_committed()
+        else:
+            self.manager._counts.failed(status, error, gave_up=self.given_up is not None, doomed=doomed)
+        if self.observers:
+            tell_outcome(self, status, error, doomed=doomed)
 
     def remember(self, transaction: Transaction, session: Session) -> None:
         """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
@@ -139,7 +182,11 @@ class Attempts(Generic[S]):
         """Return the error for a failure that has outlived its retries, or the budget that all calls have for them."""
         who, runs, elapsed = self.options.who, self.attempt, self.elapsed
         plural = "attempt" if runs == 1 else "attempts"
-        logger.warning("%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, _of(failure))
+        self.given_up = failure
+        record(
+            logging.WARNING, "%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, _of(failure),
+            **self._fields(failure), elapsed=elapsed,
+        )  # fmt: skip
         attempts = "its only attempt" if self.retries == 0 else f"each of {runs} attempts"
         remedy = "give it retries" if self.retries == 0 else "call it again later, or shorten the transaction"
         if is_last and runs <= self.retries:

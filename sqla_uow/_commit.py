@@ -118,6 +118,9 @@ def _commit_and_close(session: Session, transaction: Transaction, witness: Witne
     transaction.end_here(Phase.COMMITTING)
     if witness is not None and transaction.wrote and transaction.connection is not None:
         witness.sign(transaction.connection)
+    times = transaction.times
+    if times is not None:
+        times.commit_began = times.clock()
     try:
         session.commit()
     except Exception as error:
@@ -125,6 +128,9 @@ def _commit_and_close(session: Session, transaction: Transaction, witness: Witne
             raise
         # Committed: a listener of the user failed, as an after_commit hook may.
         transaction.hooks.after_commit.insert(0, Hook.of(_raise, (error,), {}))
+    finally:
+        if times is not None:
+            times.commit_ended = times.clock()
     transaction.phase = Phase.ENDING
     try:
         session.close()

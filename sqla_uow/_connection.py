@@ -91,6 +91,8 @@ class UnitEngine(OptionEngine):
         transaction = self.unit
         if transaction is None or transaction.connection is not None:
             return super().connect()
+        times = transaction.times
+        began = 0.0 if times is None else times.clock()
         try:
             transaction.before_connect()
             _take_turn(transaction)
@@ -104,6 +106,9 @@ class UnitEngine(OptionEngine):
         except BaseException as error:
             transaction.connect_failed(error)
             raise
+        finally:
+            if times is not None:
+                times.connection_seconds = times.clock() - began
         transaction.owner.leave()
         return connection
 

@@ -75,6 +75,12 @@ class Database(Generic[S]):
         return bool(getattr(self.sync_engine.dialect, "is_mariadb", False))
 
     @property
+    def system(self) -> str:
+        """What OpenTelemetry calls it; MariaDB under the dialect "mysql" is known with the first connection."""
+        dialect = self.sync_engine.dialect
+        return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+
+    @property
     def driver(self) -> str:
         return self.sync_engine.dialect.driver
 

@@ -14,9 +14,11 @@ from typing_extensions import TypeVar
 from sqla_uow._attempts import Attempts, LoopedAttempts
 from sqla_uow._contention import UNKNOWN, Gate
 from sqla_uow._context import last_write_of, locate
+from sqla_uow._counts import Counts, name_of
 from sqla_uow._database import Database
 from sqla_uow._isolation import check_level
 from sqla_uow._joining import Joined, Nested, join
+from sqla_uow._observing import check_observers
 from sqla_uow._options import Options, block_options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._places import ManagerPlace
 from sqla_uow._positions import from_text
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
     from sqla_uow._scope import Scope
     from sqla_uow._transaction import Transaction
     from sqla_uow._unit import UnitOfWork
-    from sqla_uow.typing import Contention, IsolationLevel, Propagation
+    from sqla_uow.events import Observer
+    from sqla_uow.typing import Contention, IsolationLevel, Propagation, Statistics
 
 __all__ = ["UnitOfWorkManager"]
 
@@ -62,6 +65,7 @@ class UnitOfWorkManager(Generic[S]):
             primary has to do.
         ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
             what became of it, at the cost of one round trip in every unit that writes.
+        observers: are told of each run, retry and outcome; see `sqla_uow.events`.
 
     Raises:
         TypeError, ValueError: what was passed cannot work, with what would; also an isolation level that this database
@@ -81,6 +85,7 @@ class UnitOfWorkManager(Generic[S]):
         ambiguous_commit: Literal["raise", "verify"] = "raise",
         replicas: Sequence[AsyncEngine] = (),
         replica_wait: float = 0.05,
+        observers: Sequence[Observer] = (),
     ) -> None:
         who = f"UnitOfWorkManager {name!r}"
         check_name(name, "UnitOfWorkManager(name=...)")
@@ -102,6 +107,8 @@ class UnitOfWorkManager(Generic[S]):
         self._replica_engines = tuple(replicas)
         self._replicas = _replicas_of(self._database, self._replica_engines, replica_wait, who) if replicas else None
         self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
+        self._observers = check_observers(observers, who)
+        self._counts = Counts()
 
     @property
     def name(self) -> str:
@@ -142,19 +149,20 @@ class UnitOfWorkManager(Generic[S]):
         """Make this the manager of its name in the ``with`` block and in the tasks started there."""
         return _Activation(self)
 
-    def scope(self, *, position: str | None = None) -> AbstractAsyncContextManager[Scope]:
+    def scope(
+        self, *, position: str | None = None, observers: Sequence[Observer] = ()
+    ) -> AbstractAsyncContextManager[Scope]:
         """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
 
         Args:
             position: with replicas, makes the scope a client of its own, which has written up to here before: what
                 `Scope.position` said, "" where nothing is known.  None goes on with the client around it.
+            observers: are told of the calls in this scope, after those of the manager.
         """
-        replicas = self._replicas
-        if replicas is None:
-            return ScopeContext(self, None)
-        if position is None:
-            return ScopeContext(self, last_write_of(self, replicas))
-        return ScopeContext(self, LastWrite(from_text(position)))
+        replicas, last_write = self._replicas, None
+        if replicas is not None:
+            last_write = last_write_of(self, replicas) if position is None else LastWrite(from_text(position))
+        return ScopeContext(self, last_write, check_observers(observers, "scope()") if observers else ())
 
     def begin(
         self,
@@ -223,6 +231,16 @@ class UnitOfWorkManager(Generic[S]):
         gate = self._gates.get(key) if key is not None else None
         return UNKNOWN if gate is None else gate.state()
 
+    def statistics(self) -> Statistics:
+        """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
+
+        It is a snapshot; the difference of two is what happened between them.  Calls of all threads count.
+        """
+        keys = [ref() for ref in self._gates.keyrefs()]  # at once, as another thread may make one meanwhile
+        gates = [(key, self._gates.get(key)) for key in keys if key is not None]
+        contention = [(name_of(key), gate.state()) for key, gate in gates if gate is not None]
+        return self._counts.snapshot(self._database.pool, self._database.capacity(), contention)
+
     def _gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
         """Return where the calls of one function wait for their turn."""
         gate = self._gates.get(key)
@@ -261,7 +279,7 @@ class UnitOfWorkManager(Generic[S]):
 
     def _over(self, engine: AsyncEngine) -> UnitOfWorkManager[S]:
         """Return a manager like this one over another engine."""
-        return UnitOfWorkManager(
+        manager = UnitOfWorkManager(
             self._database.maker_over(engine),
             name=self._name,
             isolation=self._isolation,
@@ -269,7 +287,10 @@ class UnitOfWorkManager(Generic[S]):
             timeout=self._timeout,
             retry=self._retry,
             ambiguous_commit="raise" if self._notary is None else "verify",
+            observers=self._observers,
         )
+        manager._counts = self._counts
+        return manager
 
     def _witness(self, transaction: Transaction) -> Witness | None:
         """Return what can settle this transaction's COMMIT, if it may need any."""

@@ -14,6 +14,7 @@ from sqla_uow._commit import COMMIT_SECONDS, failure_of
 from sqla_uow._instances import Tainted, taint
 from sqla_uow._places import ManagerPlace
 from sqla_uow._positions import to_text
+from sqla_uow._records import record
 from sqla_uow._rollback import roll_back
 from sqla_uow._session import refuse_changes
 from sqla_uow._shield import shielded
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._replicas import LastWrite
+    from sqla_uow.events import Observer
 
 __all__ = ["Scope", "ScopeContext", "ScopePlace"]
-
-logger = logging.getLogger("sqla_uow")
 
 _READER = "the read session of this scope"
 
@@ -45,8 +45,14 @@ class Scope:
     readable.  After that function the next use begins a fresh one.
     """
 
-    def __init__(self, manager: UnitOfWorkManager[Any], last_write: LastWrite | None = None) -> None:
+    def __init__(
+        self,
+        manager: UnitOfWorkManager[Any],
+        last_write: LastWrite | None = None,
+        observers: tuple[Observer, ...] = (),
+    ) -> None:
         self.manager: UnitOfWorkManager[Any] = manager
+        self.observers: tuple[Observer, ...] = observers
         self.last_write: LastWrite | None = last_write
         self.tainted: Tainted = WeakKeyDictionary()
         self.reader: UnitOfWork[Any] | None = None
@@ -62,6 +68,7 @@ class Scope:
             reader = None
         if reader is None:
             reader = self.reader = UnitOfWork(self._read_transaction())
+            self.manager._counts.read()
         else:
             reader._transaction.owner.check()
         return reader
@@ -128,7 +135,10 @@ class Scope:
                     raise outcome.cancelled
                 if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError)):
                     raise error
-                logger.info("the read session could not end its transaction (%s); it is closed", type(error).__name__)
+                record(
+                    logging.INFO, "the read session could not end its transaction (%s); it is closed", type(error).__name__,
+                    manager=self.manager.name, error=type(error).__name__,
+                )  # fmt: skip
                 return
         transaction.phase = Phase.YIELDED
         transaction.connection = None
@@ -211,17 +221,20 @@ class ScopePlace(ManagerPlace):
 class ScopeContext:
     """``async with manager.scope()``."""
 
-    __slots__ = ("_last_write", "_manager", "_place")
+    __slots__ = ("_last_write", "_manager", "_observers", "_place")
 
-    def __init__(self, manager: UnitOfWorkManager[Any], last_write: LastWrite | None) -> None:
+    def __init__(
+        self, manager: UnitOfWorkManager[Any], last_write: LastWrite | None, observers: tuple[Observer, ...] = ()
+    ) -> None:
         self._manager = manager
+        self._observers = observers
         self._last_write = last_write
         self._place: ScopePlace | None = None
 
     async def __aenter__(self) -> Scope:
         if self._place is not None:
             raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
-        scope = Scope(self._manager, self._last_write)
+        scope = Scope(self._manager, self._last_write, self._observers)
         self._place = scope.place = ScopePlace(scope)
         push(self._place)
         return scope

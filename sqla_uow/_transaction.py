@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sqla_uow._contention import Slot
     from sqla_uow._database import Database
     from sqla_uow._instances import Tainted
+    from sqla_uow._observing import Times
     from sqla_uow._replicas import LastWrite, Replica, Replicas
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
@@ -76,6 +77,8 @@ class Transaction:
         clock: the policy's clock.
         tainted: ORM objects that may not be attached, with the reason.
         enclosing: the transactions of the units around this one, in this task.
+        scope_read: it is a read session's.
+        times: where it notes what it waits for, if anybody wants to know.
     """
 
     __slots__ = (
@@ -108,6 +111,7 @@ class Transaction:
         "scope_read",
         "slot",
         "tainted",
+        "times",
         "versions",
         "wrote",
     )
@@ -124,6 +128,7 @@ class Transaction:
         tainted: Tainted | None = None,
         enclosing: tuple[Transaction, ...] = (),
         scope_read: bool = False,
+        times: Times | None = None,
     ) -> None:
         self.name: str = name
         self.database: Database[Any] = database
@@ -134,6 +139,7 @@ class Transaction:
         self.tainted: Tainted | None = tainted
         self.enclosing: tuple[Transaction, ...] = enclosing
         self.scope_read: bool = scope_read
+        self.times: Times | None = times
         self.hooks: Hooks = Hooks()
         self.damage: Damage = Damage(self.hooks)
         self.owner: Owner = Owner(name, self.damage)

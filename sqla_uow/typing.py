@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-__all__ = ["Contention", "IsolationLevel", "Propagation", "Status"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Contention", "IsolationLevel", "PoolState", "Propagation", "Statistics", "Status"]
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """An isolation level in SQL spelling; the table of isolation levels in the docs says which database has which one."""
@@ -45,3 +49,54 @@ class Contention(NamedTuple):
     running: int
     waiting: int
     wasted: float
+
+
+class PoolState(NamedTuple):
+    """The engine's pool of connections now; None is what its class does not know.
+
+    Attributes:
+        size: how many connections it keeps.
+        checked_out: how many are lent, to units and to anybody else.
+        overflow: how many it has beyond its size.
+        limit: how many it can lend at once; None is no limit, or not known.
+    """
+
+    size: int | None
+    checked_out: int | None
+    overflow: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """What `UnitOfWorkManager.statistics` returns: what has happened since the manager was made, and what is now.
+
+    Attributes:
+        begun: calls that have begun a unit of their own; see `sqla_uow.events` for what a call is.
+        committed: calls whose work is committed.
+        rolled_back: calls of which nothing is in the database.
+        ambiguous: calls of which that is unknown.
+        gave_up: of those rolled back: a failure outlived its retries.
+        doomed: of those rolled back: the body came to its end, but the unit could not be committed, or was not to be.
+        timed_out: of those rolled back: their deadline had passed.
+        attempts: runs of a body, first ones and retries.
+        open: runs that go on now, or wait: for their turn, or to be run again.
+        retries: how many runs were run again, by reason and code.
+        readings: read sessions of scopes that were begun.
+        pool: of the engine.
+        contention: name and state of each function whose calls may take turns.
+    """
+
+    begun: int
+    committed: int
+    rolled_back: int
+    ambiguous: int
+    gave_up: int
+    doomed: int
+    timed_out: int
+    attempts: int
+    open: int
+    retries: Mapping[tuple[str, str | None], int]
+    readings: int
+    pool: PoolState
+    contention: tuple[tuple[str, Contention], ...]
