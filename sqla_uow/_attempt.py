@@ -64,7 +64,11 @@ class Attempt(Generic[S]):
         attempts, options = self._attempts, self._attempts.options
         if self.unit is not None:
             raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
-        attempts.manager._counts.began(first=attempts.attempt == 1)
+        counts = attempts.manager._counts
+        if attempts.attempt == 1:
+            counts.begun += 1
+        else:
+            counts.reruns += 1
         try:
             if attempts.reading is not None:
                 await attempts.reading.give_way()
@@ -265,7 +269,7 @@ class Attempt(Generic[S]):
         except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
             record(
                 logging.WARNING, "the versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__,
-                function=attempts.options.who, manager=attempts.manager.name, error=type(trouble).__name__,
+                function=attempts.options.who, manager=attempts.manager.name, error=trouble,
             )  # fmt: skip
             return None
 

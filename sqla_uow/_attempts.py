@@ -166,7 +166,7 @@ class Attempts(Generic[S]):
         refused = error is None or isinstance(error, RollbackOnlyError)
         doomed = finished and refused and status is Status.ROLLED_BACK
         if status is Status.COMMITTED:
-            self.manager._counts.has_committed()
+            self.manager._counts.committed += 1
         else:
             self.manager._counts.failed(status, error, gave_up=self.given_up is not None, doomed=doomed)
         if self.observers:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._classify import Failure, Kind, classify
 from sqla_uow._hooks import Hook, run_after_commit, run_after_rollback
+from sqla_uow._records import record
 from sqla_uow._rollback import (
     Ended,
     close_unused,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMIT_SECONDS", "commit", "failure_of", "prepare"]
 
-logger = logging.getLogger("sqla_uow")
 
 COMMIT_SECONDS = 10.0
 """How long a COMMIT may still take after its caller was cancelled; then its outcome is called ambiguous."""
@@ -135,7 +135,10 @@ def _commit_and_close(session: Session, transaction: Transaction, witness: Witne
     try:
         session.close()
     except Exception as error:  # committed: trouble with the connection must not look like trouble with the data
-        logger.warning("closing a session after its COMMIT failed (%s); the work is committed", type(error).__name__)
+        record(
+            logging.WARNING, "closing a session after its COMMIT failed (%s); the work is committed", type(error).__name__,
+            function=transaction.name, error=error,
+        )  # fmt: skip
 
 
 def _raise(error: Exception) -> None:
@@ -172,7 +175,7 @@ async def _ambiguous(
     if witness is not None and witness.signed and cancelled is None:
         asked = await shielded(partial(witness.verdict, transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
-        verdict = _verdict(asked)
+        verdict = _verdict(asked, transaction.name)
     if verdict is True:
         return await _committed(unit, cancelled)
     if verdict is False:
@@ -180,7 +183,10 @@ async def _ambiguous(
         return ended if cancelled is None else Ended(cancelled)
     unit._final = Status.AMBIGUOUS
     release(transaction)
-    logger.error("COMMIT of %s was sent and its answer is unknown", transaction.name)
+    record(
+        logging.ERROR, "COMMIT of %s was sent and its answer is unknown", transaction.name,
+        function=transaction.name, status=unit.status.value, attempt=unit.attempt, error=error,
+    )  # fmt: skip
     if cancelled is not None:
         return Ended(noted(cancelled, unit))
     ambiguous = AmbiguousCommitError(
@@ -192,10 +198,13 @@ async def _ambiguous(
     return Ended(ambiguous)
 
 
-def _verdict(asked: Shielded[bool | None]) -> bool | None:
+def _verdict(asked: Shielded[bool | None], who: str) -> bool | None:
     asked.stop()
     if (trouble := asked.trouble) is not None:
-        logger.warning("the outcome of a COMMIT could not be verified (%s)", type(trouble).__name__)
+        record(
+            logging.WARNING, "the outcome of a COMMIT could not be verified (%s)", type(trouble).__name__,
+            function=who, error=trouble,
+        )  # fmt: skip
         return None
     return asked.task.result() if asked.finished else None
 
@@ -214,7 +223,10 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
         cancelled = await run_after_rollback(hooks, transaction.name, cancelled)
     if cancelled is not None:
         for failure in failures:
-            logger.error("after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure)
+            record(
+                logging.ERROR, "after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure,
+                function=transaction.name, error=failure,
+            )  # fmt: skip
         return Ended(noted(cancelled, unit))
     if failures:
         plural = "hook" if len(failures) == 1 else "hooks"

@@ -14,6 +14,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from sqla_uow._records import record
 from sqla_uow.typing import Contention
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["UNKNOWN", "Controller", "Gate", "Slot"]
 
-logger = logging.getLogger("sqla_uow")
 
 FIRST_WIDTH = 2
 """Calls of a function that run at once before anything is known of it; each one that commits lets another in, and a conflict
@@ -283,14 +283,18 @@ class Controller:
 
     def _try(self, rung: int) -> None:
         if self._rung == FREE or (self._best == 0 and rung == 0):
-            logger.info(
-                "%s: %.0f %% of the time went into conflicts; calls take turns", self._who, self.wasted_share * 100
-            )
+            record(
+                logging.INFO, "%s: %.0f %% of the time went into conflicts; calls take turns",
+                self._who, self.wasted_share * 100, function=self._who, width=2**rung, wasted=self.wasted_share,
+            )  # fmt: skip
         self._go(rung)
 
     def _hold(self, rung: int) -> None:
         if rung == FREE and self._rung != FREE:
-            logger.info("%s: conflicts are few; no call waits for its turn any more", self._who)
+            record(
+                logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self._who,
+                function=self._who, wasted=self.wasted_share,
+            )  # fmt: skip
         self._best = rung
         self._go(rung)
 

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+from sqla_uow._records import record
 from sqla_uow._shield import Shielded, shielded
 from sqla_uow._tasks import running_task
 from sqla_uow.errors import UnitOfWorkError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Hook", "Hooks", "being_run", "run_after_commit", "run_after_rollback", "takers"]
 
-logger = logging.getLogger("sqla_uow")
 T = TypeVar("T")
 
 HOOK_SECONDS = 10.0
@@ -122,7 +122,10 @@ async def run_after_rollback(hooks: Hooks, who: str, cancelled: _Cancelled) -> _
 async def _bounded(work: Callable[[], Coroutine[Any, Any, T]], who: str, cancelled: _Cancelled) -> Shielded[T]:
     outcome = await shielded(work, grace=HOOK_SECONDS, limit=math.inf if cancelled is None else HOOK_SECONDS)
     if outcome.stop():
-        logger.error("hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS)
+        record(
+            logging.ERROR, "hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS,
+            function=who,
+        )  # fmt: skip
     return outcome
 
 
@@ -159,7 +162,10 @@ async def _run_best_effort(hooks: list[Hook]) -> None:
         hook = hooks.pop(0)
         try:
             await hook.run()
-        except (Exception, asyncio.CancelledError):
+        except (Exception, asyncio.CancelledError) as error:
             if task is not None and task.cancelling():
                 raise
-            logger.exception("after_rollback hook %s failed; the rollback itself is done", hook.name)
+            record(
+                logging.ERROR, "after_rollback hook %s failed; the rollback itself is done", hook.name,
+                exc_info=error, hook=hook.name, error=error,
+            )  # fmt: skip

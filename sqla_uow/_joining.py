@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
+from sqla_uow._records import record
 from sqla_uow._session import has_changes
 from sqla_uow._shield import shielded
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Joined", "Nested", "join"]
 
-logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 SAVEPOINT_SECONDS = 5.0
@@ -44,7 +44,10 @@ class Joined(Generic[S]):
         transaction.check_join(options.who, options.isolation, read_only=options.read_only)
         transaction.joined += 1
         if options.retries:
-            logger.debug("%s joins %s, which alone retries", options.who, transaction.name)
+            record(
+                logging.DEBUG, "%s joins %s, which alone retries", options.who, transaction.name,
+                function=options.who, joins=transaction.name,
+            )  # fmt: skip
         return self._unit
 
     async def __aexit__(
@@ -120,6 +123,9 @@ class Nested(Generic[S]):
         if not outcome.stop() and (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
             self._unit._transaction.damage.add(trouble, hard=True)
-            logger.debug("rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__)
+            record(
+                logging.DEBUG, "rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__,
+                function=self._unit._transaction.name, error=trouble,
+            )  # fmt: skip
         if outcome.cancelled is not None:
             raise outcome.cancelled

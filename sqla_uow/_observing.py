@@ -121,5 +121,5 @@ def _tell(attempts: Attempts[Any], method: str, event: object) -> None:
             record(
                 logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
                 attempts.manager.name, method, exc_info=error,
-                function=attempts.options.who, manager=attempts.manager.name, error=type(error).__name__,
+                function=attempts.options.who, manager=attempts.manager.name, error=error,
             )  # fmt: skip

@@ -17,8 +17,13 @@ def record(level: int, message: str, /, *args: object, exc_info: BaseException |
         message: with ``%`` for `args`.
         args: of the message.
         exc_info: whose traceback is to be shown.
-        fields: see the table of log fields in the docs; those that are None are left out.
+        fields: see the table of log fields in the docs; None is left out, an exception becomes the name of its class.
     """
     if logger.isEnabledFor(level):
-        extra = {f"uow_{name}": value for name, value in fields.items() if value is not None}
+        extra = {f"uow_{name}": _plain(value) for name, value in fields.items() if value is not None}
         logger.log(level, message, *args, exc_info=exc_info, extra=extra, stacklevel=2)
+
+
+def _plain(value: object) -> object:
+    """Return what a formatter of JSON can write; never the text of an error, which may have SQL in it."""
+    return type(value).__name__ if isinstance(value, BaseException) else value

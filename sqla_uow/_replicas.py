@@ -16,6 +16,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._classify import Kind, classify
 from sqla_uow._positions import NOWHERE, UNKNOWN, Position, from_gtid, from_lsn, has_reached, later
+from sqla_uow._records import record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DRIVERS", "LastWrite", "Replica", "Replicas"]
 
-logger = logging.getLogger("sqla_uow")
 
 ANSWER_SECONDS = 2.0
 """How long a replica may take to lend a connection, and any server to tell its position."""
@@ -189,7 +189,10 @@ class Replica:
         failure = classify(error) if isinstance(error, Exception) else None
         code = "" if failure is None or failure.code is None else f" {failure.code}"
         why = str(error) if isinstance(error, NoPositionError) else f"{type(error).__name__}{code}"
-        logger.warning("replica %d is passed over for %g s (%s)", self._number, seconds, why)
+        record(
+            logging.WARNING, "replica %d is passed over for %g s (%s)", self._number, seconds, why,
+            replica=self._number, wait=seconds, error=error, code=None if failure is None else failure.code,
+        )  # fmt: skip
 
 
 class Replicas:
@@ -276,7 +279,7 @@ class Replicas:
                 assert sync_connection is not None
                 current = await _ask(sync_connection, self._primary.family, _PRIMARY)
         except Exception as error:
-            logger.debug("the primary did not tell its position (%s)", type(error).__name__)
+            record(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
             return
         if not has_reached(current, wanted) and last_write.position is wanted:
             last_write.position = current

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqla_uow._hooks import run_after_rollback
+from sqla_uow._records import record
 from sqla_uow._session import has_changes
 from sqla_uow._settle import cut, settle
 from sqla_uow._shield import shielded
@@ -35,7 +36,6 @@ __all__ = [
     "wait_briefly",
 ]
 
-logger = logging.getLogger("sqla_uow")
 
 ROLLBACK_SECONDS = 10.0
 """How long a ROLLBACK may take; then the connection is discarded, which rolls back too."""
@@ -99,11 +99,15 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)
-        logger.warning(
-            "ROLLBACK of %s took more than %s s; its connection is discarded", transaction.name, ROLLBACK_SECONDS
-        )
+        record(
+            logging.WARNING, "ROLLBACK of %s took more than %s s; its connection is discarded",
+            transaction.name, ROLLBACK_SECONDS, function=transaction.name,
+        )  # fmt: skip
     elif (trouble := outcome.trouble) is not None:
-        logger.warning("closing %s failed (%s)", transaction.name, type(trouble).__name__)
+        record(
+            logging.WARNING, "closing %s failed (%s)", transaction.name, type(trouble).__name__,
+            function=transaction.name, error=trouble,
+        )  # fmt: skip
     return cancelled or outcome.cancelled
 
 
@@ -128,9 +132,10 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
             if connection is not None and not connection.closed and connection.in_transaction():
                 connection.rollback()
     except Exception as error:
-        logger.warning(
-            "ROLLBACK of %s failed (%s); its connection is discarded", transaction.name, type(error).__name__
-        )
+        record(
+            logging.WARNING, "ROLLBACK of %s failed (%s); its connection is discarded",
+            transaction.name, type(error).__name__, function=transaction.name, error=error,
+        )  # fmt: skip
         discard = True
     try:
         if discard and connection is not None and not connection.closed:
@@ -148,7 +153,10 @@ async def discard_connection(unit: UnitOfWork[Any]) -> None:
     work = partial(session.run_sync, _roll_back_and_close, unit._transaction, discard=True)
     outcome = await shielded(work, limit=ROLLBACK_SECONDS)
     if not outcome.stop() and (trouble := outcome.trouble) is not None:
-        logger.warning("discarding a connection failed (%s)", type(trouble).__name__)
+        record(
+            logging.WARNING, "discarding a connection failed (%s)", type(trouble).__name__,
+            function=unit._transaction.name, error=trouble,
+        )  # fmt: skip
 
 
 def remember_objects(unit: UnitOfWork[Any]) -> None:

@@ -68,7 +68,7 @@ class Scope:
             reader = None
         if reader is None:
             reader = self.reader = UnitOfWork(self._read_transaction())
-            self.manager._counts.read()
+            self.manager._counts.readings += 1
         else:
             reader._transaction.owner.check()
         return reader
@@ -137,7 +137,7 @@ class Scope:
                     raise error
                 record(
                     logging.INFO, "the read session could not end its transaction (%s); it is closed", type(error).__name__,
-                    manager=self.manager.name, error=type(error).__name__,
+                    manager=self.manager.name, error=error,
                 )  # fmt: skip
                 return
         transaction.phase = Phase.YIELDED

@@ -17,6 +17,7 @@ from sqla_uow._classify import classify
 from sqla_uow._connection import UnitEngine
 from sqla_uow._instances import check_attach, check_merge, describe
 from sqla_uow._isolation import opening
+from sqla_uow._records import record
 from sqla_uow._savepoint import UnitSavepoint
 from sqla_uow._settle import remember
 from sqla_uow._transaction import Phase, Transaction
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from sqla_uow._replicas import LastWrite
 
-logger = logging.getLogger("sqla_uow")
 
 __all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class"]
 
@@ -229,9 +229,10 @@ def _note_position(unit: Transaction, last_write: LastWrite, connection: Connect
     try:
         await_only(last_write.note(connection, unit.database.family))
     except Exception as error:
-        logger.warning(
+        record(
+            logging.WARNING,
             "%s is committed, but the primary did not tell its position (%s); its client will read from the primary",
-            unit.name, type(error).__name__,
+            unit.name, type(error).__name__, function=unit.name, error=error,
         )  # fmt: skip
         connection.invalidate()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from sqla_uow._records import record
 from sqla_uow._shield import shielded
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["cut", "remember", "settle"]
 
-logger = logging.getLogger("sqla_uow")
 
 SETTLE_SECONDS = 5.0
 """How long a cancellation may be held up by stopping its statement on the server."""
@@ -58,12 +58,16 @@ def settle(connection: Connection, cursor: Any) -> None:
         return
     outcome = await_only(shielded(lambda: work(raw, connection, cursor), limit=SETTLE_SECONDS))
     if outcome.stop():
-        logger.warning(
+        record(
+            logging.WARNING,
             "a cancelled statement could not be stopped on the server within %s s; its locks last until it ends",
             SETTLE_SECONDS,
         )
     elif (trouble := outcome.trouble) is not None:
-        logger.debug("stopping a cancelled statement failed (%s); the connection is discarded", type(trouble).__name__)
+        record(
+            logging.DEBUG, "stopping a cancelled statement failed (%s); the connection is discarded",
+            type(trouble).__name__, error=trouble,
+        )  # fmt: skip
 
 
 def cut(connection: Connection | None) -> bool:

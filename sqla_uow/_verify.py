@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from sqla_uow._records import record
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Notary", "Witness"]
 
-logger = logging.getLogger("sqla_uow")
 
 VERIFY_SECONDS = 30.0
 """How long an outcome without a deadline is asked for, while the server may be restarting."""
@@ -151,7 +151,10 @@ class Witness:
             except ProgrammingError:
                 raise
             except Exception as error:  # of the server, the network, or a pool that others hold: not for ever
-                logger.debug("asking for the outcome of a COMMIT failed (%s); asking again", type(error).__name__)
+                record(
+                    logging.DEBUG, "asking for the outcome of a COMMIT failed (%s); asking again", type(error).__name__,
+                    function=transaction.name, error=error,
+                )  # fmt: skip
                 answer = "again"
             if answer != "again":
                 return {"committed": True, "aborted": False}.get(answer)
@@ -182,7 +185,9 @@ class Witness:
         except IntegrityError:
             return "committed"
         except SAOperationalError as error:
-            logger.debug("probing a commit marker failed (%s); probing again", type(error).__name__)
+            record(
+                logging.DEBUG, "probing a commit marker failed (%s); probing again", type(error).__name__, error=error
+            )
             return "again"
         finally:
             await connection.rollback()
