@@ -98,6 +98,24 @@ class NameRole(XRefRole):
         return self.create_xref_node()
 
 
+def refer_to_attribute(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, shown: nodes.TextElement
+) -> nodes.reference | None:
+    """Link `Class.attribute` to the class whose docstring explains it: attributes stand in a list there."""
+    owner, _, attribute = node["reftarget"].rpartition(".")
+    module, _, name = owner.rpartition(".")
+    if PUBLIC.get(name) != module or not re.search(rf"^ +{attribute}: ", documented(module, name), re.MULTILINE):
+        return None
+    found = env.domains.python_domain.resolve_any_xref(env, node["refdoc"], app.builder, owner, node, shown)
+    return found[0][1] if found else None
+
+
+def documented(module: str, name: str) -> str:
+    """Return the docstrings of a class and its bases."""
+    value = getattr(import_module(module), name)
+    return "\n".join(base.__doc__ or "" for base in getattr(value, "__mro__", ()))
+
+
 def shorten(*event: Any) -> tuple[str, str] | None:
     """Write a signature as users read it; without the arguments of a class that nobody makes by hand."""
     _app, what, _name, value, _options, signature, returns = event
@@ -142,6 +160,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", leave_out_fields)
     app.connect("autodoc-process-bases", leave_out_bases)
+    app.connect("missing-reference", refer_to_attribute)
     app.connect("object-description-transform", leave_out_object)
     app.connect("env-check-consistency", tell_what_is_missing)
     return {"parallel_read_safe": True}
