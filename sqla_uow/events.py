@@ -16,7 +16,7 @@ never holds SQL, parameters or URLs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sqla_uow.typing import IsolationLevel, Status
@@ -118,7 +118,7 @@ class OutcomeEvent(EndEvent):
     code: str | None
 
 
-class Observer(Protocol):
+class Observer:
     """Is told what the calls of a manager do.  Subclass it and override what is of interest.
 
     Called in the task, or thread, where it happens, without await: be quick.  An `Exception` that is raised, or a
@@ -126,10 +126,22 @@ class Observer(Protocol):
     """
 
     def on_attempt(self, event: AttemptEvent, /) -> None:
-        """Take note that a run of the body begins; a context variable that is set here is seen in the body."""
+        """Take note that a run of the body begins; a context variable that is set here is seen in the body.
+
+        Args:
+            event: which run, of what.
+        """
 
     def on_retry(self, event: RetryEvent, /) -> None:
-        """Take note that a run has failed, and that there is another after a wait."""
+        """Take note that a run has failed, and that there is another after a wait.
+
+        Args:
+            event: why, and how long the wait is.
+        """
 
     def on_outcome(self, event: OutcomeEvent, /) -> None:
-        """Take note of how a call has ended."""
+        """Take note of how a call has ended.
+
+        Args:
+            event: what became of it.
+        """

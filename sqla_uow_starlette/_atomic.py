@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sqla_uow import IsolationLevel, UnitOfWork, UnitOfWorkManager
     from sqla_uow import Scope as UnitScope
+    from sqla_uow.events import Observer
 
     Units = AsyncGenerator[UnitOfWork[Any] | None]
 
@@ -54,11 +55,13 @@ class AtomicRequest:
         *,
         options: Atomic,
         carrier: Carrier | None,
+        observers: tuple[Observer, ...] = (),
     ) -> None:
         self.app = app
         self.manager = manager
         self.options = options
         self.carrier = carrier
+        self.observers = observers
         self.scope = scope
         self.receive = receive
         self.send = send
@@ -69,7 +72,7 @@ class AtomicRequest:
         """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
         outer = self.scope.get("app")
         read_only = self.scope["method"] in self.options.read_only_methods
-        async with open_scope(self.manager, self.carrier, self.scope) as unit_scope:
+        async with open_scope(self.manager, self.carrier, self.scope, self.observers) as unit_scope:
             self.send = telling(self.send, self.carrier, self.scope, unit_scope)
             units = _units(self.manager, self.options, read_only=read_only)
             try:

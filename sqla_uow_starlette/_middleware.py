@@ -8,6 +8,7 @@ from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest
 from sqla_uow_starlette._position import Carrier, PositionIn
 from sqla_uow_starlette._request import handle_connection, handle_request
+from sqla_uow_starlette._timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,6 +47,8 @@ class UnitOfWorkMiddleware:
             nothing older: ``"cookie"``, or ``"header"``, ``Uow-Position``, which it has to send back; None keeps nothing.
         max_replay_body: bytes of a request's body that are kept for another attempt; a request of which more was read
             has only one.
+        server_timing: tell in the header `Server-Timing` what the units of a request took until its response started, in
+            all and for COMMIT, and how many attempts that were.  Everybody who may read the response can read it.
 
     Raises:
         TypeError, ValueError: what was passed cannot work, with what would.
@@ -64,8 +67,16 @@ class UnitOfWorkMiddleware:
         should_commit: Callable[[Scope, int], bool] | None = None,
         max_replay_body: int = _MIB,
         position_in: Literal["cookie", "header"] | None = "cookie",
+        server_timing: bool = False,
     ) -> None:
-        _check_types(manager, atomic, read_only_methods, should_commit, max_replay_body)
+        _check_types(
+            manager,
+            atomic,
+            read_only_methods,
+            should_commit,
+            max_replay_body=max_replay_body,
+            server_timing=server_timing,
+        )
         methods = frozenset(method.upper() for method in read_only_methods)
         if not atomic:
             _refuse_unused(
@@ -75,6 +86,7 @@ class UnitOfWorkMiddleware:
         manager.attempts(retries=retries, isolation=isolation, timeout=timeout)  # checks them
         self.app = app
         self.manager = manager
+        self._server_timing = server_timing
         if position_in not in (None, *get_args(PositionIn)):
             raise ValueError(
                 f"UnitOfWorkMiddleware has position_in={position_in!r}, which is unknown; use 'cookie', 'header' or None"
@@ -88,16 +100,33 @@ class UnitOfWorkMiddleware:
             await handle_connection(self.app, self.manager, scope, receive, send, carrier=self._carrier)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif self._atomic is None:
-            await handle_request(self.app, self.manager, scope, receive, send, carrier=self._carrier)
+        else:
+            await self._handle_request(scope, receive, send)
+
+    async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        observers: tuple[Timing, ...] = ()
+        if self._server_timing:
+            timing = Timing(self.manager.name)
+            send, observers = timing.telling(send), (timing,)
+        if self._atomic is None:
+            await handle_request(
+                self.app, self.manager, scope, receive, send, carrier=self._carrier, observers=observers
+            )
         else:
             await AtomicRequest(
-                self.app, self.manager, scope, receive, send, options=self._atomic, carrier=self._carrier
-            ).handle()
+                self.app, self.manager, scope, receive, send,
+                options=self._atomic, carrier=self._carrier, observers=observers,
+            ).handle()  # fmt: skip
 
 
 def _check_types(
-    manager: object, atomic: object, read_only_methods: object, should_commit: object, max_replay_body: object
+    manager: object,
+    atomic: object,
+    read_only_methods: object,
+    should_commit: object,
+    *,
+    max_replay_body: object,
+    server_timing: object,
 ) -> None:
     """Tell those without a type checker what it would have told them; the rest is checked where it is used."""
     who = "UnitOfWorkMiddleware"
@@ -105,6 +134,8 @@ def _check_types(
         raise TypeError(f"{who} has manager={manager!r}; pass the UnitOfWorkManager that its requests are to use")
     if not isinstance(atomic, bool):
         raise TypeError(f"{who} has atomic={atomic!r}; use True or False")
+    if not isinstance(server_timing, bool):
+        raise TypeError(f"{who} has server_timing={server_timing!r}; use True or False")
     if isinstance(read_only_methods, str):
         raise TypeError(f"{who} has read_only_methods={read_only_methods!r}; pass several, as ('GET', 'HEAD')")
     if should_commit is not None and not callable(should_commit):

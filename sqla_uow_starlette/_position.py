@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
+    from sqla_uow.events import Observer
 
 __all__ = ["Carrier", "PositionIn", "open_scope", "telling"]
 
@@ -53,10 +54,10 @@ class Carrier:
 
 
 def open_scope(
-    manager: UnitOfWorkManager[Any], carrier: Carrier | None, scope: Scope
+    manager: UnitOfWorkManager[Any], carrier: Carrier | None, scope: Scope, observers: tuple[Observer, ...] = ()
 ) -> AbstractAsyncContextManager[UnitScope]:
     """Open the scope of a request, which goes on where its client has written last."""
-    return manager.scope() if carrier is None else manager.scope(position=carrier.read(scope))
+    return manager.scope(position=None if carrier is None else carrier.read(scope), observers=observers)
 
 
 def telling(send: Send, carrier: Carrier | None, scope: Scope, unit_scope: UnitScope) -> Send:

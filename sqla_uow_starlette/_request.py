@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
+    from sqla_uow.events import Observer
 
 __all__ = ["answer", "handle_connection", "handle_request"]
 
@@ -27,10 +28,11 @@ async def handle_request(
     send: Send,
     *,
     carrier: Carrier | None,
+    observers: tuple[Observer, ...] = (),
 ) -> None:
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
-    async with open_scope(manager, carrier, scope) as unit_scope:
+    async with open_scope(manager, carrier, scope, observers) as unit_scope:
         send = telling(send, carrier, scope, unit_scope)
         sender = Sender(unit_scope, send)
         await run(app, scope, receive, sender)
