@@ -75,7 +75,9 @@ class Metrics:
 
     def attempt(self, event: AttemptEvent) -> None:
         """Count a run."""
-        self._attempts.add(1, _attributes(event))
+        attributes = _attributes(event)
+        del attributes["db.system.name"]  # MariaDB is not known as such before its first connection
+        self._attempts.add(1, attributes)
 
     def retry(self, event: RetryEvent) -> None:
         """Count a conflict."""

@@ -78,7 +78,9 @@ class Spans:
         """End the spans of a call."""
         call = self._of(event)
         self._end_attempt(call, event, {})
-        facts: dict[str, str | int] = {"sqla_uow.attempts": event.attempt, "sqla_uow.status": event.status.value}
+        facts: dict[str, str | int] = {
+            **_of_database(event), "sqla_uow.attempts": event.attempt, "sqla_uow.status": event.status.value,
+        }  # fmt: skip
         if event.reason is not None:
             facts["sqla_uow.reason"] = event.reason
         if event.code is not None:

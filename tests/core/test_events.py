@@ -74,12 +74,10 @@ async def test_a_conflict_is_told_with_reason_and_code(db, trouble, recorder):
     for event in recorder.events:
         assert event.call is first.call
         assert event.function == "test_a_conflict_is_told_with_reason_and_code.<locals>.write()".rpartition(".")[2]
-        assert (event.manager, event.system, event.namespace) == (
-            "bank",
-            SYSTEMS[db.family],
-            manager.engine.url.database,
-        )
+        assert (event.manager, event.namespace) == ("bank", manager.engine.url.database)
         assert (event.retries, event.isolation, event.read_only) == (3, trouble.isolation, False)
+    assert first.system in {SYSTEMS[db.family], db.family}  # it is asked of the first connection
+    assert [event.system for event in recorder.events[1:]] == [SYSTEMS[db.family]] * 3
     assert [event.attempt for event in recorder.events] == [1, 1, 2, 2]
     assert [event.status for event in recorder.events] == [
         Status.NEW, Status.ROLLED_BACK, Status.NEW, Status.COMMITTED,
@@ -131,6 +129,23 @@ async def test_an_unknown_commit_is_told(db, recorder, applied, wire):
     assert (outcome.error, outcome.gave_up) == (errors.AmbiguousCommitError, False)
     assert outcome.commit_seconds > 0
     assert await wire.balance() == applied
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_a_commit_that_is_held_back_has_its_time(db, recorder, wire, monkeypatch):
+    """Given up at the deadline: the time is what was waited."""
+    monkeypatch.setattr("sqla_uow._commit.COMMIT_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._rollback.IDLE_SECONDS", 0.2)
+    manager = UnitOfWorkManager(wire.engine, observers=[recorder])
+    held = wire.on_commit("hold", applied=False)
+    with pytest.raises(errors.AmbiguousCommitError):
+        async with manager.begin(timeout=0.5) as unit:
+            await unit.session.execute(text("UPDATE account SET balance = balance + 1"))
+    held.release()
+    outcome = recorder.last
+    assert (outcome.status, outcome.error) == (Status.AMBIGUOUS, errors.AmbiguousCommitError)
+    assert 0.2 < outcome.commit_seconds <= outcome.elapsed - outcome.commit_at
+    await wire.until_left()
 
 
 async def test_a_conflict_at_commit_has_its_time(db, recorder):
