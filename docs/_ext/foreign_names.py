@@ -19,11 +19,14 @@ PYTHON = ("collections.abc", "contextlib", "datetime", "enum", "typing")
 ASYNCIO = "https://docs.sqlalchemy.org/en/21/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio."
 SQLALCHEMY = "https://docs.sqlalchemy.org/en/21/"
 ALEMBIC = "https://alembic.sqlalchemy.org/en/latest/"
+OPENTELEMETRY = "https://opentelemetry-python.readthedocs.io/en/latest/api/"
 URLS = {
     "alembic.operations.base.BatchOperations": f"{ALEMBIC}ops.html#alembic.operations.BatchOperations",
     "alembic.operations.base.Operations": f"{ALEMBIC}ops.html#alembic.operations.Operations",
     "AsyncEngine": f"{ASYNCIO}AsyncEngine",
     "CommandError": f"{ALEMBIC}api/commands.html",
+    "opentelemetry.metrics.MeterProvider": f"{OPENTELEMETRY}metrics.html#opentelemetry.metrics.MeterProvider",
+    "opentelemetry.trace.TracerProvider": f"{OPENTELEMETRY}trace.html#opentelemetry.trace.TracerProvider",
     "sqlalchemy.engine.base.Connection": f"{SQLALCHEMY}core/connections.html#sqlalchemy.engine.Connection",
     "sqlalchemy.engine.interfaces.Dialect": f"{SQLALCHEMY}core/internals.html#sqlalchemy.engine.Dialect",
     "sqlalchemy.exc.NoResultFound": f"{SQLALCHEMY}core/exceptions.html#sqlalchemy.exc.NoResultFound",
