@@ -1,0 +1,152 @@
+"""Sixteen workers who move money and note each transfer in the same transaction, and who remember what they were told."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import random
+import time
+import uuid
+
+from sqlalchemy import text
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_unit, transactional
+from sqla_uow.errors import AmbiguousCommitError, ConflictError, TransactionTimeoutError
+
+WORKERS = 16
+ACCOUNTS = 40
+SECONDS = 15.0
+"""How long one call may take."""
+
+
+class Bank:
+    """The load, and its record.
+
+    Args:
+        engine: of the database in trouble.
+        ambiguous_commit: what becomes of a COMMIT whose answer was lost.
+        seed: of what is transferred.
+    """
+
+    def __init__(self, engine, *, ambiguous_commit, seed=0, retry=RetryPolicy(base=0.01, cap=0.2)):
+        self.engine = engine
+        self.manager = UnitOfWorkManager(engine, ambiguous_commit=ambiguous_commit, retry=retry)
+        self.calls = {}
+        self._random = random.Random(seed)
+        self._stopping = False
+        self.forget()
+
+    def forget(self):
+        """Begin a new record."""
+        self.acknowledged = []
+        self.failed = []
+        self.unknown = []
+        self.strange = []
+        self.attempts = 0
+        self.acknowledged_at = []
+        self.reasons = collections.Counter()
+
+    @staticmethod
+    def tables():
+        """Return the statements that make the tables."""
+        accounts = ", ".join(f"({number}, 0)" for number in range(ACCOUNTS))
+        return [
+            "CREATE TABLE bank_account (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL)",
+            "CREATE TABLE bank_ledger (id VARCHAR(36) PRIMARY KEY)",
+            f"INSERT INTO bank_account VALUES {accounts}",
+        ]
+
+    async def work(self):
+        """Transfer until `stop` is called, whatever happens."""
+        self._stopping = False
+        await asyncio.gather(*(self._worker() for _ in range(WORKERS)))
+
+    def stop(self):
+        """Let each worker finish its call."""
+        self._stopping = True
+
+    async def _worker(self):
+        with self.manager.activate():
+            while not self._stopping:
+                receipt = str(uuid.UUID(int=self._random.getrandbits(128)))
+                call = asyncio.create_task(self._call(receipt))
+                self.calls[call] = receipt
+                await asyncio.wait({call})
+                del self.calls[call]
+
+    async def _call(self, receipt):
+        """Make one transfer, and remember what its caller was told."""
+        units = []
+        try:
+            await transfer(self, receipt, units)
+        except AmbiguousCommitError:
+            self.unknown.append(receipt)
+        except (ConflictError, TransactionTimeoutError) as error:
+            self.failed.append(receipt)
+            self.reasons[getattr(error, "reason", "timeout")] += 1
+        except asyncio.CancelledError:
+            self._cancelled(receipt, units)
+        except Exception as error:  # noqa: BLE001  # that is what is looked for
+            self.strange.append(error)
+        else:
+            self._acknowledge(receipt)
+
+    def _cancelled(self, receipt, units):
+        status = units[-1].status if units else Status.ROLLED_BACK
+        if status is Status.COMMITTED:
+            self._acknowledge(receipt)
+        elif status is Status.AMBIGUOUS:
+            self.unknown.append(receipt)
+        else:
+            self.failed.append(receipt)
+
+    def _acknowledge(self, receipt):
+        self.acknowledged.append(receipt)
+        self.acknowledged_at.append(time.monotonic())
+
+    def longest_wait_after(self, moments):
+        """Return for how long nobody was told of a success, at most, behind one of these moments."""
+        waits = []
+        for moment in moments:
+            later = [at for at in self.acknowledged_at if at >= moment]
+            waits.append(later[0] - moment if later else float("inf"))
+        return max(waits)
+
+    def check(self, ledger, total):
+        """See that what was told is what is there.
+
+        Args:
+            ledger: the receipts in the database.
+            total: of all balances.
+        """
+        assert self.strange == []
+        assert len(ledger) == len(set(ledger))
+        there = set(ledger)
+        assert set(self.acknowledged) <= there, "acknowledged and lost"
+        assert not set(self.failed) & there, "reported as failed, and there"
+        assert there <= {*self.acknowledged, *self.unknown}, "there, and nobody knows of it"
+        assert total == 0
+        if isinstance(self.engine.pool, AsyncAdaptedQueuePool):
+            assert self.engine.pool.checkedout() == 0
+
+    def __str__(self):
+        return (
+            f"{len(self.acknowledged)} acknowledged, {len(self.failed)} failed {dict(self.reasons)}, "
+            f"{len(self.unknown)} unknown, {self.attempts} attempts"
+        )
+
+
+@transactional(retries=1000, timeout=SECONDS)
+async def transfer(bank, receipt, units):
+    """Move money between two accounts."""
+    unit = current_unit()
+    units.append(unit)
+    bank.attempts += 1
+    chance = random.Random(receipt)
+    source, target = sorted(chance.sample(range(ACCOUNTS), 2))
+    amount = chance.randrange(-100, 100)
+    change = text("UPDATE bank_account SET balance = balance + :amount WHERE id = :id")
+    await unit.session.execute(change, {"id": source, "amount": -amount})
+    await unit.session.execute(text("INSERT INTO bank_ledger (id) VALUES (:id)"), {"id": receipt})
+    await unit.session.execute(change, {"id": target, "amount": amount})
