@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PYTHON = ("collections.abc", "contextlib", "datetime", "enum", "typing")
 ASYNCIO = "https://docs.sqlalchemy.org/en/21/orm/extensions/asyncio.html#sqlalchemy.ext.asyncio."
 SQLALCHEMY = "https://docs.sqlalchemy.org/en/21/"
+OPENTELEMETRY = "https://opentelemetry-python.readthedocs.io/en/latest/api/"
 ALEMBIC = "https://alembic.sqlalchemy.org/en/latest/"
 OPENTELEMETRY = "https://opentelemetry-python.readthedocs.io/en/latest/api/"
 URLS = {

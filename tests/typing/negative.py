@@ -45,6 +45,7 @@ def manager_options(engine: AsyncEngine) -> None:
     UnitOfWorkManager(engine, timeout="3s")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, retry=0.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, ambiguous_commit="retry")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    UnitOfWorkManager(engine, observers=[print])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, max_retries=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar, assert_type
 from uuid import UUID, uuid4
 
 from fastapi import FastAPI
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import TracerProvider
 from sqlalchemy import Column, Connection, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
@@ -24,6 +26,7 @@ from sqla_uow import (
     IsolationLevel,
     Propagation,
     RetryPolicy,
+    Scope,
     Status,
     UnitOfWork,
     UnitOfWorkManager,
@@ -45,6 +48,7 @@ from sqla_uow.alembic import (
     migration_lock,
     run_migrations,
 )
+from sqla_uow.events import AttemptEvent, Call, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.mixins import (
     Versioned,
     VersionedByTimestamp,
@@ -55,6 +59,7 @@ from sqla_uow.mixins import (
     next_version,
     touch,
 )
+from sqla_uow.opentelemetry import OpenTelemetryObserver
 from sqla_uow.pytest_plugin import (
     AssertNoLeaks,
     AssertNumQueries,
@@ -79,6 +84,7 @@ from sqla_uow.testing import (
     rolled_back,
     run_twice,
 )
+from sqla_uow.typing import Contention, PoolState, Statistics
 from sqla_uow_starlette import (
     AnyVersioned,
     PreconditionError,
@@ -489,11 +495,57 @@ async def fixtures(  # noqa: PLR0917  # one for each fixture
     assert_type(await in_vain(twice)(1, by="x"), str)
 
 
+# ---- seen from outside
+
+
+class Watching(Observer):
+    def on_attempt(self, event: AttemptEvent, /) -> None:
+        assert_type(event.attempt, int)
+        assert_type(event.isolation, IsolationLevel | None)
+        assert_type(event.status, Status)
+        call: Call = event.call
+        assert_type({call: event.elapsed}[event.call], float)
+
+    def on_retry(self, event: RetryEvent, /) -> None:
+        assert_type(event.reason, str)
+        assert_type(event.code, str | None)
+        assert_type(event.wait, float)
+        assert_type(event.error, type[BaseException] | None)
+        assert_type(event.commit_seconds, float | None)
+
+    def on_outcome(self, event: OutcomeEvent, /) -> None:
+        assert_type(event.gave_up, bool)
+        assert_type(event.doomed, bool)
+
+
+def observed(engine: AsyncEngine) -> None:
+    manager = UnitOfWorkManager(engine, observers=[Watching(), OpenTelemetryObserver()])
+    assert_type(manager.scope(observers=(Watching(),)), AbstractAsyncContextManager[Scope])
+    seen: Statistics = manager.statistics()
+    assert_type(seen.begun, int)
+    assert_type(seen.pool, PoolState)
+    assert_type(seen.pool.size, int | None)
+    for (reason, code), number in seen.retries.items():
+        assert_type(reason, str)
+        assert_type(code, str | None)
+        assert_type(number, int)
+    for name, state in seen.contention:
+        assert_type(name, str)
+        assert_type(state, Contention)
+
+
+def told_to_opentelemetry(
+    manager: UnitOfWorkManager[AsyncSession], tracer_provider: TracerProvider, meter_provider: MeterProvider
+) -> None:
+    telemetry = OpenTelemetryObserver(tracer_provider=tracer_provider, meter_provider=meter_provider)
+    assert_type(telemetry.measure(manager), None)
+
+
 # ---- the web package
 
 
 def fastapi_and_starlette(manager: UnitOfWorkManager[AsyncSession]) -> None:
-    middleware = [Middleware(UnitOfWorkMiddleware, manager=manager)]
+    middleware = [Middleware(UnitOfWorkMiddleware, manager=manager, server_timing=True)]
     Starlette(middleware=middleware, exception_handlers=exception_handlers, lifespan=dispose_on_shutdown(manager))
     FastAPI(middleware=middleware, exception_handlers=exception_handlers)
     Starlette(exception_handlers={**exception_handlers, ValueError: answer})
