@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from sqla_uow._budget import Budget
 from sqla_uow._connection import UnitEngine, install
 from sqla_uow._isolation import engine_options, family_of
+from sqla_uow._lazy_loads import watching
 from sqla_uow._session import UnitSession, unit_session_class
 from sqla_uow._turns import Turns
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import Pool
 
     from sqla_uow._transaction import Transaction
-    from sqla_uow.typing import IsolationLevel
+    from sqla_uow.typing import IsolationLevel, LazyLoads
 
 __all__ = ["WITHIN", "Database"]
 
@@ -41,6 +42,7 @@ class Database(Generic[S]):
 
     Args:
         bind: an async engine, or an `async_sessionmaker` bound to one.
+        lazy_loads: what becomes of them in its sessions.
 
     Raises:
         TypeError: neither of them; or a maker with ``binds=``, without a bind, or bound to a connection; or one whose
@@ -48,7 +50,7 @@ class Database(Generic[S]):
         ValueError: an engine in AUTOCOMMIT, where there is no transaction.
     """
 
-    def __init__(self, bind: AsyncEngine | async_sessionmaker[S]) -> None:
+    def __init__(self, bind: AsyncEngine | async_sessionmaker[S], lazy_loads: LazyLoads = "allow") -> None:
         engine, self._maker = _engine_and_maker(bind)
         self.engine: AsyncEngine = engine
         self.sync_engine: Engine = self.engine.sync_engine
@@ -62,7 +64,7 @@ class Database(Generic[S]):
             )
         self._configured: str | None = configured
         self.within: str | None = self.sync_engine.get_execution_options().get(WITHIN)
-        self._session_class = unit_session_class(_sync_class(self._maker))
+        self._session_class = watching(unit_session_class(_sync_class(self._maker)), lazy_loads)
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
         self._make(self.engine)
         install(self.sync_engine)

@@ -28,6 +28,7 @@ from sqla_uow._scope import ScopeContext
 from sqla_uow._tasks import pop, push
 from sqla_uow._verify import Notary, Witness
 from sqla_uow.errors import PropagationError
+from sqla_uow.typing import LazyLoads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -66,6 +67,9 @@ class UnitOfWorkManager(Generic[S]):
         ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
             what became of it, at the cost of one round trip in every unit that writes.
         observers: are told of each run, retry and outcome; see `sqla_uow.events`.
+        lazy_loads: what becomes of relationships and deferred columns that are loaded when they are first used, object by
+            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit has sent the same SELECT more than ten times, whoever
+            asked for it; ``"raise"`` does as well, and refuses each lazy load with a `LazyLoadError`.
 
     Raises:
         TypeError, ValueError: what was passed cannot work, with what would; also an isolation level that this database
@@ -86,6 +90,7 @@ class UnitOfWorkManager(Generic[S]):
         replicas: Sequence[AsyncEngine] = (),
         replica_wait: float = 0.05,
         observers: Sequence[Observer] = (),
+        lazy_loads: LazyLoads = "allow",
     ) -> None:
         who = f"UnitOfWorkManager {name!r}"
         check_name(name, "UnitOfWorkManager(name=...)")
@@ -96,7 +101,10 @@ class UnitOfWorkManager(Generic[S]):
             raise ValueError(
                 f"{who} has ambiguous_commit={ambiguous_commit!r}, which is unknown; use 'raise' or 'verify'"
             )
-        self._database: Database[S] = Database(bind)
+        if lazy_loads not in get_args(LazyLoads):
+            raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
+        self._database: Database[S] = Database(bind, lazy_loads)
+        self._lazy_loads: LazyLoads = lazy_loads
         check_level(self._database.family, isolation, who=who)
         self._name = name
         self._isolation: IsolationLevel | None = isolation
@@ -144,6 +152,11 @@ class UnitOfWorkManager(Generic[S]):
     def retry(self) -> RetryPolicy:
         """How long to wait between attempts."""
         return self._retry
+
+    @property
+    def lazy_loads(self) -> LazyLoads:
+        """What becomes of lazy loads in its units."""
+        return self._lazy_loads
 
     def activate(self) -> AbstractContextManager[Self]:
         """Make this the manager of its name in the ``with`` block and in the tasks started there."""
@@ -288,6 +301,7 @@ class UnitOfWorkManager(Generic[S]):
             retry=self._retry,
             ambiguous_commit="raise" if self._notary is None else "verify",
             observers=self._observers,
+            lazy_loads=self._lazy_loads,
         )
         manager._counts = self._counts
         return manager

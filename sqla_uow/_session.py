@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import event
+from sqlalchemy.exc import MissingGreenlet, StatementError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
@@ -17,6 +18,8 @@ from sqla_uow._classify import classify
 from sqla_uow._connection import UnitEngine
 from sqla_uow._instances import check_attach, check_merge, describe
 from sqla_uow._isolation import opening
+from sqla_uow._load_advice import NO_WAITING, refusal
+from sqla_uow._load_origin import UNASKED, origin_of
 from sqla_uow._records import record
 from sqla_uow._savepoint import UnitSavepoint
 from sqla_uow._settle import remember
@@ -46,7 +49,14 @@ class UnitSession(Session):
         # execute(), scalars() and scalar() come by here.  A do_orm_execute listener would be paid for by each SELECT.
         if getattr(statement, "is_dml", False) and self.on_dml is not None:
             return self.on_dml(self, super()._execute_internal, statement, params, options)
-        return super()._execute_internal(statement, params, **options)
+        try:
+            return super()._execute_internal(statement, params, **options)
+        except (MissingGreenlet, StatementError) as error:
+            missing = error if isinstance(error, MissingGreenlet) else error.orig  # 2.0, and 2.1 around it
+            origin = origin_of(sys._getframe(1)) if isinstance(missing, MissingGreenlet) else None
+            if origin is None or origin.cause not in UNASKED:
+                raise
+            raise refusal(origin, NO_WAITING) from missing
 
     def get_bind(self, *args: Any, bind: Engine | Connection | None = None, **kwargs: Any) -> Engine | Connection:
         """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""

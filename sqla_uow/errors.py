@@ -9,6 +9,7 @@
     │  └─ IsolationConflictError                   a stronger isolation, or read-write in read-only, asked of an open unit
     ├─ TaskBoundaryError         (RuntimeError)    one unit used by two live tasks, or from a thread
     ├─ ReadOnlyError                               a write in a read-only unit
+    ├─ LazyLoadError             (InvalidRequestError)  an attribute that is not loaded, where none is loaded lazily
     ├─ RollbackOnlyError                           the body returned normally but its transaction could not commit
     ├─ ConflictError                               a retryable failure outlived its retries
     │  └─ StaleVersionError      (StaleDataError)  the row changed since it was read
@@ -17,6 +18,8 @@
     ├─ AmbiguousCommitError                        COMMIT was sent and its answer lost; never retried
     └─ AfterCommitError          (ExceptionGroup)  committed; hooks failed
 
+`NPlusOneWarning` (UserWarning) is none of them: it warns.
+
 Every message is one line: *fact with values; remedy*.  What a program may want to look at is an attribute too.
 """
 
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
@@ -37,6 +41,8 @@ __all__ = [
     "ConflictError",
     "InstanceReuseError",
     "IsolationConflictError",
+    "LazyLoadError",
+    "NPlusOneWarning",
     "NoManagerError",
     "NoUnitError",
     "PropagationError",
@@ -75,6 +81,27 @@ class TaskBoundaryError(UnitOfWorkError, RuntimeError):
 
 class ReadOnlyError(UnitOfWorkError):
     """A read-only unit, or the read session of a scope, was asked to write."""
+
+
+class LazyLoadError(UnitOfWorkError, InvalidRequestError):
+    """An attribute is not loaded: its unit refuses lazy loads, or asyncio gives it no chance to wait for the database.
+
+    Raised before anything is sent, so the unit can go on.
+
+    Attributes:
+        attribute: class and name, as ``"User.posts"``.
+        option: the loader option that would have loaded it, as ``"selectinload(User.posts)"``; None where only a refresh
+            helps.
+    """
+
+    def __init__(self, message: str, *, attribute: str = "", option: str | None = None) -> None:
+        super().__init__(message)
+        self.attribute = attribute
+        self.option = option
+
+
+class NPlusOneWarning(UserWarning):
+    """One unit sent the same SELECT again and again, where one statement could have read everything."""
 
 
 class RollbackOnlyError(UnitOfWorkError):

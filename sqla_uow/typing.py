@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Contention", "IsolationLevel", "PoolState", "Propagation", "Statistics", "Status"]
+__all__ = ["Contention", "IsolationLevel", "LazyLoads", "PoolState", "Propagation", "Statistics", "Status"]
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """An isolation level in SQL spelling; the table of isolation levels in the docs says which database has which one."""
 
 Propagation = Literal["required", "requires_new", "nested", "mandatory", "durable"]
 """What a call does when a unit is already open; see `sqla_uow.transactional`."""
+
+LazyLoads = Literal["allow", "warn", "raise"]
+"""What becomes of the loads that nobody asked for; see `sqla_uow.UnitOfWorkManager`."""
 
 
 class Status(enum.Enum):

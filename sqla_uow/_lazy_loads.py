@@ -1,0 +1,97 @@
+"""Units whose lazy loads are counted or refused: ``lazy_loads="warn"`` and ``"raise"`` of a manager.
+
+A class of session of their own, so that the others pay nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent
+
+from sqla_uow._load_advice import NO_WAITING, place_of, refusal, repeated
+from sqla_uow._load_origin import UNASKED, Cause, Origin, origin_of
+from sqla_uow._session import UnitSession
+from sqla_uow.errors import NPlusOneWarning
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from sqla_uow.typing import LazyLoads
+
+__all__ = ["watching"]
+
+REPEATS = 10
+"""How often one unit may send the same SELECT; the next one is told of."""
+
+
+class WatchedSession(UnitSession):
+    """Counts the SELECTs of a unit."""
+
+    refuses_lazy_loads = False
+    _counts: dict[object, int] | None = None
+
+    def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
+        if not getattr(statement, "is_select", False) or self._flushing or self.transaction_of_unit is None:
+            return super()._execute_internal(statement, params, **options)
+        origin = self._origin(statement, options)
+        if origin is None:
+            return super()._execute_internal(statement, params, **options)
+        if self.refuses_lazy_loads and origin.cause in (Cause.RELATIONSHIP, Cause.COLUMN):
+            raise refusal(origin, f"{self.transaction_of_unit.name} refuses lazy loads")
+        if origin.cause in UNASKED and not getattr(getcurrent(), "__sqlalchemy_greenlet_provider__", False):
+            raise refusal(origin, NO_WAITING)  # before SQLAlchemy makes a coroutine that nobody awaits
+        result = super()._execute_internal(statement, params, **options)
+        self._count(origin, statement)
+        return result
+
+    def _origin(self, statement: Any, options: dict[str, Any]) -> Origin | None:
+        # The ORM's own loads come with load options; a statement of the user has none yet, and needs no look at frames.
+        if "_sa_orm_load_options" in (options.get("execution_options") or ()):
+            return origin_of(sys._getframe(2))
+        return Origin(Cause.SELECT, statement._propagate_attrs.get("plugin_subject"))
+
+    def _count(self, origin: Origin, statement: Any) -> None:
+        # A load of the ORM is known by what it loads, a statement by the key under which it is compiled.
+        key: object = origin[:3]
+        if origin.cause is Cause.SELECT:
+            compiled = statement._generate_cache_key()
+            if compiled is None:  # it is never the same
+                return
+            key = compiled.key
+        if self._counts is None:
+            self._counts = {}
+        times = self._counts[key] = self._counts.get(key, 0) + 1
+        if times == REPEATS + 1:
+            self._warn(origin, times)
+
+    def _warn(self, origin: Origin, times: int) -> None:
+        assert self.transaction_of_unit is not None
+        place = place_of(sys._getframe(1))
+        message = repeated(origin, times, self.transaction_of_unit.name, place)
+        if place is None:
+            warnings.warn(message, NPlusOneWarning, stacklevel=2)
+        else:
+            warnings.warn_explicit(message, NPlusOneWarning, *place)
+
+
+class RefusingSession(WatchedSession):
+    """Refuses lazy loads, too."""
+
+    refuses_lazy_loads = True
+
+
+_WATCHING: dict[LazyLoads, type[UnitSession]] = {"warn": WatchedSession, "raise": RefusingSession}
+_classes: dict[tuple[type[Session], LazyLoads], type[Session]] = {}
+
+
+def watching(unit_class: type[Session], lazy_loads: LazyLoads) -> type[Session]:
+    """Return a unit's class of session, with what is to become of its lazy loads; one class for each pair."""
+    if lazy_loads == "allow":
+        return unit_class
+    key = unit_class, lazy_loads
+    if key not in _classes:
+        _classes[key] = type(f"{lazy_loads.title()}{unit_class.__name__}", (_WATCHING[lazy_loads], unit_class), {})
+    return _classes[key]
