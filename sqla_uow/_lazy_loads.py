@@ -36,7 +36,7 @@ class WatchedSession(UnitSession):
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
         if not getattr(statement, "is_select", False) or self._flushing or self.transaction_of_unit is None:
             return super()._execute_internal(statement, params, **options)
-        origin = self._origin(statement, options)
+        origin = self._origin(statement)
         if origin is None:
             return super()._execute_internal(statement, params, **options)
         if self.refuses_lazy_loads and origin.cause in (Cause.RELATIONSHIP, Cause.COLUMN):
@@ -47,10 +47,11 @@ class WatchedSession(UnitSession):
         self._count(origin, statement)
         return result
 
-    def _origin(self, statement: Any, options: dict[str, Any]) -> Origin | None:
-        # The ORM's own loads come with load options; a statement of the user has none yet, and needs no look at frames.
-        if "_sa_orm_load_options" in (options.get("execution_options") or ()):
-            return origin_of(sys._getframe(2))
+    def _origin(self, statement: Any) -> Origin | None:
+        # What called execute() or its like: the ORM for a load of its own, else the user, who may be in another greenlet.
+        frame = sys._getframe(2).f_back
+        if frame is not None and frame.f_globals.get("__name__", "").startswith(("sqlalchemy.orm", "sqla_uow.")):
+            return origin_of(frame)
         return Origin(Cause.SELECT, statement._propagate_attrs.get("plugin_subject"))
 
     def _count(self, origin: Origin, statement: Any) -> None:

@@ -16,9 +16,6 @@ __all__ = ["NO_WAITING", "Place", "place_of", "refusal", "repeated"]
 
 NO_WAITING = "an attribute cannot wait for the database"
 
-LONGEST_PATH = 4
-"""Relationships in a row that are spelled out in one option."""
-
 
 class Place(NamedTuple):
     """A line of the user's code, as `warnings.warn_explicit` wants it."""
@@ -46,8 +43,7 @@ def place_of(frame: FrameType | None) -> Place | None:
                 registry = frame.f_globals.setdefault("__warningregistry__", {})
                 return Place(frame.f_code.co_filename, frame.f_lineno, module, registry)
             frame = frame.f_back
-        if greenlet.parent is None:
-            return None
+        assert greenlet.parent is not None  # the first one has whoever runs the loop
         greenlet = greenlet.parent
         frame = greenlet.gr_frame
 
@@ -127,14 +123,12 @@ def _option(origin: Origin) -> str:
 
 
 def _steps(origin: Origin) -> list[tuple[str, str]]:
-    """Return class and attribute of each step of the path; the last one alone where it is too long to read."""
+    """Return class and attribute of each step of the path."""
     entities, attributes = origin.path[::2], origin.path[1::2]
-    steps = [
+    return [
         (entity.mapper.class_.__name__, f"{attribute.key}{_narrowed(attribute, following)}")
         for entity, attribute, following in zip(entities, attributes, [*entities[1:], None], strict=True)
     ]
-    is_tree = len(set(attributes)) == 1
-    return steps if is_tree or len(steps) <= LONGEST_PATH else steps[-1:]
 
 
 def _narrowed(attribute: Any, following: Any) -> str:

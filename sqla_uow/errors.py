@@ -86,7 +86,8 @@ class ReadOnlyError(UnitOfWorkError):
 class LazyLoadError(UnitOfWorkError, InvalidRequestError):
     """An attribute is not loaded: its unit refuses lazy loads, or asyncio gives it no chance to wait for the database.
 
-    Raised before anything is sent, so the unit can go on.
+    Raised before anything is sent, and the unit can go on; where its manager allows lazy loads, though, it is the driver that
+    finds out, and what the driver could not send dooms the unit.
 
     Attributes:
         attribute: class and name, as ``"User.posts"``.
