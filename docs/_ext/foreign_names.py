@@ -30,6 +30,7 @@ URLS = {
     "opentelemetry.trace.TracerProvider": f"{OPENTELEMETRY}trace.html#opentelemetry.trace.TracerProvider",
     "sqlalchemy.engine.base.Connection": f"{SQLALCHEMY}core/connections.html#sqlalchemy.engine.Connection",
     "sqlalchemy.engine.interfaces.Dialect": f"{SQLALCHEMY}core/internals.html#sqlalchemy.engine.Dialect",
+    "sqlalchemy.exc.InvalidRequestError": f"{SQLALCHEMY}core/exceptions.html#sqlalchemy.exc.InvalidRequestError",
     "sqlalchemy.exc.NoResultFound": f"{SQLALCHEMY}core/exceptions.html#sqlalchemy.exc.NoResultFound",
     "sqlalchemy.ext.asyncio.engine.AsyncEngine": f"{ASYNCIO}AsyncEngine",
     "sqlalchemy.ext.asyncio.scoping.async_scoped_session": f"{ASYNCIO}async_scoped_session",
