@@ -253,14 +253,7 @@ async def test_it_goes_on_for_long(driver, server):
             bank.forget()
             server.execute("DELETE FROM bank_ledger")
             gc.collect()
-            held.append(
-                (
-                    len(gc.get_objects()),
-                    len(asyncio.all_tasks()),
-                    sum(1 for _ in Path("/proc/self/fd").iterdir()),
-                    _resident(),
-                )
-            )
+            held.append(_held())
             print(held[-1], flush=True)  # noqa: T201
         await engine.dispose()
     settled = held[2:]
@@ -283,7 +276,8 @@ def _total(server):
     return int(server.execute("SELECT sum(balance) FROM bank_account"))
 
 
-def _resident():
-    """Return how many KiB of memory this process has."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0])
+def _held():
+    """Return how many objects, tasks, descriptors and KiB of memory this process has."""
+    descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    resident = int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])
+    return len(gc.get_objects()), len(asyncio.all_tasks()), descriptors, resident
