@@ -176,7 +176,7 @@ class Attempt(Generic[S]):
             try:
                 await prepare(unit, scope.refuse_unsaved if scope is not None else None)
                 if witness is not None and transaction.wrote:
-                    await witness.get_ready()
+                    await witness.get_ready(transaction)
             except BaseException as raised:
                 error = raised
         if self._timeout is not None:

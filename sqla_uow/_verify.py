@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqla_uow._records import record
+from sqla_uow._classify import classify
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
@@ -105,9 +106,13 @@ class Witness:
         self._outlawed = False  # the token is in a row of ours, so the transaction can never bring it
         self.signed = False
 
-    async def get_ready(self) -> None:
+    async def get_ready(self, transaction: Transaction) -> None:
         """See that `sign` will work; not in SQLAlchemy's greenlet."""
-        await self._notary.make_table()
+        try:
+            await self._notary.make_table()
+        except Exception as error:  # on a connection of its own: the transaction is sound, and may be run again
+            transaction.connect_failure = classify(error, connecting=True)
+            raise
 
     def sign(self, connection: Connection) -> None:
         """Make the transaction recognisable; in SQLAlchemy's greenlet, just before COMMIT."""

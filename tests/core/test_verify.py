@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import event, text
 
-from sqla_uow import Status, UnitOfWorkManager
+from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, transactional
+from sqla_uow.errors import ConflictError
 from tests.models import Account
 
 MARKED = ("sqlite", "asyncmy", "aiomysql")
@@ -108,19 +109,35 @@ async def test_a_marker_is_no_conflict_of_its_own(unmarked):
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
 async def test_a_marker_table_that_cannot_be_made_rolls_the_unit_back(unmarked):
-    """An ending that fails before COMMIT is a rollback: no row, no connection kept, the error to the caller."""
+    """An ending that fails before COMMIT is a rollback: no row, no connection kept, and run again where that may help."""
     engine = unmarked.engine()
     manager = UnitOfWorkManager(engine, ambiguous_commit="verify")
     async with engine.connect():  # the pool's first connection, with what a dialect asks for at its first
         pass
 
+    refusing = True
+
     @event.listens_for(engine.sync_engine, "do_connect")
     def refuse(*_):
-        raise ConnectionRefusedError
+        if refusing:
+            raise ConnectionRefusedError
 
-    with pytest.raises(ConnectionRefusedError):
+    with pytest.raises(ConflictError) as caught:
         async with manager.begin() as unit:
             unit.session.add(Account(id=1))
+    assert (caught.value.reason, type(caught.value.__cause__)) == ("not started", ConnectionRefusedError)
     assert unit.status is Status.ROLLED_BACK
     assert engine.pool.checkedout() == 0
     assert await unmarked.rows("SELECT id FROM account") == []
+    statuses = []
+
+    @transactional(using=manager, retries=1)
+    async def open_account():
+        nonlocal refusing
+        current_session(manager).add(Account(id=1))
+        current_unit(manager).after_rollback(statuses.append, current_unit(manager))
+        refusing = not statuses
+
+    await open_account()
+    assert [unit.status for unit in statuses] == [Status.ROLLED_BACK]
+    assert await unmarked.rows("SELECT id FROM account") == [(1,)]

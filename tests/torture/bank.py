@@ -120,7 +120,8 @@ class Bank:
             ledger: the receipts in the database.
             total: of all balances.
         """
-        assert self.strange == []
+        if self.strange:
+            raise ExceptionGroup("callers were told what the contract does not name", self.strange)
         assert len(ledger) == len(set(ledger))
         there = set(ledger)
         assert set(self.acknowledged) <= there, "acknowledged and lost"
