@@ -3,20 +3,20 @@
 ::
 
     UnitOfWorkError
-    ├─ NoManagerError          (LookupError)          nothing is activated here
-    ├─ NoUnitError             (LookupError)          no unit is open here, or its scope has ended
-    ├─ PropagationError        (RuntimeError)         mandatory/durable broken, reuse, exit out of order
-    │  └─ IsolationConflictError                       a stronger isolation, or read-write in read-only, asked of an open unit
-    ├─ TaskBoundaryError       (RuntimeError)         one unit used by two live tasks, or from a thread
-    ├─ ReadOnlyError                                  a write in a read-only unit
-    ├─ LazyLoadError           (InvalidRequestError)  an attribute that is not loaded, where none is loaded lazily
-    ├─ RollbackOnlyError                              the body returned normally but its transaction could not commit
-    ├─ ConflictError                                  a retryable failure outlived its retries
-    │  └─ StaleVersionError    (StaleDataError)       the row changed since it was read
-    ├─ TransactionTimeoutError (TimeoutError)         the deadline passed
-    ├─ InstanceReuseError      (RuntimeError)         an object of a failed attempt used again in the next
-    ├─ AmbiguousCommitError                           COMMIT was sent and its answer lost; never retried
-    └─ AfterCommitError        (ExceptionGroup)       committed; hooks failed
+    ├─ NoManagerError            (LookupError)          nothing is activated here
+    ├─ NoUnitError               (LookupError)          no unit is open here, or its scope has ended
+    ├─ PropagationError          (RuntimeError)         mandatory/durable broken, reuse, exit out of order
+    │  └─ IsolationConflictError                        a stronger isolation, or read-write in read-only, asked of an open unit
+    ├─ TaskBoundaryError         (RuntimeError)         one unit used by two live tasks, or from a thread
+    ├─ ReadOnlyError                                    a write in a read-only unit
+    ├─ LazyLoadError             (InvalidRequestError)  an attribute that is not loaded, where none is loaded lazily
+    ├─ RollbackOnlyError                                the body returned normally but its transaction could not commit
+    ├─ ConflictError                                    a retryable failure outlived its retries
+    │  └─ StaleVersionError      (StaleDataError)       the row changed since it was read
+    ├─ TransactionTimeoutError   (TimeoutError)         the deadline passed
+    ├─ InstanceReuseError        (RuntimeError)         an object of a failed attempt used again in the next
+    ├─ AmbiguousCommitError                             COMMIT was sent and its answer lost; never retried
+    └─ AfterCommitError          (ExceptionGroup)       committed; hooks failed
 
 `NPlusOneWarning` (UserWarning) is none of them: it warns.
 
