@@ -74,7 +74,8 @@ class Attempt(Generic[S]):
                 await attempts.reading.give_way()
             if attempts.gate is not None:
                 self._slot = attempts.gate.try_enter() or await self._turn(attempts.gate)
-            attempts.begins()
+            if attempts.observers:
+                attempts.begins()
             return await self._begin()
         except BaseException as error:
             if self._slot is not None:
@@ -110,7 +111,7 @@ class Attempt(Generic[S]):
             clock=attempts.policy.clock,
             tainted=attempts.tainted,
             enclosing=attempts.enclosing,
-            times=attempts.times,
+            times=attempts.times if attempts.observers else None,
         )
         if manager._replicas is not None:
             transaction.last_write = last_write_of(manager, manager._replicas)

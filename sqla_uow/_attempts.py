@@ -77,8 +77,10 @@ class Attempts(Generic[S]):
         self.observers = manager._observers
         if self.scope is not None and self.scope.observers:
             self.observers += self.scope.observers
-        self.call = Call() if self.observers else None
-        self.times: Times | None = None
+        self.call: Call | None
+        self.times: Times | None
+        if self.observers:
+            self.call, self.times = Call(), None
 
     def next(self) -> Attempt[S]:
         """Return the next attempt; the caller knows that there is one."""
@@ -150,10 +152,9 @@ class Attempts(Generic[S]):
         }  # fmt: skip
 
     def begins(self) -> None:
-        """Tell that the next run has its turn."""
-        if self.observers:
-            self.times = Times(self.policy.clock)
-            tell_attempt(self)
+        """Tell those who want to know that the next run has its turn."""
+        self.times = Times(self.policy.clock)
+        tell_attempt(self)
 
     def over(self, status: Status, error: BaseException | None, *, finished: bool = False) -> None:
         """Count and tell what became of the call.
@@ -163,11 +164,12 @@ class Attempts(Generic[S]):
             error: what it ends with.
             finished: the body came to its end.
         """
-        refused = error is None or isinstance(error, RollbackOnlyError)
-        doomed = finished and refused and status is Status.ROLLED_BACK
+        doomed = False
         if status is Status.COMMITTED:
             self.manager._counts.committed += 1
         else:
+            refused = error is None or isinstance(error, RollbackOnlyError)
+            doomed = finished and refused and status is Status.ROLLED_BACK
             self.manager._counts.failed(status, error, gave_up=self.given_up is not None, doomed=doomed)
         if self.observers:
             tell_outcome(self, status, error, doomed=doomed)

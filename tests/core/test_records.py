@@ -120,6 +120,10 @@ def test_a_record_that_is_off_makes_nothing(caplog):
         def __str__(self):
             raise AssertionError
 
+        @property
+        def __class__(self):
+            raise AssertionError
+
     caplog.set_level(logging.WARNING, logger="sqla_uow")
     record(logging.INFO, "%s", Costly(), function=Costly())
     assert caplog.records == []
