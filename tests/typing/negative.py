@@ -43,6 +43,7 @@ def manager_options(engine: AsyncEngine) -> None:
     UnitOfWorkManager(engine, retries="5")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, retries=None)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, timeout="3s")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    UnitOfWorkManager(engine, lazy_loads="forbid")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, retry=0.5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, ambiguous_commit="retry")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     UnitOfWorkManager(engine, observers=[print])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider
 from sqlalchemy import Column, Connection, MetaData
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
@@ -84,7 +85,7 @@ from sqla_uow.testing import (
     rolled_back,
     run_twice,
 )
-from sqla_uow.typing import Contention, PoolState, Statistics
+from sqla_uow.typing import Contention, LazyLoads, PoolState, Statistics
 from sqla_uow_starlette import (
     AnyVersioned,
     PreconditionError,
@@ -353,10 +354,19 @@ def error_tree(error: errors.ConflictError) -> None:
         errors.IsolationConflictError: errors.PropagationError,
         errors.StaleVersionError: StaleDataError,
         errors.TransactionTimeoutError: TimeoutError,
+        errors.LazyLoadError: InvalidRequestError,
+        errors.NPlusOneWarning: UserWarning,
     }
     del parents
     assert_type(error.attempts, int)
     assert_type(error.elapsed, float)
+
+
+def lazy_loads(engine: AsyncEngine, chosen: LazyLoads, error: errors.LazyLoadError) -> None:
+    assert_type(UnitOfWorkManager(engine, lazy_loads="warn").lazy_loads, LazyLoads)
+    UnitOfWorkManager(engine, lazy_loads=chosen)
+    assert_type(error.attribute, str)
+    assert_type(error.option, str | None)
 
 
 def failed_hooks(error: errors.AfterCommitError) -> None:
