@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sqla_uow._records import record
 from sqla_uow._classify import classify
+from sqla_uow._records import record
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
