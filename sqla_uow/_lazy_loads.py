@@ -34,10 +34,11 @@ class WatchedSession(UnitSession):
     _counts: dict[object, int] | None = None
 
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
-        if not getattr(statement, "is_select", False) or self._flushing or self.transaction_of_unit is None:
-            return super()._execute_internal(statement, params, **options)
-        origin = self._origin(statement)
-        if origin is None:
+        origin = None
+        # A do_orm_execute listener that goes on with a statement comes by here a second time.
+        if getattr(statement, "is_select", False) and options.get("_parent_execute_state") is None:
+            origin = self._origin(statement)
+        if origin is None or self._flushing or self.transaction_of_unit is None:
             return super()._execute_internal(statement, params, **options)
         if self.refuses_lazy_loads and origin.cause in (Cause.RELATIONSHIP, Cause.COLUMN):
             raise refusal(origin, f"{self.transaction_of_unit.name} refuses lazy loads")

@@ -6,7 +6,7 @@ import asyncio
 import warnings
 
 import pytest
-from sqlalchemy import ColumnElement, Integer, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Integer, event, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import immediateload, joinedload, selectinload, subqueryload, undefer
@@ -301,6 +301,19 @@ async def test_each_unit_counts_for_itself(blog, here):
             assert str(warning.message) == (
                 f"the same SELECT of User was sent 11 times in read(), at {here(read)}; {IN}"
             )
+
+
+@two
+async def test_a_listener_that_goes_on_with_a_statement_counts_once(unit):
+    """A do_orm_execute listener that invokes the statement, as for soft deletes or a cache, makes no two of it."""
+
+    def goes_on(state):
+        return state.invoke_statement()
+
+    async with unit("warn") as work:
+        event.listen(work.session.sync_session, "do_orm_execute", goes_on)
+        for number in range(10):
+            assert await work.session.scalar(select(User).where(User.id == number))
 
 
 @two
