@@ -27,20 +27,17 @@ _NANOSECONDS = 1_000_000_000
 class _Open:
     """The spans of one call that are open."""
 
-    __slots__ = ("around", "attempt", "began", "call", "dropped")
+    __slots__ = ("around", "attempt", "call", "dropped")
 
     def __init__(self, tracer: Tracer, event: Event) -> None:
-        self.began: int = time.time_ns() - round(event.elapsed * _NANOSECONDS)
-        self.call: Span = tracer.start_span(event.function, start_time=self.began, attributes=_described(event))
+        self.call: Span = tracer.start_span(
+            event.function, start_time=_at(0.0, event, time.time_ns()), attributes=_described(event)
+        )
         # A loop that is left between two attempts has no outcome; its span ends with the last of it.
         self.dropped: weakref.finalize[[], Call] = weakref.finalize(event.call, self.call.end)
         self.dropped.atexit = False
         self.attempt: Span | None = None
         self.around: Context | None = None
-
-    def at(self, seconds: float) -> int:
-        """Return the time of what was so long after the call's begin."""
-        return self.began + round(seconds * _NANOSECONDS)
 
 
 class Spans:
@@ -60,7 +57,6 @@ class Spans:
         call.attempt = self._tracer.start_span(
             "attempt",
             trace.set_span_in_context(call.call),
-            start_time=call.at(event.elapsed),
             attributes={"sqla_uow.attempt": event.attempt},
         )
         call.around = context.get_current()
@@ -72,12 +68,12 @@ class Spans:
         facts: dict[str, str | float] = {"sqla_uow.reason": event.reason, "sqla_uow.wait": event.wait}
         if event.code is not None:
             facts["db.response.status_code"] = event.code
-        self._end_attempt(call, event, facts)
+        self._end_attempt(call, event, facts, time.time_ns())
 
     def outcome(self, event: OutcomeEvent) -> None:
         """End the spans of a call."""
-        call = self._of(event)
-        self._end_attempt(call, event, {})
+        call, now = self._of(event), time.time_ns()
+        self._end_attempt(call, event, {}, now)
         facts: dict[str, str | int] = {
             **_of_database(event), "sqla_uow.attempts": event.attempt, "sqla_uow.status": event.status.value,
         }  # fmt: skip
@@ -86,7 +82,7 @@ class Spans:
         if event.code is not None:
             facts["db.response.status_code"] = event.code
         call.dropped.detach()
-        _end(call.call, event, facts, call.at(event.elapsed))
+        _end(call.call, event, facts, now)
         self._open.pop(event.call, None)
 
     def _of(self, event: Event) -> _Open:
@@ -95,34 +91,39 @@ class Spans:
             call = self._open[event.call] = _Open(self._tracer, event)
         return call
 
-    def _end_attempt(self, call: _Open, event: EndEvent, facts: Mapping[str, str | float]) -> None:
+    def _end_attempt(self, call: _Open, event: EndEvent, facts: Mapping[str, str | float], now: int) -> None:
         span, around = call.attempt, call.around
         if span is None or around is None:
             return
         call.attempt = call.around = None
         if event.commit_at is not None:
-            self._commit(call, span, event, event.commit_at)
-        _end(span, event, {"sqla_uow.status": event.status.value, **facts}, call.at(event.elapsed))
+            self._commit(span, event, event.commit_at, now)
+        _end(span, event, {"sqla_uow.status": event.status.value, **facts}, now)
         # Not by the token of attach(): a unit may end in another task, which has a copy of the context.
         if trace.get_current_span() is span:
             context.attach(around)
 
-    def _commit(self, call: _Open, attempt: Span, event: EndEvent, began: float) -> None:
+    def _commit(self, attempt: Span, event: EndEvent, began: float, now: int) -> None:
         """Make the span of a COMMIT, which is over by now."""
         span = self._tracer.start_span(
             "COMMIT",
             trace.set_span_in_context(attempt),
             SpanKind.CLIENT,
-            start_time=call.at(began),
+            start_time=_at(began, event, now),
             attributes={**_of_database(event), "db.operation.name": "COMMIT"},
         )
-        ended = call.at(began + (event.commit_seconds or 0.0))
+        ended = _at(began + (event.commit_seconds or 0.0), event, now)
         facts = {"sqla_uow.status": event.status.value}
         if event.status is Status.COMMITTED:  # what its hooks raised is none of its own
             span.set_attributes(facts)
             span.end(ended)
         else:
             _end(span, event, facts, ended)
+
+
+def _at(seconds: float, event: Event, now: int) -> int:
+    """Return when it was so long after the call's begin; counted back from now, so that no span outlives what is around."""
+    return now - round((event.elapsed - seconds) * _NANOSECONDS)
 
 
 def _of_database(event: Event) -> dict[str, str]:
