@@ -126,7 +126,7 @@ class Replica:
 
     def __init__(self, number: int, database: Database[Any]) -> None:
         self.database: Database[Any] = database
-        self.lagging_until = 0.0
+        self.lagging_until: float = 0.0
         self._number = number
         self._replayed: Position | None = None
         self._down_until = 0.0
@@ -205,7 +205,7 @@ class Replicas:
     """
 
     def __init__(self, primary: Database[Any], replicas: Sequence[Database[Any]], wait: float) -> None:
-        self.last_write = LastWrite()  # of everybody outside the scopes that are clients of their own
+        self.last_write: LastWrite = LastWrite()  # of everybody outside the scopes that are clients of their own
         self._primary = primary
         self._replicas = [Replica(number, database) for number, database in enumerate(replicas, 1)]
         self._wait = wait
@@ -225,7 +225,7 @@ class Replicas:
             await self._see_primary(last_write)
         wanted = last_write.position
         candidates = self._candidates(transaction, wanted)
-        late = []
+        late: list[Replica] = []
         for replica in candidates:
             connection = await replica.lend(partial(connect, replica.database))
             if connection is None:

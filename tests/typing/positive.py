@@ -531,6 +531,8 @@ class Watching(Observer):
 def observed(engine: AsyncEngine) -> None:
     manager = UnitOfWorkManager(engine, observers=[Watching(), OpenTelemetryObserver()])
     assert_type(manager.scope(observers=(Watching(),)), AbstractAsyncContextManager[Scope])
+    assert_type(UnitOfWorkManager(engine, replicas=[engine], replica_wait=0.1).replicas, tuple[AsyncEngine, ...])
+    assert_type(manager.scope(position="0-1"), AbstractAsyncContextManager[Scope])
     seen: Statistics = manager.statistics()
     assert_type(seen.begun, int)
     assert_type(seen.pool, PoolState)
