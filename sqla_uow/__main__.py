@@ -1,0 +1,72 @@
+"""``python -m sqla_uow doctor URL``: what a database really gives.  Exit status: 0 well, 1 something is not, 2 no answer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from sqla_uow._doctor import Options, UnreachableError, examine
+from sqla_uow._doctor_report import as_json, as_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_WELL, _NOT_WELL, _NO_ANSWER = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    Args:
+        arguments: those behind the program's name; None is those of this process.
+    """
+    options = _parser().parse_args(arguments)
+    logging.getLogger("sqla_uow").addHandler(logging.NullHandler())  # conflicts are made on purpose
+    chosen = Options(
+        read_only=options.read_only,
+        pool_size=options.pool_size,
+        processes=options.processes,
+        replicas=tuple(options.replica),
+        seconds=options.seconds,
+    )
+    try:
+        findings = asyncio.run(examine(options.url, chosen))
+    except UnreachableError as error:
+        print(f"sqla_uow doctor: {error}", file=sys.stderr)  # noqa: T201  # a program's answer
+        return _NO_ANSWER
+    except KeyboardInterrupt:
+        print("sqla_uow doctor: interrupted; nothing is left behind", file=sys.stderr)  # noqa: T201  # likewise
+        return _NO_ANSWER
+    print(as_json(findings) if options.json else as_table(findings))  # noqa: T201  # likewise
+    return _NOT_WELL if any(finding.level == "warning" for finding in findings) else _WELL
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sqla_uow", description=__doc__)
+    doctor = parser.add_subparsers(required=True, metavar="doctor").add_parser(
+        "doctor", help="connect, try what units depend on, and give advice"
+    )
+    doctor.add_argument("url", help="as for create_async_engine(), such as postgresql+asyncpg://me@host/bank")
+    doctor.add_argument("--replica", action="append", default=[], metavar="URL", help="of a replica; may be repeated")
+    doctor.add_argument("--pool-size", type=_positive, default=15, help="connections of one process, with max_overflow")
+    doctor.add_argument("--processes", type=_positive, default=1, help="how many processes there will be")
+    doctor.add_argument("--read-only", action="store_true", help="make no table, so isolation levels are not tried")
+    doctor.add_argument("--seconds", type=_positive, default=10, help="for each check; default: 10")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

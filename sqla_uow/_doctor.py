@@ -1,0 +1,174 @@
+"""The doctor: runs every check that fits the database, each with a time limit, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from sqla_uow._classify import classify
+from sqla_uow._doctor_mariadb import CHECKS as MARIADB
+from sqla_uow._doctor_postgresql import CHECKS as POSTGRESQL
+from sqla_uow._doctor_report import Finding
+from sqla_uow._doctor_sqlite import CHECKS as SQLITE
+from sqla_uow._doctor_subject import Subject
+from sqla_uow._doctor_trials import try_levels
+from sqla_uow._manager import UnitOfWorkManager
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqla_uow._doctor_subject import Check
+
+__all__ = ["Options", "UnreachableError", "examine"]
+
+_CHECKS: dict[str, Sequence[Check]] = {"postgresql": POSTGRESQL, "mysql": MARIADB, "sqlite": SQLITE}
+_DRIVERS = {
+    "postgresql": "postgresql+asyncpg or postgresql+psycopg",
+    "mysql": "mysql+asyncmy or mysql+aiomysql",
+    "mariadb": "mariadb+asyncmy or mariadb+aiomysql",
+    "sqlite": "sqlite+aiosqlite",
+}
+_UNPREPARED: dict[str, dict[str, Any]] = {
+    "asyncpg": {"statement_cache_size": 0},
+    "psycopg": {"prepare_threshold": None},
+}
+
+
+class UnreachableError(Exception):
+    """There is nothing to examine: no connection, or no such URL."""
+
+
+class Options(NamedTuple):
+    """What the doctor was told.
+
+    Attributes:
+        read_only: make no table.
+        pool_size: connections of one process.
+        processes: how many there will be.
+        replicas: their URLs.
+        seconds: for each check.
+    """
+
+    read_only: bool = False
+    pool_size: int = 15
+    processes: int = 1
+    replicas: tuple[str, ...] = ()
+    seconds: float = 10
+
+
+async def examine(url: str, options: Options) -> list[Finding]:
+    """Connect, and run every check that fits the database.
+
+    Args:
+        url: of the database.
+        options: what to look at.
+
+    Raises:
+        UnreachableError: it cannot be connected to; never with the password.
+    """
+    engine = _engine(url)
+    try:
+        manager = UnitOfWorkManager(engine, timeout=options.seconds)
+        subject = Subject(engine, manager, options.pool_size * options.processes)
+        await _connect(engine, options.seconds)
+        checks = [*_CHECKS[manager._database.family], *([] if options.read_only else [try_levels])]
+        found = [
+            Finding("driver", _driver(engine)),
+            *[one for check in checks for one in await _run(check, subject, options)],
+        ]
+        if options.read_only:
+            found.append(Finding("isolation levels", "not tried: --read-only", "note"))
+        for number, replica in enumerate(options.replicas, 1):
+            found.append(await _replica(number, replica, engine, options))
+        return found
+    finally:
+        await engine.dispose()
+
+
+def _engine(url: str) -> AsyncEngine:
+    try:
+        parsed = make_url(url)
+        options: dict[str, Any] = {"pool_size": 3, "max_overflow": 0} if _has_pool(parsed) else {}
+        # Prepared statements fail behind a pooler; whether there is one is to be found out.
+        connect_args = _UNPREPARED.get(parsed.drivername.partition("+")[2], {})
+        return create_async_engine(parsed, connect_args=connect_args, **options)
+    except ArgumentError:
+        raise UnreachableError("this is no database URL; use one as postgresql+asyncpg://me@host/bank") from None
+    except (NoSuchModuleError, ImportError, InvalidRequestError) as error:
+        raise UnreachableError(_unknown_driver(url, error)) from None
+
+
+def _has_pool(url: URL) -> bool:
+    return not (url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"))
+
+
+def _unknown_driver(url: str, error: Exception) -> str:
+    parsed = make_url(url)
+    name = parsed.get_backend_name()
+    if name not in _DRIVERS:
+        return f"sqla_uow does not know the database {name!r}; use {', '.join(_DRIVERS)}"
+    if isinstance(error, ImportError):
+        return f"the driver of {parsed.drivername!r} is not installed ({error.name}); pip install it"
+    return f"{parsed.drivername!r} is no asyncio driver; use {_DRIVERS[name]}"
+
+
+async def _connect(engine: AsyncEngine, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds), engine.connect():
+            pass
+    except Exception as error:
+        raise UnreachableError(f"{_place(engine.url)} does not let us in: {_what(error)}") from None
+
+
+def _place(url: URL) -> str:
+    """Return where it is, without who and with what password."""
+    where = url.host or url.database or "memory"
+    return f"{url.drivername} at {where}{f':{url.port}' if url.port else ''}"
+
+
+def _what(error: BaseException) -> str:
+    """Return the class and code of an error: its text may have anything in it."""
+    original: BaseException = getattr(error, "orig", None) or error
+    failure = classify(error, connecting=True)
+    code = "" if failure is None or failure.code is None else f" {failure.code}"
+    return f"{type(original).__name__}{code}"
+
+
+def _driver(engine: AsyncEngine) -> str:
+    dbapi = engine.dialect.dbapi
+    module = getattr(dbapi, engine.dialect.driver, None) or dbapi
+    return f"{engine.dialect.name}+{engine.dialect.driver} {getattr(module, '__version__', '')}".strip()
+
+
+async def _run(check: Check, subject: Subject, options: Options) -> list[Finding]:
+    """Run one check; what it meets is a finding too."""
+    try:
+        async with asyncio.timeout(options.seconds):
+            return await check(subject)
+    except Exception as error:
+        name = check.__name__.strip("_").replace("_", " ")
+        return [Finding(name, f"could not be looked at: {_what(error)}", "note")]
+
+
+async def _replica(number: int, url: str, primary: AsyncEngine, options: Options) -> Finding:
+    name = f"replica {number}"
+    engine = _engine(url)
+    try:
+        await _connect(engine, options.seconds)
+        manager = UnitOfWorkManager(primary, replicas=[engine])
+        async with manager.scope(position=""), manager.begin(read_only=True) as unit:
+            await unit.session.connection()
+            served = unit._transaction.replica is not None
+    except (UnreachableError, ValueError) as error:
+        return Finding(name, str(error), "warning")
+    finally:
+        await engine.dispose()
+    return (
+        Finding(name, "in step")
+        if served
+        else Finding(name, "not usable", "warning", "it takes part in no replication")
+    )
