@@ -65,7 +65,7 @@ async def test_one_of_two_is_down(pair, caplog):
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function Connection:pytest.PytestUnraisableExceptionWarning")
 async def test_a_replica_that_does_not_answer(pair, monkeypatch):
     """It is waited for no longer than the bound, once."""
-    monkeypatch.setattr(_replicas, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(_replicas, "ANSWER_SECONDS", 1.0)
     with Proxy("127.0.0.1", pair.replica.port) as proxy:
         manager = pair.manager(port=proxy.port)
         with manager.activate():
@@ -74,10 +74,10 @@ async def test_a_replica_that_does_not_answer(pair, monkeypatch):
             proxy.hold("to_client")
             began = time.monotonic()
             assert await read() == (0, False)
-            assert 0.3 <= time.monotonic() - began < 2
+            assert 1 <= time.monotonic() - began < 5
             began = time.monotonic()
             assert await read() == (0, False)
-            assert time.monotonic() - began < 0.2
+            assert time.monotonic() - began < 0.9
             proxy.forward_all()
         await manager.replicas[0].dispose()
         gc.collect()
@@ -160,7 +160,7 @@ async def test_a_forged_position(pair, position):
     async with manager.scope(position=position) as scope:
         began = time.monotonic()
         await read()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3
         if position != "7-1.9-1" or manager.engine.dialect.name == "postgresql":
             assert scope.position != position
             assert await read() == (0, True)
@@ -223,7 +223,7 @@ async def test_a_deadline_bounds_the_wait(pair):
 
 async def test_nobody_waits_again_for_a_replica_that_lags(pair):
     """One read in half a second does, whoever's it is."""
-    manager = pair.manager(replica_wait=0.3)
+    manager = pair.manager(replica_wait=1.0)
     pair.replica.pause()
     took = []
     for number in (1, 2):
@@ -232,7 +232,7 @@ async def test_nobody_waits_again_for_a_replica_that_lags(pair):
             began = time.monotonic()
             assert await read() == (number, False)
             took.append(time.monotonic() - began)
-    assert took[1] < 0.3 <= took[0]
+    assert took[1] < 0.5 < 0.9 < took[0]  # the last look is a pause before the end
 
 
 async def test_a_primary_is_no_replica(pair, caplog):

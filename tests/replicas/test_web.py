@@ -157,7 +157,7 @@ async def test_a_forged_cookie(pair, cookie):
     async with client_of(app_of(manager, put, get), raise_app_exceptions=True) as client:
         began = time.monotonic()
         answer = await client.get("/get", params={"id": 1}, headers={"cookie": f"a=b; uow-position={cookie}; c=d"})
-        assert (answer.status_code, time.monotonic() - began < 1) == (200, True)
+        assert (answer.status_code, time.monotonic() - began < 3) == (200, True)
         assert answer.headers["set-cookie"].startswith("uow-position=")
         assert cookie not in answer.headers["set-cookie"]
 
