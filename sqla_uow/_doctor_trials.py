@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from functools import partial
 from typing import TYPE_CHECKING, Self, get_args
 
 from sqlalchemy import Column, Integer, MetaData, Table, select, update
@@ -14,12 +15,15 @@ from sqla_uow.errors import ConflictError
 from sqla_uow.typing import IsolationLevel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection
+
     from sqla_uow._doctor_subject import Subject
 
 __all__ = ["try_levels"]
 
 _BOTH = 2
-_DROP_SECONDS = 10.0
 _MEETING_SECONDS = 0.3
 """How long one waits for the other, who may be waiting for a lock."""
 
@@ -38,27 +42,20 @@ class Trial:
         )
 
     async def __aenter__(self) -> Self:
-        try:
-            async with self._engine.begin() as connection:
-                await connection.run_sync(self.table.metadata.create_all)
-        except BaseException:  # it may be there all the same: MariaDB's CREATE TABLE commits by itself
-            await self._drop()
-            raise
+        # Shielded, as the end is: cut off, nobody could tell whether it is there, or about to be.
+        made = await shielded(partial(self._run, self.table.metadata.create_all))
+        if made.cancelled is not None:
+            await self.__aexit__()
+            raise made.cancelled
+        made.task.result()
         return self
 
     async def __aexit__(self, *_raised: object) -> None:
-        await self._drop()
+        (await shielded(partial(self._run, self.table.metadata.drop_all))).task.result()
 
-    async def _drop(self) -> None:
-        """Drop the table, whoever cancels meanwhile: nothing of ours may stay behind."""
-
-        async def drop() -> None:
-            async with self._engine.begin() as connection:
-                await connection.run_sync(self.table.metadata.drop_all)
-
-        dropped = await shielded(drop, grace=_DROP_SECONDS)
-        if dropped.trouble is not None:
-            raise dropped.trouble
+    async def _run(self, ddl: Callable[[Connection], None]) -> None:
+        async with self._engine.begin() as connection:
+            await connection.run_sync(ddl)
 
     async def loses_updates(self, level: IsolationLevel) -> bool:
         """Say whether two units that add 1 to what they have read can both commit and have added 1 in all."""

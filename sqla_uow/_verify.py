@@ -203,9 +203,8 @@ class Witness:
         try:
             await connection.commit()
         except DBAPIError as error:
-            if error.connection_invalidated:  # whose row it is then, nobody could tell
-                return "undecidable"
-            raise
+            # Lost: whose row it is then, nobody could tell.  Refused: the transaction may be there.
+            return "undecidable" if error.connection_invalidated else "again"
         self._outlawed = True
         return "aborted"
 

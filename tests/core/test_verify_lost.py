@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from sqla_uow import Status
+from sqla_uow import Status, _verify
 from sqla_uow.errors import AmbiguousCommitError
 from tests.waiting import until
 
@@ -108,3 +108,31 @@ async def test_the_answer_is_not_given_too_early(wire, monkeypatch):
     with pytest.raises(AmbiguousCommitError):
         await task
     assert wire.hooks == []
+
+
+async def a_cluster(_connection):
+    """Stand for Galera, which takes half a minute to start and has tests of its own: what is done there is no different."""
+    return True
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_on_a_cluster_the_marker_is_taken(wire, monkeypatch):
+    """C2: the probe is committed, so that the COMMIT in question can never come; its row serves another unit later."""
+    monkeypatch.setattr(_verify, "_is_cluster", a_cluster)
+    lost = wire.on_commit("cut", applied=False)
+    await wire.add_one(ambiguous_commit="verify")
+    assert lost.fired
+    assert await has_added_once(wire, applied=False)
+    markers = await wire.db.rows("SELECT token FROM sqla_uow_commits ORDER BY token")
+    assert sorted(wire._managers["verify"]._notary.free) == [token for (token,) in markers]
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_on_a_cluster_a_probe_may_be_lost_as_well(wire, monkeypatch):
+    """C2: then whose row it is nobody can tell, and that is said."""
+    monkeypatch.setattr(_verify, "_is_cluster", a_cluster)
+    both = [wire.on_commit("cut", applied=False), wire.on_commit("cut", applied=True)]
+    with pytest.raises(AmbiguousCommitError):
+        await wire.add_one(ambiguous_commit="verify")
+    assert all(lost.fired for lost in both)
+    assert await wire.balance() == 0

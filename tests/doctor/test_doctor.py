@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -10,8 +11,13 @@ import urllib.parse
 
 import pytest
 
+from sqla_uow import UnitOfWorkManager, __main__, _doctor_mariadb
+from sqla_uow.__main__ import main
+from sqla_uow._doctor_subject import Subject
+from sqla_uow._doctor_trials import Trial
 from tests.databases import ONE_OF_EACH
 from tests.servers.pgbouncer import PgBouncer
+from tests.waiting import until
 
 INTERRUPTED = 2
 servers = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -28,12 +34,27 @@ def start(*arguments):
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def doctor(*arguments):
+@pytest.fixture
+def say(capsys):
+    """Run it in a thread, as it has a loop of its own; return its exit status, what it says, and what is wrong."""
+
+    async def say(*arguments):
+        status = await asyncio.to_thread(main, ["doctor", *arguments])
+        return status, *capsys.readouterr()
+
+    return say
+
+
+@pytest.fixture
+def doctor(say):
     """Run it; return its exit status and what it found, by name."""
-    process = start(*arguments, "--json")
-    output, errors = process.communicate(timeout=50)
-    assert errors == ""
-    return process.returncode, {one["name"]: one for one in json.loads(output)}
+
+    async def doctor(*arguments):
+        status, output, errors = await say(*arguments, "--json")
+        assert errors == ""
+        return status, {one["name"]: one for one in json.loads(output)}
+
+    return doctor
 
 
 LEVELS = {
@@ -52,24 +73,24 @@ LEVELS = {
 }
 
 
-async def test_levels_are_tried(db):
+async def test_levels_are_tried(db, doctor):
     """What each prevents, as the published table has it; the table that was made for it is gone."""
-    _status, found = doctor(db.url)
+    _status, found = await doctor(db.url)
     assert {name: one["value"] for name, one in found.items() if name in LEVELS["mysql"]} == LEVELS[db.family]
     assert found["ambiguous_commit='verify'"]["value"].startswith("works")
     assert await db.rows(TABLES[db.family]) == []
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")
-async def test_a_server_that_is_set_up_well(db):
+async def test_a_server_that_is_set_up_well(db, doctor):
     """Exit status 0, and nothing to say."""
-    status, found = doctor(db.url)
+    status, found = await doctor(db.url)
     assert (status, [one["name"] for one in found.values() if one["level"] != "fine"]) == (0, [])
     assert found["pooler"]["value"] == "none seen"
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")
-async def test_settings_that_harm(db):
+async def test_settings_that_harm(db, doctor):
     """Those of the role count: a timeout, asynchronous commits, too few connections."""
     await db.run(
         "DROP ROLE IF EXISTS patient",
@@ -80,7 +101,8 @@ async def test_settings_that_harm(db):
     )
     try:
         url = db.url.replace("postgres:secret@", "patient:secret@")
-        status, found = doctor(url, "--read-only", "--pool-size", "7", "--processes", "3")
+        status, found = await doctor(url, "--read-only", "--pool-size", "7", "--processes", "3")
+        _status, refused = await doctor(url)
     finally:
         await db.run("DROP ROLE patient")
     assert status == 1
@@ -90,51 +112,54 @@ async def test_settings_that_harm(db):
     assert found["connections"]["value"] == "20 allowed, 21 wanted"
     assert found["connections"]["level"] == "warning"
     assert found["isolation levels"]["value"] == "not tried: --read-only"
+    assert refused["try levels"]["value"].startswith("could not be looked at: ")
+    assert refused["try levels"]["value"].endswith((" 42501", " 3F000"))  # it may not make a table
+    assert await db.rows(TABLES["postgresql"]) == []
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
-async def test_snapshot_isolation_of_mariadb(db):
+async def test_snapshot_isolation_of_mariadb(db, doctor):
     """Without it updates get lost, which is a warning; a session that has it is told otherwise."""
-    status, found = doctor(db.url)
+    status, found = await doctor(db.url)
     assert (status, found["innodb_snapshot_isolation"]["level"]) == (1, "warning")
     with_it = f"{db.url}?init_command={urllib.parse.quote('SET innodb_snapshot_isolation = ON')}"
-    _status, found = doctor(with_it)
+    _status, found = await doctor(with_it)
     assert (found["innodb_snapshot_isolation"]["value"], found["innodb_snapshot_isolation"]["level"]) == ("ON", "fine")
     assert found["REPEATABLE READ"]["value"] == "write skew possible"
 
 
 @pytest.mark.drivers("sqlite")
-async def test_a_file_of_sqlite(db):
+async def test_a_file_of_sqlite(db, doctor):
     """The journal is named, as readers and writers wait for each other without WAL."""
-    status, found = doctor(db.url)
+    status, found = await doctor(db.url)
     assert (status, found["journal_mode"]["value"], found["journal_mode"]["level"]) == (0, "delete", "note")
     await db.run("PRAGMA journal_mode = WAL")
-    assert doctor(db.url)[1]["journal_mode"]["level"] == "fine"
+    assert (await doctor(db.url))[1]["journal_mode"]["level"] == "fine"
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")
-async def test_a_pooler_is_noticed(db):
+async def test_a_pooler_is_noticed(db, doctor):
     """By its transactions, which are given to one session of the server and then to another."""
     if (reason := PgBouncer.unavailable()) is not None:
         pytest.skip(reason)
     with PgBouncer(db.server) as pooler:
-        _status, found = doctor(pooler.url(db.driver))
+        _status, found = await doctor(pooler.url(db.driver))
         assert (found["pooler"]["value"], found["pooler"]["level"]) == ("in transaction mode", "note")
         assert found["SERIALIZABLE"]["value"] == "no lost update, no write skew"
 
 
 @servers
-async def test_what_is_no_replica(db):
+async def test_what_is_no_replica(db, doctor):
     """A primary as a replica, and one that does not answer, are warnings."""
     nowhere = db.server.url(db.driver, port=1, database=db.name)
-    status, found = doctor(db.url, "--read-only", "--replica", db.url, "--replica", nowhere)
+    status, found = await doctor(db.url, "--read-only", "--replica", db.url, "--replica", nowhere)
     assert status == 1
     assert (found["replica 1"]["level"], found["replica 1"]["value"]) == ("warning", "not usable")
     assert (found["replica 2"]["level"], "does not let us in" in found["replica 2"]["value"]) == ("warning", True)
 
 
 @pytest.mark.drivers(*ONE_OF_EACH)
-async def test_what_cannot_be_examined(db):
+async def test_what_cannot_be_examined(db, say):
     """Exit status 2, one line, and never a password."""
     synchronous = {
         "postgresql": "postgresql://me:geheim@h/x",
@@ -152,9 +177,8 @@ async def test_what_cannot_be_examined(db):
     for url, message in cases.items():
         if db.family != "postgresql" and "asyncpg" in url:
             continue
-        process = start(url)
-        output, errors = process.communicate(timeout=30)
-        assert (process.returncode, output) == (2, "")
+        status, output, errors = await say(url)
+        assert (status, output) == (2, "")
         assert errors.startswith("sqla_uow doctor: ")
         assert "geheim" not in errors
         assert len(errors.splitlines()) == 1
@@ -162,14 +186,13 @@ async def test_what_cannot_be_examined(db):
 
 
 @servers
-async def test_a_wrong_password(db):
+async def test_a_wrong_password(db, say):
     """Its code is said, and nothing of the message."""
     wrong = db.url.replace(":secret@", ":geheim@")
     if db.family == "postgresql":  # which lets everybody in, here
         wrong = db.url.replace("postgres:secret@", "nobody:geheim@")
-    process = start(wrong)
-    output, errors = process.communicate(timeout=30)
-    assert (process.returncode, output) == (2, "")
+    status, output, errors = await say(wrong)
+    assert (status, output) == (2, "")
     assert "does not let us in" in errors
     assert "geheim" not in errors
 
@@ -188,10 +211,78 @@ async def test_it_is_interrupted(db):
     assert (process.returncode, errors) == (INTERRUPTED, "sqla_uow doctor: interrupted; nothing is left behind\n")
 
 
+async def test_cut_off_while_its_table_is_made(db):
+    """It is dropped, whether it was there already or only about to be."""
+    engine = db.engine()
+    subject = Subject(engine, UnitOfWorkManager(engine), 1)
+    making = asyncio.create_task(Trial(subject).__aenter__())
+    await until(engine.pool.checkedout, pause=0)
+    making.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+    assert await db.rows(TABLES[db.family]) == []
+
+
 @pytest.mark.drivers("sqlite")
-async def test_for_people(db):
+async def test_for_people(db, say):
     """A line for each finding, its advice indented below."""
-    process = start(db.url)
-    output, _errors = process.communicate(timeout=30)
+    _status, output, _errors = await say(db.url)
     assert "journal_mode               delete  [note]\n" in output
     assert "SERIALIZABLE               no lost update, no write skew\n" in output
+
+
+def interrupt(*_arguments):
+    """Stand for Ctrl-C, which would end the tests; the real one is sent above."""
+    raise KeyboardInterrupt
+
+
+def test_the_words_of_an_interruption(monkeypatch, capsys):
+    """They say that nothing is left behind."""
+    monkeypatch.setattr(__main__, "examine", interrupt)
+    assert main(["doctor", "sqlite+aiosqlite://"]) == INTERRUPTED
+    assert capsys.readouterr().err == "sqla_uow doctor: interrupted; nothing is left behind\n"
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x"])
+def test_numbers_that_make_no_sense(number, capsys):
+    """Argparse says so."""
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "sqlite+aiosqlite://", "--processes", number])
+    assert ended.value.code == 2
+    assert "--processes" in capsys.readouterr().err
+
+
+class Told:
+    """Stands for servers of which none runs here: MySQL, which lacks variables, and nodes of Galera, slow to start."""
+
+    def __init__(self, **variables):
+        self.variables = variables
+
+    async def row(self, statement, /, *, name=None):
+        """Return a variable's or a status's row, as the server would."""
+        name = name or statement.split("'")[1]
+        return (name, self.variables[name]) if name in self.variables else None
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"wsrep_on": "ON", "wsrep_local_state_comment": "Synced", "wsrep_cluster_size": "3"}, ("Synced, 3 nodes", "note")),
+        ({"wsrep_on": "ON", "wsrep_local_state_comment": "Donor/Desynced"}, ("Donor/Desynced, ? nodes", "warning")),
+        ({"wsrep_on": "ON"}, ("unknown, ? nodes", "warning")),
+        ({}, ("no", "fine")),
+    ],
+)  # fmt: skip
+async def test_a_node_of_galera(variables, expected):
+    """Its state and its size; one that is not in step is a warning."""
+    (finding,) = await _doctor_mariadb._cluster(Told(**variables))
+    assert (finding.value, finding.level) == expected
+
+
+async def test_mysql_has_no_snapshot_isolation_to_set():
+    """So nothing is said of it."""
+    found = await _doctor_mariadb._settings(
+        Told(transaction_isolation="REPEATABLE-READ", innodb_flush_log_at_trx_commit="1")
+    )
+    assert "innodb_snapshot_isolation" not in [finding.name for finding in found]
+    assert ("default isolation", "REPEATABLE READ") in [finding[:2] for finding in found]

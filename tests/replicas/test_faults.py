@@ -8,9 +8,11 @@ import time
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 from sqla_uow import Status, UnitOfWorkManager, _replicas, current_session, transactional
-from sqla_uow.errors import AmbiguousCommitError
+from sqla_uow._positions import UNKNOWN, to_text
+from sqla_uow.errors import AmbiguousCommitError, ConflictError
 from tests.replicas.conftest import at_replica, read, write
 from tests.servers import Proxy, Standby
 from tests.waiting import until
@@ -255,3 +257,31 @@ async def test_it_is_not_changed_within_a_unit(pair):
             await unit.session.execute(text("INSERT INTO note (id) VALUES (1)"))
         assert await at_replica()
         assert await current_session().scalar(text("SELECT count(*) FROM note")) == 0
+
+
+async def test_a_mistake_is_not_the_replicas(pair):
+    """A statement that fails for itself does not pass the replica over."""
+    manager = pair.manager()
+    with manager.activate():
+        with pytest.raises(ProgrammingError):
+            async with manager.begin(read_only=True) as unit:
+                await unit.session.execute(text("SELECT nonsense FROM nowhere"))
+        assert await read() == (0, True)
+
+
+async def test_the_primary_is_away_as_well(pair):
+    """Whose position is not known cannot read anywhere then, and is told so."""
+    with Proxy("127.0.0.1", pair.primary.port) as proxy:
+        proxy.refuse()
+        manager = UnitOfWorkManager(pair.engine(pair.primary, port=proxy.port), replicas=[pair.engine(pair.replica)])
+        async with manager.scope(position="0-18446744073709551615"):
+            with pytest.raises(ConflictError) as caught:
+                await read()
+        assert caught.value.reason == "not started"
+        async with manager.scope(position=""):
+            assert await read() == (0, True)
+
+
+def test_a_position_in_too_many_streams():
+    """A cookie stays small: then the primary is asked."""
+    assert to_text(dict.fromkeys(range(9), 1)) == to_text(UNKNOWN)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import UnitOfWorkManager
+from sqla_uow.__main__ import main
 from sqla_uow_starlette import UnitOfWorkMiddleware
 
 
@@ -50,3 +54,16 @@ def test_without_replicas_there_is_no_position():
     manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
     assert manager.replicas == ()
     assert manager.scope(position="0-1") is not None
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_the_doctor_knows_them(pair, capsys):
+    """A replica is in step, and as a database of its own it is called what it is."""
+    primary, replica = (server.url(pair.driver) for server in (pair.primary, pair.replica))
+    await asyncio.to_thread(main, ["doctor", primary, "--replica", replica, "--read-only", "--json"])
+    found = {one["name"]: one["value"] for one in json.loads(capsys.readouterr().out)}
+    assert (found["replica 1"], found["role"].startswith("primary")) == ("in step", True)
+    await asyncio.to_thread(main, ["doctor", replica, "--read-only", "--json"])
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert found["role"]["level"] == "note"
+    assert found["role"]["value"].startswith(("standby, ", "replica"))
