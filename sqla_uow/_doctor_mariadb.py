@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
-from sqla_uow._doctor_report import Finding
+from sqla_uow._doctor_report import Finding, judged
+from sqla_uow._doctor_subject import as_replica, clock, connections
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from sqla_uow._doctor_subject import Check, Subject
 
 __all__ = ["CHECKS"]
-
-_CLOCK_SECONDS = 2.0
 
 
 async def _variable(subject: Subject, name: str) -> str | None:
@@ -30,56 +28,28 @@ async def _settings(subject: Subject) -> list[Finding]:
     found: list[Finding] = []
     snapshot = await _variable(subject, "innodb_snapshot_isolation")
     if snapshot is not None:
-        lost = snapshot == "OFF"
-        found.append(
-            Finding(
-                "innodb_snapshot_isolation",
-                snapshot,
-                "warning" if lost else "fine",
-                "at REPEATABLE READ, the default, updates get lost without an error; set it to ON, or lock what you "
-                "read with with_for_update()" * lost,
-            )
+        advice = (
+            "at REPEATABLE READ, the default, updates get lost without an error; set it to ON, or lock what you read with "
+            "with_for_update()"
         )
-    whole = await _variable(subject, "innodb_rollback_on_timeout")
-    found.append(Finding("innodb_rollback_on_timeout", str(whole), "fine", ""))
+        found.append(judged("innodb_snapshot_isolation", snapshot, advice, wrong=snapshot == "OFF", level="warning"))
+    found.append(Finding("innodb_rollback_on_timeout", str(await _variable(subject, "innodb_rollback_on_timeout"))))
     found.append(Finding("innodb_lock_wait_timeout", f"{await _variable(subject, 'innodb_lock_wait_timeout')} s"))
     limit = float(await _variable(subject, "max_statement_time") or 0)
-    found.append(
-        Finding(
-            "max_statement_time",
-            f"{limit:g} s" if limit else "off",
-            "note" if limit else "fine",
-            "ends statements of units too, which is no conflict; give timeout= to the functions instead" * bool(limit),
-        )
-    )
+    advice = "ends statements of units too, which is no conflict; give timeout= to the functions instead"
+    found.append(judged("max_statement_time", f"{limit:g} s" if limit else "off", advice, wrong=limit > 0))
     level = await _variable(subject, "tx_isolation") or await _variable(subject, "transaction_isolation")
     found.append(Finding("default isolation", str(level).replace("-", " ")))
     flush = await _variable(subject, "innodb_flush_log_at_trx_commit")
-    lossy = flush != "1"
-    found.append(
-        Finding(
-            "innodb_flush_log_at_trx_commit",
-            str(flush),
-            "warning" if lossy else "fine",
-            "a crash of the machine loses transactions that were committed; set it to 1" * lossy,
-        )
-    )
+    advice = "a crash of the machine loses transactions that were committed; set it to 1"
+    found.append(judged("innodb_flush_log_at_trx_commit", str(flush), advice, wrong=flush != "1", level="warning"))
     return found
 
 
 async def _connections(subject: Subject) -> list[Finding]:
     limit = int(await _variable(subject, "max_connections") or 0)
     own = int(await _variable(subject, "max_user_connections") or 0)
-    limit = min(limit, own) if own else limit
-    short = subject.connections > limit
-    return [
-        Finding(
-            "connections",
-            f"{limit} allowed, {subject.connections} wanted",
-            "warning" if short else "fine",
-            "calls would fail as 'not started'; make the pools smaller, or max_connections larger" * short,
-        )
-    ]
+    return connections(subject, min(limit, own) if own else limit, "max_connections larger")
 
 
 async def _cluster(subject: Subject) -> list[Finding]:
@@ -104,20 +74,12 @@ async def _replication(subject: Subject) -> list[Finding]:
     read_only = await _variable(subject, "read_only")
     log = await _variable(subject, "log_bin")
     if read_only not in (None, "OFF", "0"):
-        return [Finding("role", "replica", "note", "pass its engine in replicas=, not as the primary")]
+        return as_replica("replica")
     return [Finding("role", f"primary, binary log {log}")]
 
 
 async def _clock(subject: Subject) -> list[Finding]:
-    before = time.time()
-    theirs = float(await subject.value("SELECT unix_timestamp(sysdate(6))"))
-    off = theirs - (before + time.time()) / 2
-    wrong = abs(off) > _CLOCK_SECONDS
-    return [
-        Finding(
-            "clock", f"{off:+.2f} s", "note" if wrong else "fine", "timestamps of here and there do not compare" * wrong
-        )
-    ]
+    return await clock(subject, "SELECT unix_timestamp(sysdate(6))")
 
 
 CHECKS: Sequence[Check] = (_version, _settings, _connections, _cluster, _replication, _clock)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Finding", "as_json", "as_table"]
+__all__ = ["Finding", "Level", "as_json", "as_table", "judged"]
+
+Level: TypeAlias = Literal["fine", "note", "warning"]
 
 _MARKS = {"fine": "", "note": "note", "warning": "WARNING"}
 _WIDTH = 100
@@ -27,8 +29,13 @@ class Finding(NamedTuple):
 
     name: str
     value: str
-    level: Literal["fine", "note", "warning"] = "fine"
+    level: Level = "fine"
     advice: str = ""
+
+
+def judged(name: str, value: str, advice: str, *, wrong: bool, level: Level = "note") -> Finding:
+    """Return a finding that has its level and its advice only where something is wrong."""
+    return Finding(name, value, level, advice) if wrong else Finding(name, value)
 
 
 def as_table(findings: Sequence[Finding]) -> str:

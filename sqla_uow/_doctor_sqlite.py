@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING
 
-from sqla_uow._doctor_report import Finding
+from sqla_uow._doctor_report import Finding, judged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,28 +22,15 @@ async def _version(subject: Subject) -> list[Finding]:  # as all checks
 
 async def _settings(subject: Subject) -> list[Finding]:
     journal = str(await subject.value("PRAGMA journal_mode"))
-    blocks = journal not in ("wal", "memory")
     busy = int(await subject.value("PRAGMA busy_timeout"))
     foreign = bool(await subject.value("PRAGMA foreign_keys"))
+    blocks = "who reads holds up who writes, and the other way round; PRAGMA journal_mode=WAL, once"
+    at_once = "other processes' locks are a conflict at once; connect_args={'timeout': 5}"
+    lax = "not enforced; PRAGMA foreign_keys=ON for each connection"
     return [
-        Finding(
-            "journal_mode",
-            journal,
-            "note" if blocks else "fine",
-            "who reads holds up who writes, and the other way round; PRAGMA journal_mode=WAL, once" * blocks,
-        ),
-        Finding(
-            "busy_timeout",
-            f"{busy} ms",
-            "note" if not busy else "fine",
-            "other processes' locks are a conflict at once; connect_args={'timeout': 5}" * (not busy),
-        ),
-        Finding(
-            "foreign_keys",
-            "on" if foreign else "off",
-            "fine" if foreign else "note",
-            "not enforced; PRAGMA foreign_keys=ON for each connection" * (not foreign),
-        ),
+        judged("journal_mode", journal, blocks, wrong=journal not in ("wal", "memory")),
+        judged("busy_timeout", f"{busy} ms", at_once, wrong=not busy),
+        judged("foreign_keys", "on" if foreign else "off", lax, wrong=not foreign),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self, get_args
 
 from sqlalchemy import Column, Integer, MetaData, Table, select, update
 
-from sqla_uow._doctor_report import Finding
+from sqla_uow._doctor_report import Finding, judged
 from sqla_uow._shield import shielded
 from sqla_uow.errors import ConflictError
 from sqla_uow.typing import IsolationLevel
@@ -110,13 +110,13 @@ async def try_levels(subject: Subject) -> list[Finding]:
             except ValueError:  # the database has no such level
                 continue
             possible = [name for name, happens in (("lost update", lost), ("write skew", skewed)) if happens]
-            wrong = level == "SERIALIZABLE" and bool(possible)
             found.append(
-                Finding(
+                judged(
                     level,
                     f"{' and '.join(possible)} possible" if possible else "no lost update, no write skew",
-                    "warning" if wrong else "fine",
-                    "it is not what it says; do not rely on it" * wrong,
+                    "it is not what it says; do not rely on it",
+                    wrong=level == "SERIALIZABLE" and bool(possible),
+                    level="warning",
                 )
             )
     return found

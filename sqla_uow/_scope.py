@@ -109,9 +109,8 @@ class Scope:
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
         if self.reader is not None:
-            async with (
-                self._giving_way
-            ):  # once for all units that sibling tasks begin: they do not use the read session
+            # Once for all units that sibling tasks begin: they do not use the read session.
+            async with self._giving_way:
                 await self._give_way()
 
     async def _give_way(self) -> None:
