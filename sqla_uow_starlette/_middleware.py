@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest
-from sqla_uow_starlette._position import Carrier, PositionIn
+from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
 from sqla_uow_starlette._timing import Timing
 
@@ -97,7 +97,8 @@ class UnitOfWorkMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
         if scope["type"] == "websocket":
-            await handle_connection(self.app, self.manager, scope, receive, send, carrier=self._carrier)
+            opening = self.manager.scope(position=sent(self._carrier, scope))
+            await handle_connection(self.app, opening, scope, receive, send)
         elif scope["type"] != "http":
             await self.app(scope, receive, send)
         else:

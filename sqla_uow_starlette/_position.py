@@ -9,15 +9,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
     from starlette.types import Message, Scope, Send
 
     from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
-    from sqla_uow.events import Observer
 
-__all__ = ["Carrier", "PositionIn", "open_scope", "telling"]
+__all__ = ["Carrier", "PositionIn", "sent", "telling"]
 
 PositionIn = Literal["cookie", "header"]
 
@@ -53,18 +50,15 @@ class Carrier:
         return {**message, "headers": headers.raw}
 
 
-def open_scope(
-    manager: UnitOfWorkManager[Any], carrier: Carrier | None, scope: Scope, observers: tuple[Observer, ...] = ()
-) -> AbstractAsyncContextManager[UnitScope]:
-    """Open the scope of a request, which goes on where its client has written last."""
-    return manager.scope(position=None if carrier is None else carrier.read(scope), observers=observers)
+def sent(carrier: Carrier | None, scope: Scope) -> str | None:
+    """Return the position that the client of a request has sent; None where clients keep none."""
+    return None if carrier is None else carrier.read(scope)
 
 
-def telling(send: Send, carrier: Carrier | None, scope: Scope, unit_scope: UnitScope) -> Send:
+def telling(send: Send, carrier: Carrier | None, scope: Scope, unit_scope: UnitScope, known: str | None) -> Send:
     """Return a `send()` that tells the client where it has written, if that is news, when the response starts."""
     if carrier is None:
         return send
-    known = carrier.read(scope)
 
     async def tell(message: Message) -> None:
         position = unit_scope.position or ""

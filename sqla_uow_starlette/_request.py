@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqla_uow.errors import ReadOnlyError
 from sqla_uow_starlette._answer import answering
-from sqla_uow_starlette._position import Carrier, open_scope, telling
+from sqla_uow_starlette._position import Carrier, sent, telling
 from sqla_uow_starlette._sending import Sender, run
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from sqla_uow import Scope as UnitScope
@@ -32,8 +34,9 @@ async def handle_request(
 ) -> None:
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
-    async with open_scope(manager, carrier, scope, observers) as unit_scope:
-        send = telling(send, carrier, scope, unit_scope)
+    known = sent(carrier, scope)
+    async with manager.scope(position=known, observers=observers) as unit_scope:
+        send = telling(send, carrier, scope, unit_scope, known)
         sender = Sender(unit_scope, send)
         await run(app, scope, receive, sender)
     if sender.failure is not None:
@@ -54,16 +57,10 @@ async def answer(app: ASGIApp, failed: UnitScope, scope: Scope, receive: Receive
 
 
 async def handle_connection(
-    app: ASGIApp,
-    manager: UnitOfWorkManager[Any],
-    scope: Scope,
-    receive: Receive,
-    send: Send,
-    *,
-    carrier: Carrier | None,
+    app: ASGIApp, opening: AbstractAsyncContextManager[UnitScope], scope: Scope, receive: Receive, send: Send
 ) -> None:
     """Handle a WebSocket connection in a scope that rests while the application waits for the next message."""
-    async with open_scope(manager, carrier, scope) as unit_scope:
+    async with opening as unit_scope:
 
         async def resting() -> Message:
             await unit_scope.rest()
