@@ -15,6 +15,7 @@ from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, cu
 from sqla_uow.events import AttemptEvent, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.testing import FaultPlan
 from tests.models import Note
+from tests.queueing import a_turn_that_does_not_come
 
 SYSTEMS = {"postgresql": "postgresql", "mysql": "mariadb", "sqlite": "sqlite"}
 SELECT = text("SELECT 1")
@@ -221,23 +222,11 @@ async def test_cancellations_in_the_body_and_in_the_wait_have_an_outcome(db, tro
 async def test_a_turn_that_does_not_come_has_an_outcome(db, recorder):
     """The deadline passes in the queue: no run begins, and the call has ended all the same."""
     manager = UnitOfWorkManager(db.engine(), observers=[recorder])
-    leave = asyncio.Event()
-
-    async def hold(seconds=None):
-        async for attempt in manager.attempts(retries=1, timeout=seconds):
-            async with attempt:
-                await leave.wait()
-
-    running = [asyncio.create_task(hold()) for _ in range(2)]
-    await asyncio.sleep(0)
-    with pytest.raises(errors.TransactionTimeoutError):
-        await hold(0.05)
-    assert recorder.kinds == [AttemptEvent, AttemptEvent, OutcomeEvent]
-    assert (recorder.last.status, recorder.last.error) == (Status.ROLLED_BACK, errors.TransactionTimeoutError)
-    seen = manager.statistics()
-    assert (seen.open, seen.timed_out, seen.begun) == (2, 1, 3)
-    leave.set()
-    await asyncio.gather(*running)
+    async with a_turn_that_does_not_come(manager):
+        assert recorder.kinds == [AttemptEvent, AttemptEvent, OutcomeEvent]
+        assert (recorder.last.status, recorder.last.error) == (Status.ROLLED_BACK, errors.TransactionTimeoutError)
+        seen = manager.statistics()
+        assert (seen.open, seen.timed_out, seen.begun) == (2, 1, 3)
     assert manager.statistics().open == 0
 
 

@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 from sqla_uow import RetryPolicy, UnitOfWorkManager, after_commit, current_session, errors, transactional
 from sqla_uow.opentelemetry import OpenTelemetryObserver
 from tests.models import Note
+from tests.queueing import a_turn_that_does_not_come
 
 SYSTEMS = {"postgresql": "postgresql", "mysql": "mariadb", "sqlite": "sqlite"}
 
@@ -223,22 +224,10 @@ async def test_spans_that_the_body_leaves_open_stay_current(db, telemetry):
 async def test_a_turn_that_does_not_come_is_a_span_without_attempts(db, telemetry):
     """The deadline passes in the queue."""
     manager = UnitOfWorkManager(db.engine(), observers=[telemetry.observer])
-    leave = asyncio.Event()
-
-    async def hold(seconds=None):
-        async for attempt in manager.attempts(retries=1, timeout=seconds):
-            async with attempt:
-                await leave.wait()
-
-    running = [asyncio.create_task(hold()) for _ in range(2)]
-    await asyncio.sleep(0)
-    with pytest.raises(errors.TransactionTimeoutError):
-        await hold(0.05)
-    (call,) = telemetry.named("attempts()")
-    assert call.attributes["error.type"] == "sqla_uow.errors.TransactionTimeoutError"
-    assert telemetry.named("attempt") == []
-    leave.set()
-    await asyncio.gather(*running)
+    async with a_turn_that_does_not_come(manager):
+        (call,) = telemetry.named("attempts()")
+        assert call.attributes["error.type"] == "sqla_uow.errors.TransactionTimeoutError"
+        assert telemetry.named("attempt") == []
     assert len(telemetry.named("attempt")) == 2
 
 
