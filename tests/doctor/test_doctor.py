@@ -154,6 +154,7 @@ async def test_what_is_no_replica(db, doctor):
     nowhere = db.server.url(db.driver, port=1, database=db.name)
     status, found = await doctor(db.url, "--read-only", "--replica", db.url, "--replica", nowhere)
     assert status == 1
+    assert not set(LEVELS["mysql"]) & set(found)  # --read-only
     assert (found["replica 1"]["level"], found["replica 1"]["value"]) == ("warning", "not usable")
     assert (found["replica 2"]["level"], "does not let us in" in found["replica 2"]["value"]) == ("warning", True)
 
