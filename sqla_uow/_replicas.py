@@ -36,6 +36,8 @@ DOWN_SECONDS = 1.0, 30.0
 """How long a replica is passed over after its first failure, and at most; it doubles with each."""
 LAGGING_SECONDS = 0.5
 """How long nobody waits for a replica that did not catch up in time."""
+LOOK_SECONDS = 0.01
+"""Pause between two looks at a replica that nobody waits for: it may have caught up."""
 POLL_SECONDS = 0.001, 0.016
 """Pause between two looks at how far a replica is: the first, and the longest; it doubles with each."""
 
@@ -126,7 +128,9 @@ class Replica:
 
     def __init__(self, number: int, database: Database[Any]) -> None:
         self.database: Database[Any] = database
-        self.lagging_until: float = 0.0
+        self._missed = NOWHERE
+        self._lagging_until = 0.0
+        self._look_at = 0.0
         self._number = number
         self._replayed: Position | None = None
         self._down_until = 0.0
@@ -136,6 +140,18 @@ class Replica:
         """Say whether it is up, as far as is known, and can run the transaction: no standby can at SERIALIZABLE."""
         level = transaction.isolation or self.database.default_isolation()
         return now >= self._down_until and level != "SERIALIZABLE"
+
+    def may_have(self, position: Position, now: float) -> bool:
+        """Say whether it is worth a question: one that lags is looked at now and then."""
+        return self.has(position) or not self._lags(now) or now >= self._look_at
+
+    def _lags(self, now: float) -> bool:
+        return now < self._lagging_until and not self.has(self._missed)
+
+    def is_late(self, position: Position) -> None:
+        """Have nobody wait for it, for a while, or until it is seen to have this position."""
+        self._missed = position
+        self._lagging_until = time.monotonic() + LAGGING_SECONDS
 
     def has(self, position: Position) -> bool:
         """Say whether it is known to have replayed so far; of one that was never asked nothing is known."""
@@ -154,13 +170,24 @@ class Replica:
             self.failed(error)
             return None
 
-    async def catches_up(self, connection: Connection, position: Position, until: float) -> bool:
+    async def catches_up(self, connection: Connection, position: Position, patience: float) -> bool | None:
         """Wait until it has replayed so far, or until there is no more time.
+
+        Args:
+            connection: to it.
+            position: that it should have.
+            patience: seconds, unless it lags.
+
+        Returns:
+            None if it has not, and was not waited for.
 
         Raises:
             Exception: it did not tell.
         """
         pause, longest = POLL_SECONDS
+        now = time.monotonic()
+        until = None if self._lags(now) else now + patience
+        self._look_at = now + LOOK_SECONDS
         # A server that was restarted may be behind what it was.  Its old connections are dead then; a new one asks.
         known = connection.info.get(_ASKED) is self and self._replayed is not None
         connection.info[_ASKED] = self
@@ -168,6 +195,8 @@ class Replica:
             self._replayed = await _ask(connection, self.database.family, _REPLICA)
             self._failures, known = 0, True
             if not self.has(position):
+                if until is None:
+                    return None
                 if time.monotonic() + pause > until:
                     return False
                 await asyncio.sleep(pause)
@@ -230,17 +259,18 @@ class Replicas:
             connection = await replica.lend(partial(connect, replica.database))
             if connection is None:
                 continue
+            caught_up: bool | None = None
             try:
-                until = time.monotonic() + self._patience(transaction) / len(candidates)
-                if await replica.catches_up(connection, wanted, until):
-                    return replica, connection
+                caught_up = await replica.catches_up(connection, wanted, self._patience(transaction) / len(candidates))
             except Exception as error:
                 replica.failed(error)
                 await greenlet_spawn(connection.invalidate)
             except BaseException:
                 await greenlet_spawn(connection.invalidate)
                 raise
-            else:
+            if caught_up:
+                return replica, connection
+            if caught_up is False:
                 late.append(replica)
             await greenlet_spawn(connection.close)
         if late:
@@ -254,7 +284,7 @@ class Replicas:
         up = [
             replica
             for replica in self._replicas[self._turn :] + self._replicas[: self._turn]
-            if replica.takes(transaction, now) and (replica.has(wanted) or now >= replica.lagging_until)
+            if replica.takes(transaction, now) and replica.may_have(wanted, now)
         ]
         return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
@@ -268,7 +298,7 @@ class Replicas:
         await self._see_primary(last_write)
         if last_write.position is wanted:
             for replica in late:
-                replica.lagging_until = time.monotonic() + LAGGING_SECONDS
+                replica.is_late(wanted)
 
     async def _see_primary(self, last_write: LastWrite) -> None:
         """Replace a position beyond the primary's by that: it is not known, forged, or of a server that is gone."""

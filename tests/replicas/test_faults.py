@@ -238,6 +238,18 @@ async def test_nobody_waits_again_for_a_replica_that_lags(pair):
     assert took[1] < 0.5
 
 
+async def test_one_that_has_caught_up_is_found(pair, monkeypatch):
+    """Nobody waits for it for a minute, but somebody looks: a hiccup does not send all reads to the primary."""
+    monkeypatch.setattr(_replicas, "LAGGING_SECONDS", 60.0)
+    manager = pair.manager()
+    pair.replica.pause()
+    with manager.activate():
+        await write(1)
+        assert await read() == (1, False)
+        pair.replica.resume()
+        await until(lambda: _reads_at_replica(1))
+
+
 async def test_a_primary_is_no_replica(pair, caplog):
     """What was promoted, or never was one, is not read from."""
     manager = UnitOfWorkManager(pair.engine(pair.primary), replicas=[pair.engine(pair.primary)])
