@@ -75,10 +75,11 @@ class Counts:
 def state_of_pool(pool: Any, limit: int | None) -> PoolState:
     """Return what a pool knows of itself; `QueuePool` knows all."""
     numbers: list[int | None] = [
-        getattr(pool, name)() if hasattr(pool, name) else None for name in ("size", "checkedout", "overflow")
+        getattr(pool, name)() if hasattr(pool, name) else None
+        for name in ("size", "checkedout", "overflow", "checkedin")
     ]
-    size, lent, overflow = numbers
-    return PoolState(size, lent, None if overflow is None else max(0, overflow), limit)
+    size, lent, overflow, idle = numbers
+    return PoolState(size, lent, None if overflow is None else max(0, overflow), limit, idle)
 
 
 def name_of(function: object) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from opentelemetry import metrics
 from opentelemetry.metrics import Observation
 
-from sqla_uow._otel_spans import name_of_error
+from sqla_uow._otel_spans import SCHEMA, error_of, of_commit
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from opentelemetry.metrics import CallbackOptions, MeterProvider
 
@@ -25,7 +26,8 @@ __all__ = ["Metrics"]
 SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 """Bounds of the buckets; those that the semantic conventions advise for databases."""
 
-Gauge = tuple[float, dict[str, str]]
+Seen = tuple[float, dict[str, str]]
+Create = Callable[..., object]
 
 
 class Metrics:
@@ -36,7 +38,7 @@ class Metrics:
     """
 
     def __init__(self, provider: MeterProvider | None) -> None:
-        meter = self._meter = metrics.get_meter("sqla_uow", meter_provider=provider)
+        meter = self._meter = metrics.get_meter("sqla_uow", meter_provider=provider, schema_url=SCHEMA)
         self._attempts = meter.create_counter(
             "sqla_uow.attempts", "{attempt}", "Runs of a body, first ones and retries"
         )
@@ -46,20 +48,23 @@ class Metrics:
             "sqla_uow.ambiguous_commits", "{call}", "COMMITs of which no answer came"
         )
         self._durations = self._histogram("sqla_uow.call.duration", "Calls, with all attempts, waits and hooks")
-        self._commits = self._histogram("sqla_uow.commit.duration", "COMMITs")
+        self._commits = self._histogram("db.client.operation.duration", "COMMITs")
         self._waits = self._histogram("db.client.connection.wait_time", "Until an attempt had its connection")
         self._managers: WeakSet[UnitOfWorkManager[Any]] = WeakSet()
-        self._gauge("sqla_uow.contention.width", "{call}", "Calls of a function that may run at once", _widths)
-        self._gauge("sqla_uow.contention.running", "{call}", "Calls of a function that run", _running)
-        self._gauge("sqla_uow.contention.waiting", "{call}", "Calls of a function that wait for their turn", _waiting)
-        self._gauge("sqla_uow.open", "{attempt}", "Attempts that run, or wait", _open)
-        self._gauge("db.client.connection.count", "{connection}", "Connections that are lent", _lent)
-        self._gauge("db.client.connection.max", "{connection}", "Connections that can be lent at once", _limit)
+        gauge, sum_ = meter.create_observable_gauge, meter.create_observable_up_down_counter
+        self._observe(gauge, "sqla_uow.contention.width", "{call}", "Calls of a function that may run at once", _widths)
+        self._observe(gauge, "sqla_uow.contention.running", "{call}", "Calls of a function that run", _running)
+        self._observe(gauge, "sqla_uow.contention.waiting", "{call}", "Calls of a function that await a turn", _waiting)
+        self._observe(gauge, "sqla_uow.open", "{attempt}", "Attempts that run, or wait", _open)
+        self._observe(sum_, "db.client.connection.count", "{connection}", "Connections, lent or not", _connections)
+        self._observe(sum_, "db.client.connection.max", "{connection}", "Connections that can be lent at once", _limit)
 
     def _histogram(self, name: str, description: str) -> metrics.Histogram:
         return self._meter.create_histogram(name, "s", description, explicit_bucket_boundaries_advisory=SECONDS)
 
-    def _gauge(self, name: str, unit: str, description: str, read: Callable[[Statistics], Iterable[Gauge]]) -> None:
+    def _observe(
+        self, create: Create, name: str, unit: str, description: str, read: Callable[[Statistics], Iterable[Seen]]
+    ) -> None:
         def observe(_options: CallbackOptions) -> Iterable[Observation]:
             for manager in list(self._managers):
                 for value, attributes in read(manager.statistics()):
@@ -67,7 +72,7 @@ class Metrics:
                     own = {} if pool else {"sqla_uow.manager": manager.name}
                     yield Observation(value, {**attributes, **pool, **own})
 
-        self._meter.create_observable_gauge(name, [observe], unit, description)
+        create(name, [observe], unit, description)
 
     def measure(self, manager: UnitOfWorkManager[Any]) -> None:
         """Report its gauges."""
@@ -94,16 +99,14 @@ class Metrics:
         if event.status is Status.AMBIGUOUS:
             self._ambiguous.add(1, attributes)
         attributes["sqla_uow.status"] = event.status.value
-        if event.error is not None:
-            attributes["error.type"] = name_of_error(event.error)
-        self._durations.record(event.elapsed, attributes)
+        self._durations.record(event.elapsed, attributes | error_of(event))
         self._end(event)
 
     def _end(self, event: EndEvent) -> None:
         if event.connection_seconds is not None:
             self._waits.record(event.connection_seconds, {"db.client.connection.pool.name": event.manager})
         if event.commit_seconds is not None:
-            self._commits.record(event.commit_seconds, _attributes(event))
+            self._commits.record(event.commit_seconds, {**_attributes(event), **of_commit(event)})
 
 
 def _attributes(event: Event) -> dict[str, str]:
@@ -116,26 +119,27 @@ def _why(reason: str, code: str | None) -> dict[str, str]:
     return {"sqla_uow.reason": reason} | ({} if code is None else {"db.response.status_code": code})
 
 
-def _widths(seen: Statistics) -> Iterable[Gauge]:
+def _widths(seen: Statistics) -> Iterable[Seen]:
     return [(state.width, {"sqla_uow.function": name}) for name, state in seen.contention if state.width is not None]
 
 
-def _running(seen: Statistics) -> Iterable[Gauge]:
+def _running(seen: Statistics) -> Iterable[Seen]:
     return [(state.running, {"sqla_uow.function": name}) for name, state in seen.contention]
 
 
-def _waiting(seen: Statistics) -> Iterable[Gauge]:
+def _waiting(seen: Statistics) -> Iterable[Seen]:
     return [(state.waiting, {"sqla_uow.function": name}) for name, state in seen.contention]
 
 
-def _open(seen: Statistics) -> Iterable[Gauge]:
+def _open(seen: Statistics) -> Iterable[Seen]:
     return [(seen.open, {})]
 
 
-def _lent(seen: Statistics) -> Iterable[Gauge]:
-    lent = seen.pool.checked_out
-    return [] if lent is None else [(lent, {"db.client.connection.state": "used"})]
+def _connections(seen: Statistics) -> Iterable[Seen]:
+    pool = seen.pool
+    numbers = (("used", pool.checked_out), ("idle", pool.idle))
+    return [(number, {"db.client.connection.state": state}) for state, number in numbers if number is not None]
 
 
-def _limit(seen: Statistics) -> Iterable[Gauge]:
+def _limit(seen: Statistics) -> Iterable[Seen]:
     return [] if seen.pool.limit is None else [(seen.pool.limit, {})]

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from sqla_uow.events import AttemptEvent, Call, EndEvent, Event, OutcomeEvent, RetryEvent
 
-__all__ = ["Spans", "name_of_error"]
+__all__ = ["SCHEMA", "Spans", "error_of", "of_commit"]
 
+SCHEMA = "https://opentelemetry.io/schemas/1.43.0"
+"""The semantic conventions whose names are used."""
 _NANOSECONDS = 1_000_000_000
 
 
@@ -48,7 +50,7 @@ class Spans:
     """
 
     def __init__(self, provider: TracerProvider | None) -> None:
-        self._tracer = trace.get_tracer("sqla_uow", tracer_provider=provider)
+        self._tracer = trace.get_tracer("sqla_uow", tracer_provider=provider, schema_url=SCHEMA)
         self._open: weakref.WeakKeyDictionary[Call, _Open] = weakref.WeakKeyDictionary()
 
     def attempt(self, event: AttemptEvent) -> None:
@@ -65,9 +67,11 @@ class Spans:
     def retry(self, event: RetryEvent) -> None:
         """End the span of an attempt that is run again."""
         call = self._of(event)
-        facts: dict[str, str | float] = {"sqla_uow.reason": event.reason, "sqla_uow.wait": event.wait}
-        if event.code is not None:
-            facts["db.response.status_code"] = event.code
+        facts: dict[str, str | float] = {
+            "sqla_uow.reason": event.reason,
+            "sqla_uow.wait": event.wait,
+            **_code_of(event),
+        }
         self._end_attempt(call, event, facts, time.time_ns())
 
     def outcome(self, event: OutcomeEvent) -> None:
@@ -76,11 +80,10 @@ class Spans:
         self._end_attempt(call, event, {}, now)
         facts: dict[str, str | int] = {
             **_of_database(event), "sqla_uow.attempts": event.attempt, "sqla_uow.status": event.status.value,
+            **_code_of(event),
         }  # fmt: skip
         if event.reason is not None:
             facts["sqla_uow.reason"] = event.reason
-        if event.code is not None:
-            facts["db.response.status_code"] = event.code
         call.dropped.detach()
         _end(call.call, event, facts, now)
         self._open.pop(event.call, None)
@@ -106,19 +109,17 @@ class Spans:
     def _commit(self, attempt: Span, event: EndEvent, began: float, now: int) -> None:
         """Make the span of a COMMIT, which is over by now."""
         span = self._tracer.start_span(
-            "COMMIT",
+            "COMMIT" if event.namespace is None else f"COMMIT {event.namespace}",
             trace.set_span_in_context(attempt),
             SpanKind.CLIENT,
             start_time=_at(began, event, now),
-            attributes={**_of_database(event), "db.operation.name": "COMMIT"},
+            attributes={**of_commit(event), "sqla_uow.status": event.status.value},
         )
         ended = _at(began + (event.commit_seconds or 0.0), event, now)
-        facts = {"sqla_uow.status": event.status.value}
         if event.status is Status.COMMITTED:  # what its hooks raised is none of its own
-            span.set_attributes(facts)
             span.end(ended)
         else:
-            _end(span, event, facts, ended)
+            _end(span, event, {}, ended)
 
 
 def _at(seconds: float, event: Event, now: int) -> int:
@@ -132,6 +133,18 @@ def _of_database(event: Event) -> dict[str, str]:
     if event.namespace is not None:
         found["db.namespace"] = event.namespace
     return found
+
+
+def _code_of(event: EndEvent) -> dict[str, str]:
+    """Return the driver's code, if there is one."""
+    code = getattr(event, "code", None)
+    return {} if code is None else {"db.response.status_code": code}
+
+
+def of_commit(event: EndEvent) -> dict[str, str]:
+    """Return what the semantic conventions say of a database operation, of COMMIT."""
+    found = {**_of_database(event), "db.operation.name": "COMMIT"}
+    return found if event.status is Status.COMMITTED else {**found, **_code_of(event), **error_of(event)}
 
 
 def _described(event: Event) -> dict[str, str | bool | int]:
@@ -148,13 +161,17 @@ def _end(span: Span, event: EndEvent, facts: Mapping[str, str | float], ended: i
     """End a span; an error is told by its class, as its text may hold SQL and parameters."""
     span.set_attributes(facts)
     if event.error is not None:
-        name = name_of_error(event.error)
+        name = _name_of(event.error)
         span.set_attribute("error.type", name)
         span.add_event("exception", {"exception.type": name}, timestamp=ended)
         span.set_status(StatusCode.ERROR, event.status.value)
     span.end(ended)
 
 
-def name_of_error(error: type[BaseException]) -> str:
-    """Return what the semantic conventions want to see in ``error.type``."""
+def error_of(event: EndEvent) -> dict[str, str]:
+    """Return the class of what it ended with, if there was an error."""
+    return {} if event.error is None else {"error.type": _name_of(event.error)}
+
+
+def _name_of(error: type[BaseException]) -> str:
     return error.__qualname__ if error.__module__ == "builtins" else f"{error.__module__}.{error.__qualname__}"

@@ -62,12 +62,14 @@ class PoolState(NamedTuple):
         checked_out: how many are lent, to units and to anybody else.
         overflow: how many it has beyond its size.
         limit: how many it can lend at once; None is no limit, or not known.
+        idle: how many are open and not lent.
     """
 
     size: int | None
     checked_out: int | None
     overflow: int | None
     limit: int | None
+    idle: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 
@@ -17,13 +19,26 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.semconv._incubating.attributes import db_attributes
+from opentelemetry.semconv._incubating.metrics import db_metrics
+from opentelemetry.semconv.schemas import Schemas
 from opentelemetry.trace import SpanKind, StatusCode
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from sqla_uow import RetryPolicy, UnitOfWorkManager, after_commit, current_session, errors, transactional
+from sqla_uow import (
+    RetryPolicy,
+    UnitOfWorkManager,
+    _otel_metrics,
+    _otel_spans,
+    after_commit,
+    current_session,
+    errors,
+    transactional,
+)
 from sqla_uow.opentelemetry import OpenTelemetryObserver
+from sqla_uow.testing import FaultPlan
 from tests.models import Note
 from tests.queueing import a_turn_that_does_not_come
 
@@ -47,7 +62,8 @@ class Telemetry:
         return sorted(self.exporter.get_finished_spans(), key=lambda span: (span.start_time, -span.end_time))
 
     def named(self, name):
-        return [span for span in self.spans if span.name == name]
+        """Return the spans of this name, or of this operation on whichever database."""
+        return [span for span in self.spans if span.name == name or span.name.startswith(f"{name} ")]
 
     def points(self, name):
         """Return the points of an instrument, with its unit."""
@@ -97,7 +113,9 @@ async def test_a_call_its_attempts_and_its_commit_are_spans(db, trouble, telemet
         await write()
         assert trace.get_current_span() is request
     around, call, first, second, commit = telemetry.spans
-    assert [span.name for span in telemetry.spans] == ["request", "write()", "attempt", "attempt", "COMMIT"]
+    assert [span.name for span in telemetry.spans] == [
+        "request", "write()", "attempt", "attempt", f"COMMIT {manager.engine.url.database}",
+    ]  # fmt: skip
     assert is_below(call, around)
     assert is_below(first, call)
     assert is_below(second, call)
@@ -148,6 +166,40 @@ async def test_a_call_that_gives_up_is_an_error(db, trouble, telemetry):
     }  # fmt: skip
     assert telemetry.values("sqla_uow.conflicts") == [("{attempt}", 1, why)]
     assert telemetry.values("sqla_uow.give_ups") == [("{call}", 1, why)]
+
+
+async def test_a_commit_that_is_refused_has_the_code(db, telemetry):
+    """The semantic conventions want it, and the error's class, of the operation that failed: span and duration."""
+    manager = UnitOfWorkManager(db.engine(), observers=[telemetry.observer])
+
+    @transactional(using=manager, retries=1, retry=RetryPolicy(base=0, cap=0))
+    async def write():
+        current_session(manager).add(Note(text="written"))
+
+    with FaultPlan(manager, "conflict", at="commit"):
+        await write()
+    refused, applied = telemetry.named("COMMIT")
+    code = {"postgresql": "40001", "mysql": "1213", "sqlite": "SQLITE_BUSY"}[db.family]
+    failed = {"db.response.status_code": code, "error.type": refused.attributes["error.type"]}
+    assert failed.items() <= refused.attributes.items()
+    assert refused.attributes["error.type"].startswith("sqlalchemy.exc.")
+    assert failed.keys().isdisjoint(applied.attributes)
+    points = [dict(point.attributes) for _, point in telemetry.points("db.client.operation.duration")]
+    assert [failed.items() <= point.items() for point in points] == [True, False]
+    assert failed.keys().isdisjoint(points[1])
+    assert await db.scalar("SELECT count(*) FROM note") == 1
+
+
+def test_its_names_are_those_of_the_semantic_conventions():
+    """Those that are not our own, so that what everybody's tools show of databases is shown of these."""
+    known = {
+        value for module in (db_attributes, db_metrics) for value in vars(module).values() if isinstance(value, str)
+    }
+    ours = "".join(inspect.getsource(module) for module in (_otel_spans, _otel_metrics))
+    names = set(re.findall(r'"(db\.[a-z_.]+\w)"', ours))
+    assert len(names) > 7
+    assert names <= known
+    assert _otel_spans.SCHEMA in [schema.value for schema in Schemas]
 
 
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -204,7 +256,7 @@ async def test_a_unit_that_ends_in_another_task_leaves_no_trace_behind(db, telem
         seen.append(trace.get_current_span())
 
     await asyncio.create_task(end())
-    assert [span.name for span in telemetry.spans] == ["begin()", "attempt", "COMMIT"]
+    assert [span.name.split()[0] for span in telemetry.spans] == ["begin()", "attempt", "COMMIT"]
     assert seen == [trace.INVALID_SPAN]
     assert caplog.records == []
     assert await db.scalar("SELECT count(*) FROM note") == 1
@@ -269,6 +321,7 @@ async def test_a_failure_without_a_code_and_a_database_without_a_name(telemetry)
     assert first.attributes["error.type"] == "KeyError"
     assert "db.namespace" not in call.attributes
     assert "db.namespace" not in commit.attributes
+    assert commit.name == "COMMIT"
 
 
 async def test_durations_and_attempts_are_metrics(db, telemetry):
@@ -288,8 +341,10 @@ async def test_durations_and_attempts_are_metrics(db, telemetry):
     assert dict(point.attributes) == own | {"db.system.name": SYSTEMS[db.family], "sqla_uow.status": "committed"}
     assert 0 < point.sum < 10
     assert point.explicit_bounds == (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
-    ((unit, point),) = telemetry.points("sqla_uow.commit.duration")
+    ((unit, point),) = telemetry.points("db.client.operation.duration")
     assert (unit, point.count) == ("s", 2)
+    commits = {"db.namespace": manager.engine.url.database, "db.operation.name": "COMMIT"}
+    assert dict(point.attributes) == own | commits | {"db.system.name": SYSTEMS[db.family]}
     ((unit, point),) = telemetry.points("db.client.connection.wait_time")
     assert (unit, point.count, dict(point.attributes)) == ("s", 2, {"db.client.connection.pool.name": "bank"})
     assert await db.scalar("SELECT count(*) FROM note") == 2
@@ -319,8 +374,11 @@ async def test_a_manager_that_is_measured_has_gauges(db, telemetry):
     found = telemetry.values("sqla_uow.open")
     assert ("{attempt}", 1, own) in found
     assert ("{attempt}", 0, {"sqla_uow.manager": "nothing"}) in found
-    used = pool | {"db.client.connection.state": "used"}
-    assert telemetry.values("db.client.connection.count") == [("{connection}", 1, used)]
+    states = [pool | {"db.client.connection.state": state} for state in ("used", "idle")]
+    assert telemetry.values("db.client.connection.count") == [
+        ("{connection}", 1, states[0]),
+        ("{connection}", 0, states[1]),
+    ]
     assert telemetry.values("db.client.connection.max") == [("{connection}", 3, pool)]
     leave.set()
     await running

@@ -23,7 +23,7 @@ async def test_a_new_manager_has_counted_nothing(db):
     assert (seen.begun, seen.committed, seen.rolled_back, seen.ambiguous, seen.attempts, seen.open) == (0,) * 6
     assert (seen.gave_up, seen.doomed, seen.timed_out, seen.readings) == (0,) * 4
     assert (dict(seen.retries), seen.contention) == ({}, ())
-    assert seen.pool == PoolState(size=3, checked_out=0, overflow=0, limit=5)
+    assert seen.pool == PoolState(size=3, checked_out=0, overflow=0, limit=5, idle=0)
 
 
 async def test_what_a_unit_does_is_counted(db):
@@ -130,7 +130,7 @@ async def test_functions_whose_calls_take_turns_are_named(db):
 async def test_a_pool_without_numbers_has_none(db):
     """`NullPool` keeps nothing and knows nothing."""
     manager = UnitOfWorkManager(db.engine(poolclass=NullPool))
-    assert manager.statistics().pool == PoolState(None, None, None, None)
+    assert manager.statistics().pool == PoolState(None, None, None, None, None)
 
 
 async def test_a_snapshot_does_not_change(db):
