@@ -157,6 +157,63 @@ class LockWaitTimeout(LockNotAvailable):
     code = "1205"
 
 
+class Deferred(Trouble):
+    """PostgreSQL: a constraint that is checked at COMMIT, and needs a row that another transaction has locked."""
+
+    at_commit = True
+
+    async def add_child(self, session, parent):
+        """Write what COMMIT will look for the parent of."""
+        await self.db.run(
+            "CREATE TABLE IF NOT EXISTS child "
+            "(parent int NOT NULL REFERENCES account (id) DEFERRABLE INITIALLY DEFERRED)"
+        )
+        await session.execute(text("INSERT INTO child VALUES (:parent)"), {"parent": parent})
+
+
+class LockTimeoutAtCommit(Deferred):
+    """PostgreSQL: another transaction deletes the parent, and does not end."""
+
+    reason = LOCK
+    code = "55P03"
+
+    async def provoke(self, session):
+        await self.add_child(session, 1)
+        other = await self.second()
+        await other.execute(text("SELECT id FROM account WHERE id = 1 FOR UPDATE"))
+        await session.execute(text("SET LOCAL lock_timeout = '1ms'"))
+
+
+class DeadlockAtCommit(Deferred):
+    """PostgreSQL: the other one waits for a row of ours meanwhile."""
+
+    code = "40P01"
+
+    async def provoke(self, session):
+        await self.add_child(session, 1)
+        other = await self.second()
+        await session.execute(text("SET LOCAL deadlock_timeout = '1ms'"))
+        await other.execute(text("SET LOCAL deadlock_timeout = '1min'"))
+        await session.execute(text(UPDATE), {"id": 2})
+        await other.execute(text("SELECT id FROM account WHERE id = 1 FOR UPDATE"))
+        waiting = asyncio.create_task(other.execute(text(UPDATE), {"id": 2}))
+        self._outside.push_async_callback(asyncio.wait, {waiting})
+        await self.db.until_waiting()
+
+
+class CommitBlocked(Trouble):
+    """MariaDB: a backup holds all COMMITs, for longer than this session waits."""
+
+    reason = LOCK
+    code = "1205"
+    at_commit = True
+
+    async def provoke(self, session):
+        await session.execute(text("SET SESSION lock_wait_timeout = 0"))
+        other = await self.second()
+        await other.execute(text("FLUSH TABLES WITH READ LOCK"))
+
+
 class SnapshotChanged(ChangedSinceRead):
     """MariaDB with innodb_snapshot_isolation=ON: 1020, whose SQLSTATE is HY000."""
 
@@ -240,8 +297,11 @@ class BackendKilled(Trouble):
         await session.execute(text("SELECT 1"))
 
 
-POSTGRESQL = (ChangedSinceRead, WriteSkewAtCommit, PostgreSQLDeadlock, LockNotAvailable, ChangedVersion, BackendKilled)
-MARIADB = (MariaDBDeadlock, SnapshotChanged, LockWaitTimeout, ChangedVersion, BackendKilled)
+POSTGRESQL = (
+    ChangedSinceRead, WriteSkewAtCommit, PostgreSQLDeadlock, DeadlockAtCommit, LockNotAvailable, LockTimeoutAtCommit,
+    ChangedVersion, BackendKilled,
+)  # fmt: skip
+MARIADB = (MariaDBDeadlock, SnapshotChanged, LockWaitTimeout, CommitBlocked, ChangedVersion, BackendKilled)
 SQLITE = (Busy, BusyAtCommit, BusySnapshot)
 TROUBLES: dict[str, tuple[type[Trouble], ...]] = {
     "asyncpg": POSTGRESQL,

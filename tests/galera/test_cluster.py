@@ -15,6 +15,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, transactional
 from sqla_uow._verify import Witness
 from sqla_uow.errors import ConflictError
+from sqla_uow.testing import FaultPlan
+from tests.failures import Failed
 from tests.servers import Proxy
 from tests.waiting import until
 
@@ -80,6 +82,26 @@ async def test_the_certification_fails_at_commit(nodes):
     before = nodes.nodes[0].execute("SHOW STATUS LIKE 'wsrep_local_bf_aborts'")
     await add(1)
     assert (seen, nodes.rows(2, "SELECT balance FROM account WHERE id = 0")) == ([1, 1], "11")
+
+
+async def test_the_kits_conflict_at_commit_is_that_of_a_cluster(nodes):
+    """R2, R3: class, code and phase of `FaultPlan(..., "conflict", at="commit")` equal those of a failed certification."""
+    first, second = (UnitOfWorkManager(nodes.engine(number)) for number in (0, 1))
+    row = text("UPDATE account SET balance = balance + 1 WHERE id = 0")
+    before = nodes.nodes[0].execute("SHOW STATUS LIKE 'wsrep_local_bf_aborts'")
+
+    async def loses(session):
+        await session.execute(row)
+        async with second.begin() as unit:
+            await unit.session.execute(row)
+        await until(lambda: nodes.nodes[0].execute("SHOW STATUS LIKE 'wsrep_local_bf_aborts'") != before)
+
+    real = await Failed.of(first, loses)
+    assert (real.seen["in"], real.seen["code"]) == ("COMMIT", "1213")
+    for fault in ("conflict", "deadlock"):
+        with FaultPlan(first, fault, at="commit"):
+            assert await Failed.of(first, lambda session: session.execute(row)) == real
+    assert nodes.rows(2, "SELECT balance FROM account WHERE id = 0") == "1"
 
 
 async def test_a_node_is_killed(nodes):

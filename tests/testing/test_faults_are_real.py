@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sqla_uow import UnitOfWorkManager, errors
-from sqla_uow._classify import classify
 from sqla_uow.testing import FaultPlan
+from tests.failures import Failed
 from tests.losses import Wire
 from tests.models import Account
 from tests.servers import Proxy
@@ -14,7 +14,10 @@ from tests.troubles import (
     Busy,
     BusyAtCommit,
     ChangedSinceRead,
+    CommitBlocked,
+    DeadlockAtCommit,
     LockNotAvailable,
+    LockTimeoutAtCommit,
     LockWaitTimeout,
     MariaDBDeadlock,
     PostgreSQLDeadlock,
@@ -26,53 +29,11 @@ REAL = {
     "conflict": {"postgresql": ChangedSinceRead, "mysql": SnapshotChanged, "sqlite": Busy},
     "conflict at COMMIT": {"postgresql": WriteSkewAtCommit, "sqlite": BusyAtCommit},
     "deadlock": {"postgresql": PostgreSQLDeadlock, "mysql": MariaDBDeadlock},
+    "deadlock at COMMIT": {"postgresql": DeadlockAtCommit},
     "lock timeout": {"postgresql": LockNotAvailable, "mysql": LockWaitTimeout, "sqlite": Busy},
+    "lock timeout at COMMIT": {"postgresql": LockTimeoutAtCommit, "mysql": CommitBlocked, "sqlite": BusyAtCommit},
 }
 NETWORK = ("asyncpg", "psycopg", "asyncmy", "aiomysql")
-
-
-class Failed:
-    """What a unit's failure is made of: everything that code can tell one from another by."""
-
-    def __init__(self):
-        self.seen = {}
-
-    def __eq__(self, other):
-        return self.seen == other.seen
-
-    def __repr__(self):
-        return f"{self.seen}"
-
-    __hash__ = None
-
-    @classmethod
-    async def of(cls, manager, body, **options):
-        """Run a body in a unit, and describe what comes out of it."""
-        self, unit = cls(), None
-        try:
-            async with manager.begin(**options) as unit:
-                try:
-                    await body(unit.session)
-                except BaseException:
-                    self.seen["in"] = "body"
-                    raise
-                self.seen["in"] = "COMMIT"
-        except errors.UnitOfWorkError as error:
-            cause = error.__cause__
-            driver = getattr(cause, "orig", cause)
-            failure = classify(cause, connecting=unit._transaction.connect_failure is not None)
-            self.seen |= {
-                "raised": type(error),
-                "reason": getattr(error, "reason", None),
-                "code": getattr(error, "code", None),
-                "class": type(cause),
-                "driver's class": type(driver),
-                "kind": failure.kind,
-                "driver's code": failure.code,
-                "invalidated": getattr(cause, "connection_invalidated", None),
-                "status": unit.status,
-            }
-        return self
 
 
 @pytest.fixture
@@ -105,15 +66,27 @@ async def test_a_conflict_and_a_lock_timeout_are_those_of_the_server(db, account
 
 
 @pytest.mark.drivers(*NETWORK)
-async def test_a_deadlock_is_that_of_the_server(db, account):
+@pytest.mark.parametrize("at", ["statement", "flush"])
+async def test_a_deadlock_is_that_of_the_server(db, account, at):
     """R2: the victim's error of two transactions that lock two rows crosswise."""
-    await equals_the_real_one(db, "deadlock", "deadlock", "statement")
+    await equals_the_real_one(db, "deadlock", "deadlock", at)
 
 
 @pytest.mark.drivers("asyncpg", "psycopg", "sqlite")
 async def test_a_conflict_at_commit_is_that_of_the_server(db, account):
-    """R2, R3: told at COMMIT, of write skew on PostgreSQL and of a reader on SQLite; on MariaDB only Galera does that."""
+    """R2, R3: told at COMMIT, of write skew on PostgreSQL and of a reader on SQLite; MariaDB's is in tests/galera."""
     await equals_the_real_one(db, "conflict at COMMIT", "conflict", "commit")
+
+
+async def test_a_lock_timeout_at_commit_is_that_of_the_server(db, account):
+    """R2, R3: a deferred constraint waits for a row on PostgreSQL, COMMIT for a backup on MariaDB, for a reader on SQLite."""
+    await equals_the_real_one(db, "lock timeout at COMMIT", "lock timeout", "commit")
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_deadlock_at_commit_is_that_of_the_server(db, account):
+    """R2, R3: deferred constraints wait for each other's rows; MariaDB's, which is its conflict, is in tests/galera."""
+    await equals_the_real_one(db, "deadlock at COMMIT", "deadlock", "commit")
 
 
 async def add_one(session):
