@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import types
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator
+    from collections.abc import Generator
 
 __all__ = ["cancel_at"]
 
@@ -33,11 +34,14 @@ async def cancel_at(nth: int, call: Coroutine[Any, Any, object], /) -> bool:
 
     Raises:
         Exception: what the call raised other than its cancellation.
-        ValueError: `nth` is below 1.
+        TypeError: `call` is something else, as the function itself.
+        ValueError: `nth` is no whole number from 1.
     """
-    if nth < 1:
+    if not isinstance(call, Coroutine):
+        raise TypeError(f"cancel_at() got {call!r}; call an async function there, cancel_at(1, transfer(1, 2))")
+    if not isinstance(nth, int) or nth < 1:
         call.close()
-        raise ValueError(f"cancel_at() got {nth}; count from 1")
+        raise ValueError(f"cancel_at() got {nth!r}; use a whole number, from 1")
     steps = _Steps(nth)
     task = asyncio.create_task(steps.run(call))
     try:

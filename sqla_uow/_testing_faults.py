@@ -89,7 +89,8 @@ class FaultPlan:
         seconds: float = 0.05,
     ) -> None:
         self._engine = engine_of(bind, "FaultPlan()")
-        _check(self._engine.dialect.name, fault, at, nth, times)
+        _check_place(self._engine.dialect.name, fault, at)
+        _check_numbers(nth, times, seconds)
         self._fault: Fault = fault
         self._at: FaultPoint = at
         self._nth = nth
@@ -249,13 +250,19 @@ def _cancel(unit: Transaction) -> None:
     task.cancel()
 
 
-def _check(database: str, fault: object, at: object, nth: int, times: int) -> None:
+def _check_place(database: str, fault: object, at: object) -> None:
     points = next((points for known, points in _POINTS.items() if known == fault), None)
     if points is None:
         raise ValueError(f"FaultPlan() got {fault!r}, which is no fault; use one of {', '.join(map(repr, _POINTS))}")
     if at not in points:
         raise ValueError(f"FaultPlan({fault!r}) got at={at!r}; use {' or '.join(map(repr, points))}")
-    if nth < 1 or times < 1:
-        raise ValueError(f"FaultPlan() got nth={nth}, times={times}; count from 1")
     if database == "sqlite" and fault in _NOT_ON_SQLITE:
         raise ValueError(f"FaultPlan({fault!r}) was asked of SQLite, which has none; use 'conflict' or 'lock timeout'")
+
+
+def _check_numbers(nth: object, times: object, seconds: object) -> None:
+    for number in (nth, times):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"FaultPlan() got nth={nth!r}, times={times!r}; use whole numbers, from 1")
+    if not isinstance(seconds, int | float) or not seconds >= 0:  # nan is neither
+        raise ValueError(f"FaultPlan() got seconds={seconds!r}; use a number from 0")

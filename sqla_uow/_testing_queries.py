@@ -72,7 +72,9 @@ def assert_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
 
     Raises:
         AssertionError: it sent fewer or more; with their text.
+        ValueError: `number` is no whole number from 0.
     """
+    _check(number, "assert_num_queries()")
     with count_queries(bind) as queries:
         yield queries
     if queries.count != number:
@@ -89,14 +91,22 @@ def assert_max_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
 
     Raises:
         AssertionError: it did; with their text.
+        ValueError: `number` is no whole number from 0.
     """
+    _check(number, "assert_max_num_queries()")
     with count_queries(bind) as queries:
         yield queries
     if queries.count > number:
         raise AssertionError(_sent(queries, f"more than {number}"))
 
 
+def _check(number: object, who: str) -> None:
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{who} got {number!r}; use a whole number, from 0")
+
+
 def _sent(queries: Queries, wanted: str) -> str:
     # With the SQL, on lines of its own: for a developer's terminal, and what they look for.
     lines = [f"{number}. {' '.join(text.split())}" for number, text in enumerate(queries.statements, 1)]
-    return "\n".join([f"{queries.count} queries were sent, {wanted}", *lines])
+    sent = "1 query was" if queries.count == 1 else f"{queries.count} queries were"
+    return "\n".join([f"{sent} sent, {wanted}", *lines])

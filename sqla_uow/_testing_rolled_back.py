@@ -15,6 +15,8 @@ from sqla_uow._database import WITHIN
 from sqla_uow._isolation import check_level, family_of
 from sqla_uow._manager import UnitOfWorkManager
 from sqla_uow._testing_savepoints import Outer, dialect_within
+from sqla_uow._testing_statements import engine_of
+from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -59,13 +61,14 @@ def rolled_back(
         isolation: the level of the outer transaction, at least as strong as that of every unit; None is the engine's.
 
     Raises:
+        PropagationError: the engine, or the manager, of another such block.
         TypeError: neither an engine nor a manager.
         ValueError: a level that this database does not have.
     """
+    if WITHIN in engine_of(bind, "rolled_back()").get_execution_options():
+        raise PropagationError("rolled_back() got what another rolled_back() has made; one undoes all, leave one out")
     if isinstance(bind, UnitOfWorkManager):
         return _manager_rolled_back(bind, isolation or bind.isolation)
-    if not isinstance(bind, AsyncEngine):
-        raise TypeError(f"rolled_back() got {type(bind).__name__}; pass an AsyncEngine or a UnitOfWorkManager")
     return _engine_rolled_back(bind, isolation)
 
 

@@ -249,7 +249,11 @@ NOT_ON_SQLITE = "FaultPlan('lost') was asked of SQLite, which has none; use 'con
         ("meteor", {}, NO_FAULT),
         ("refused", {"at": "flush"}, "FaultPlan('refused') got at='flush'; use 'connect'"),
         ("conflict", {"at": "after commit"}, NOT_THERE),
-        ("conflict", {"nth": 0}, "FaultPlan() got nth=0, times=1; count from 1"),
+        ("conflict", {"nth": 0}, "FaultPlan() got nth=0, times=1; use whole numbers, from 1"),
+        ("conflict", {"times": 1.5}, "FaultPlan() got nth=1, times=1.5; use whole numbers, from 1"),
+        ("latency", {"seconds": -1}, "FaultPlan() got seconds=-1; use a number from 0"),
+        ("latency", {"seconds": float("nan")}, "FaultPlan() got seconds=nan; use a number from 0"),
+        ("latency", {"seconds": "1"}, "FaultPlan() got seconds='1'; use a number from 0"),
         ("lost", {}, NOT_ON_SQLITE),
     ],
 )
@@ -299,5 +303,7 @@ async def test_what_cancel_at_hands_on(driver):
         await cancel_at(2, fails())
     assert await cancel_at(1, ends())
     assert not await cancel_at(2, ends())
-    with pytest.raises(ValueError, match=r"^cancel_at\(\) got 0; count from 1$"):
+    with pytest.raises(ValueError, match=r"^cancel_at\(\) got 0; use a whole number, from 1$"):
         await cancel_at(0, ends())
+    with pytest.raises(TypeError, match=r"^cancel_at\(\) got <function .*>; call an async function there, cancel_at\("):
+        await cancel_at(1, ends)

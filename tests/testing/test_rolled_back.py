@@ -218,6 +218,17 @@ async def test_a_stronger_level_is_an_error(db):
     )
 
 
+async def test_one_in_another_is_an_error(db):
+    """A fixture has one already, say."""
+    message = r"^rolled_back\(\) got what another rolled_back\(\) has made; one undoes all, leave one out$"
+    async with rolled_back(UnitOfWorkManager(db.engine())) as manager:
+        for bind in (manager, manager.engine):
+            with pytest.raises(errors.PropagationError, match=message):
+                rolled_back(bind)
+        await write("one")
+    assert await left(db) == 0
+
+
 async def test_two_units_at_once_are_an_error(db):
     """P3: one connection cannot hold two transactions, so `requires_new` in an open unit fails at once, and says why."""
 

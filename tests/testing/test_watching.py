@@ -139,12 +139,22 @@ async def test_the_number_of_queries_is_asserted(manager):
             await unit.session.execute(text("SELECT 1"))
             await unit.session.execute(text("SELECT\n  2"))
     assert str(caught.value) == "2 queries were sent, not 1\n1. SELECT 1\n2. SELECT 2"
-    too_many = pytest.raises(AssertionError, match=r"^1 queries were sent, more than 0\n")
+    too_many = pytest.raises(AssertionError, match=r"^1 query was sent, more than 0\n")
     with too_many, assert_max_num_queries(manager, 0):
         async with manager.begin() as unit:
             await unit.session.execute(text("SELECT 1"))
     with pytest.raises(AssertionError, match=r"^0 queries were sent, not 1$"), assert_num_queries(manager, 1):
         pass
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize("number", [-1, 1.5, "1"])
+async def test_a_number_of_queries_that_cannot_be(db, number):
+    """Refused where it is written; nothing is counted."""
+    for check in (assert_num_queries, assert_max_num_queries):
+        message = f"^{check.__name__}\\(\\) got {number!r}; use a whole number, from 0$"
+        with pytest.raises(ValueError, match=message), check(db.engine(), number):
+            pytest.fail("the block is run")
 
 
 @pytest.mark.drivers("sqlite")
