@@ -6,6 +6,7 @@ The table in docs/reference/isolation.md is what is expected: it is read here, s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from itertools import count
 from pathlib import Path
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from sqla_uow import UnitOfWorkManager, current_session, transactional
+from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
 from tests.isolation.anomalies import ANOMALIES, happens
 from tests.isolation.appends import Append, History, Read, anomaly
+from tests.losses import COMMIT
+from tests.servers import Proxy
+from tests.waiting import until
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "isolation.md"
 NAMES = {"postgresql": "PostgreSQL", "mysql": "MariaDB", "sqlite": "SQLite"}
@@ -61,39 +65,43 @@ async def test_the_published_table_with_snapshot_isolation(db):
 # -- histories
 
 
-async def history(db, level, transactions, random_):
+async def history(db, level, transactions, random_, *, port=None, at_end=None):
     """Let eight workers read and append to three lists; return what they did, and how many attempts it took."""
-    manager = UnitOfWorkManager(db.engine(pool_size=8))
+    manager = UnitOfWorkManager(db.engine(pool_size=8, port=port))
     joined = "concat(list, :more)" if db.family == "mysql" else "list || :more"
     append = text(f"UPDATE lists SET list = {joined} WHERE id = :key")
     read = text("SELECT list FROM lists WHERE id = :key")
     await db.run("CREATE TABLE lists (id INTEGER PRIMARY KEY, list VARCHAR(8000) NOT NULL)")
     await db.run("INSERT INTO lists VALUES (0, ''), (1, ''), (2, '')")
-    values, numbers, attempts, committed = count(1), count(), [], {}
+    values, numbers, attempts, committed, unknown = count(1), count(), [], {}, {}
 
     @transactional(using=manager, retries=100, isolation=level)
-    async def run(plan):
+    async def run(number, plan):
         attempts.append(1)
-        done = []
+        done = unknown[number] = []  # until it is known
         for key, writes in plan:
             if writes:
                 done.append(Append(key, next(values)))
                 await current_session().execute(append, {"key": key, "more": f",{done[-1].value}"})
             else:
                 done.append(Read(key, parsed(await current_session().scalar(read, {"key": key}))))
-        return done
+        if at_end is not None:
+            at_end(number)
 
     async def worker():
         for number in numbers:
             if number >= transactions:
                 return
             plan = [(random_.randrange(3), random_.random() < 0.5) for _ in range(4)]
-            committed[number] = await run(plan)
+            with contextlib.suppress(errors.AmbiguousCommitError):
+                await run(number, plan)
+                committed[number] = unknown.pop(number)
 
     await asyncio.gather(*(worker() for _ in range(8)))
+    await until(db.is_idle)  # what was cut off may still be on its way
     final = {key: parsed(values) for key, values in await db.rows("SELECT id, list FROM lists")}
     await db.run("DROP TABLE lists")
-    return History(committed, {}, final), len(attempts)
+    return History(committed, unknown, final), len(attempts)
 
 
 def parsed(values):
@@ -105,10 +113,32 @@ def parsed(values):
 async def test_serializable_histories_are(db):
     """P4: 150 transactions of four operations on three lists, in a serial order that all of them agree with."""
     found, attempts = await history(db, "SERIALIZABLE", 150, random.Random(1))
-    assert len(found.committed) == 150
+    assert (len(found.committed), found.unknown) == (150, {})
     assert sum(len(values) for values in found.final.values()) > 200
     assert attempts > 150 or db.family == "sqlite"  # there, they wait for each other
     assert anomaly(found) is None
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+@pytest.mark.parametrize("applied", [True, False])
+async def test_histories_with_commits_of_unknown_outcome(db, applied):
+    """P4, C1: every tenth COMMIT loses its answer, or itself; it counts as it turns out, and all is in a serial order."""
+    with Proxy("127.0.0.1", db.server.port) as proxy:
+
+        def cut_the_next(number):
+            if number % 10 == 9:
+                proxy.on_client_bytes(COMMIT[db.driver], "cut", after_server=applied)
+
+        found, _ = await history(db, "SERIALIZABLE", 150, random.Random(1), port=proxy.port, at_end=cut_the_next)
+    assert len(found.committed) + len(found.unknown) == 150
+    assert len(found.unknown) >= 5
+    assert anomaly(found) is None
+    seen = {value for values in found.final.values() for value in values}
+    appended = [one.value for operations in found.unknown.values() for one in operations if isinstance(one, Append)]
+    assert appended
+    assert [value in seen for value in appended] == [applied] * len(appended)
+    if applied:  # the control: were they not counted, somebody would have read what nobody wrote
+        assert "written by nobody" in anomaly(found._replace(unknown={}))
 
 
 @pytest.mark.drivers("asyncpg", "asyncmy")
