@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
 
 from sqla_uow._hooks import Hook, being_run
 from sqla_uow._places import ManagerPlace, UnitPlace
@@ -104,12 +104,10 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
         NoUnitError: none is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
         TaskBoundaryError: another live task uses it, or this is a worker thread.
+        TypeError: `using` is neither.
     """
     place = _place(using)
-    if place is not None:
-        return place.unit()
-    locate(using, "current_unit()")  # which raises for a name
-    raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
+    return place.unit() if place is not None else _nowhere(using, "current_unit()")
 
 
 def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> AsyncSession:
@@ -122,9 +120,21 @@ def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> Async
         NoUnitError: none is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
         TaskBoundaryError: another live task uses it, or this is a worker thread.
+        TypeError: `using` is neither.
     """
-    session: AsyncSession = current_unit(using).session
+    place = _place(using)
+    unit = place.unit() if place is not None else _nowhere(using, "current_session()")
+    session: AsyncSession = unit.session
     return session
+
+
+def _nowhere(using: object, who: str) -> NoReturn:
+    """Say why there is no unit of this manager, which is in no place here."""
+    if isinstance(using, str):
+        locate(using, who)
+    if not hasattr(using, "activate"):
+        raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
+    raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
 
 
 def _unit_for_hooks(what: str) -> UnitOfWork[Any]:
@@ -147,6 +157,7 @@ def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -
 
     Raises:
         NoUnitError: no unit is open here.
+        TypeError: `hook` cannot be called.
     """
     try:
         unit = _unit_for_hooks("after_commit")
@@ -169,6 +180,7 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
 
     Raises:
         NoUnitError: no unit is open here.
+        TypeError: `hook` cannot be called.
     """
     _unit_for_hooks("before_commit").before_commit(hook, *args, **kwargs)
 
@@ -183,5 +195,6 @@ def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs)
 
     Raises:
         NoUnitError: no unit is open here.
+        TypeError: `hook` cannot be called.
     """
     _unit_for_hooks("after_rollback").after_rollback(hook, *args, **kwargs)

@@ -39,6 +39,11 @@ class Hook(NamedTuple):
 
     @classmethod
     def of(cls, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
+        if not callable(function):  # a coroutine, say: it would be found out only behind COMMIT
+            raise TypeError(
+                f"a hook is of type {type(function).__name__}, which cannot be called; pass the function, and its arguments "
+                "behind it: after_commit(send, address)"
+            )
         return cls(function, args, kwargs, next(_numbers))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
 from weakref import WeakKeyDictionary
 
@@ -112,8 +113,10 @@ class UnitOfWorkManager(Generic[S]):
         self._timeout = timeout
         self._retry = retry
         self._gates: WeakKeyDictionary[object, Gate] = WeakKeyDictionary()
-        self._replica_engines = tuple(replicas)
-        self._replicas = _replicas_of(self._database, self._replica_engines, replica_wait, who) if replicas else None
+        self._replica_engines = _engines(replicas, replica_wait, who)
+        self._replicas = (
+            _replicas_of(self._database, self._replica_engines, replica_wait, who) if self._replica_engines else None
+        )
         self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
         self._observers = check_observers(observers, who)
         self._counts = Counts()
@@ -315,14 +318,22 @@ class UnitOfWorkManager(Generic[S]):
         return f"<UnitOfWorkManager {self._name!r} on {self._database.family}>"
 
 
-def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
+def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[AsyncEngine, ...]:
+    """Return the engines of replicas, for good."""
     if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait < math.inf:
         raise ValueError(f"{who} has replica_wait={wait!r}; use a number of seconds, 0 or more")
+    if not isinstance(replicas, Iterable):
+        raise TypeError(f"{who} has replicas of type {type(replicas).__name__}; pass a list of engines")
+    engines = tuple(replicas)
     for engine in engines:
         if not isinstance(engine, AsyncEngine):
             raise TypeError(
                 f"{who} has a replica of type {type(engine).__name__}; pass engines of create_async_engine()"
             )
+    return engines
+
+
+def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
     databases: list[Database[Any]] = [Database(engine) for engine in engines]
     for database in [primary, *databases]:
         if database.driver not in DRIVERS:

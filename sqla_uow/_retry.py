@@ -31,7 +31,8 @@ class RetryPolicy:
         rng: returns a float between its two arguments.
 
     Raises:
-        ValueError: a bound is negative, not a number, or the cap is below the base.
+        TypeError: what is to be a function is none.
+        ValueError: a bound is negative, not a number, or the cap is below the base; or `contention` is something else.
     """
 
     base: float = 0.01
@@ -42,11 +43,14 @@ class RetryPolicy:
     rng: Callable[[float, float], float] = random.uniform
 
     def __post_init__(self) -> None:
-        if not 0 <= self.base <= self.cap < float("inf"):
+        numbers = isinstance(self.base, int | float) and isinstance(self.cap, int | float)
+        if not numbers or not 0 <= self.base <= self.cap < float("inf"):
             raise ValueError(
                 f"RetryPolicy(base={self.base!r}, cap={self.cap!r}) cannot wait; use seconds with 0 <= base <= cap"
             )
-
+        for name in ("clock", "sleep", "rng"):
+            if not callable(value := getattr(self, name)):
+                raise TypeError(f"RetryPolicy({name}={value!r}) cannot be called; pass a function")
         if self.contention not in ("auto", "off"):
             raise ValueError(
                 f"RetryPolicy(contention={self.contention!r}) is unknown; use 'auto' to let calls take turns under conflicts, "

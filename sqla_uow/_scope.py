@@ -43,6 +43,8 @@ class Scope:
     The read session is a read-only unit that begins with its first SQL.  Before an outermost transactional function
     begins, it gives way: its transaction is ended, so that the task never holds two connections, and its objects stay
     readable.  After that function the next use begins a fresh one.
+
+    Made by `UnitOfWorkManager.scope` and by middleware, never by hand.
     """
 
     def __init__(

@@ -85,6 +85,7 @@ class UnitOfWork(Generic[S]):
 
         Raises:
             NoUnitError: the unit has ended.
+            TypeError: `hook` cannot be called.
         """
         hooks = self._transaction.hooks.after_commit
         if being_run() is not hooks:  # a hook of this unit may register further ones
@@ -101,6 +102,7 @@ class UnitOfWork(Generic[S]):
 
         Raises:
             NoUnitError: the unit has ended.
+            TypeError: `hook` cannot be called.
         """
         self._open_hooks().before_commit.append(Hook.of(hook, args, kwargs))
 
@@ -114,6 +116,7 @@ class UnitOfWork(Generic[S]):
 
         Raises:
             NoUnitError: the unit has ended.
+            TypeError: `hook` cannot be called.
         """
         self._open_hooks().after_rollback.append(Hook.of(hook, args, kwargs))
 

@@ -7,7 +7,17 @@ import re
 import pytest
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
-from sqla_uow import RetryPolicy, UnitOfWorkManager, transactional
+from sqla_uow import (
+    RetryPolicy,
+    UnitOfWorkManager,
+    after_commit,
+    after_rollback,
+    before_commit,
+    current_session,
+    current_unit,
+    errors,
+    transactional,
+)
 
 pytestmark = pytest.mark.drivers("sqlite")
 
@@ -131,6 +141,36 @@ def test_an_engine_in_autocommit_is_refused(engine):
         ValueError, match="the engine is in AUTOCOMMIT, where nothing can be rolled back; pass one without"
     ):
         UnitOfWorkManager(engine.execution_options(isolation_level="AUTOCOMMIT"))
+
+
+@pytest.mark.parametrize("name", ["clock", "sleep", "rng"])
+def test_a_policy_of_what_cannot_be_called(name):
+    """Else it would be found out at the first conflict."""
+    with pytest.raises(TypeError, match=rf"^RetryPolicy\({name}=1\) cannot be called; pass a function$"):
+        RetryPolicy(**{name: 1})
+
+
+@pytest.mark.parametrize("ask", [current_session, current_unit])
+def test_what_is_asked_for_what_is_no_manager(engine, ask):
+    """It is not said to have no unit."""
+    message = rf"^{ask.__name__}\(\) got AsyncEngine; pass the name of a manager, or the manager itself$"
+    with pytest.raises(TypeError, match=message):
+        ask(engine)
+    with pytest.raises(errors.NoManagerError, match=rf"^{ask.__name__}\(\) found no manager 'default'; "):
+        ask()
+
+
+@pytest.mark.parametrize("register", [after_commit, before_commit, after_rollback])
+async def test_a_hook_that_cannot_be_called(engine, register):
+    """Refused where it is registered; behind COMMIT it would be too late."""
+    message = (
+        "a hook is of type NoneType, which cannot be called; pass the function, and its arguments behind it: "
+        "after_commit(send, address)"
+    )
+    with UnitOfWorkManager(engine).activate() as manager:
+        async with manager.begin():
+            with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+                register(None)
 
 
 def test_a_policy_is_frozen_and_keyword_only():

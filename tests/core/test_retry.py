@@ -375,7 +375,7 @@ async def test_the_message_of_a_conflict_error(trouble):
     assert await trouble.db.rows("SELECT text FROM note") == []
 
 
-@pytest.mark.parametrize(("base", "cap"), [(-1, 1), (2, 1), (0, float("inf")), (float("nan"), 1)])
+@pytest.mark.parametrize(("base", "cap"), [(-1, 1), (2, 1), (0, float("inf")), (float("nan"), 1), ("1", 1)])
 def test_a_policy_that_cannot_wait_is_refused(base, cap):
     """Bounds must be seconds, the base not above the cap."""
     with pytest.raises(

@@ -27,9 +27,13 @@ def test_what_is_refused():
         match=r"^UnitOfWorkManager 'default' has a replica of type str; pass engines of create_async_engine\(\)$",
     ):
         UnitOfWorkManager(sqlite, replicas=["sqlite://"])
+    with pytest.raises(
+        TypeError, match=r"^UnitOfWorkManager 'default' has replicas of type AsyncEngine; pass a list of engines$"
+    ):
+        UnitOfWorkManager(sqlite, replicas=sqlite)
     for wait in (-1, float("inf"), "1", True):
         with pytest.raises(ValueError, match=r"has replica_wait=.*; use a number of seconds, 0 or more$"):
-            UnitOfWorkManager(sqlite, replicas=[sqlite], replica_wait=wait)
+            UnitOfWorkManager(sqlite, replica_wait=wait)
     with pytest.raises(
         ValueError,
         match=r"^UnitOfWorkMiddleware has position_in='body', which is unknown; use 'cookie', 'header' or None$",
