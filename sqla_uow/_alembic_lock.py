@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import Engine
 from sqlalchemy.util import await_only
 
-from sqla_uow._isolation import family_of
+from sqla_uow._servers import COCKROACHDB, distributed, family_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -114,6 +114,11 @@ def _name(connection: Connection) -> str:
 
 def _lock_of(connection: Connection) -> AbstractContextManager[_Lock]:
     family = family_of(connection.dialect)
+    if distributed(connection) is COCKROACHDB:
+        raise CommandError(
+            "CockroachDB gives an advisory lock to everybody who asks, so migration_lock() would exclude nobody; run the "
+            "migrations from one process"
+        )
     if family == "sqlite":
         return _sqlite(connection)
     if family in ("postgresql", "mysql"):

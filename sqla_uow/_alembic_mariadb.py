@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._alembic_triggers import Trigger, literally
 from sqla_uow._classify import code_of
-from sqla_uow._isolation import family_of
+from sqla_uow._servers import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator

@@ -13,7 +13,7 @@ from sqla_uow._alembic_parents import ChildTrigger, child_trigger
 from sqla_uow._alembic_patience import Patience, patiently
 from sqla_uow._alembic_target import Target, kind_named, version_column
 from sqla_uow._alembic_triggers import Trigger, literally
-from sqla_uow._isolation import family_of
+from sqla_uow._servers import family_of
 
 __all__ = [
     "OPS",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from alembic.util import CommandError
 
 from sqla_uow._alembic_target import Target
-from sqla_uow._isolation import family_of
+from sqla_uow._servers import distributed, family_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,9 +72,10 @@ def child_trigger(operations: Operations, own: Trigger, parent: str) -> ChildTri
     """
     context = operations.migration_context
     family = family_of(context.dialect)
-    if family != "postgresql":
+    server = None if context.as_sql else distributed(operations.get_bind())
+    if family != "postgresql" or server is not None:
         raise CommandError(
-            f"a trigger of table {own.table!r} cannot count for its parent {parent!r} on {family}, where it cannot tell "
+            f"a trigger of table {own.table!r} cannot count for its parent {parent!r} on {family if server is None else server.name}, where it cannot tell "
             f"whether the ORM has; leave it out, and where others write {own.table!r} have them set {own.column} = "
             f"{own.column} in {parent!r} too, which that table's own trigger counts"
         )

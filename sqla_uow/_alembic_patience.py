@@ -16,7 +16,8 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._alembic_lock import sleep
 from sqla_uow._classify import Kind, chain, classify
-from sqla_uow._isolation import family_of, milliseconds
+from sqla_uow._isolation import milliseconds
+from sqla_uow._servers import COCKROACHDB, distributed, family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -71,6 +72,9 @@ def patiently(operations: Operations, table: str, patience: Patience, ddl: Calla
     if family == "sqlite":  # one writer at a time, and no table's own lock; the connection waits its busy timeout
         with _transaction_sqlite(connection):
             ddl()
+        return
+    if distributed(connection) is COCKROACHDB:  # changes a schema without a table's lock, and in no savepoint
+        ddl()
         return
     retries = patience.retries if family == "mysql" else _retries_postgresql(connection, context, table, patience)
     limit = _limit_mariadb if family == "mysql" else _limit_postgresql

@@ -8,7 +8,8 @@ from sqlalchemy import event
 
 from alembic import context
 from sqla_uow._alembic_lock import migration_lock
-from sqla_uow._isolation import begin_sqlite, family_of
+from sqla_uow._isolation import begin_sqlite
+from sqla_uow._servers import family_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection

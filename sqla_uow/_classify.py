@@ -74,6 +74,7 @@ _SQLSTATES = {
     "25P04": Kind.LOST,  # transaction_timeout: likewise
     "08007": Kind.AMBIGUOUS,
     "40003": Kind.AMBIGUOUS,
+    "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, but for the DDL in it
     "57P03": Kind.NOT_STARTED,
     "53300": Kind.NOT_STARTED,
     "25006": Kind.READ_ONLY,

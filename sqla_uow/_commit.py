@@ -150,9 +150,7 @@ def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failur
     sent = transaction.phase is Phase.SENT
     if isinstance(error, DBAPIError):
         failure = classify(error)
-        unknown = error.connection_invalidated and not (failure is not None and failure.code in _ENDED_BEFORE)
-        if failure is not None and failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT):
-            unknown = False
+        unknown = failure is not None and failure.kind is Kind.LOST and failure.code not in _ENDED_BEFORE
     else:
         failure = classify(error) if isinstance(error, Exception) else None
         unknown = failure is None

@@ -14,8 +14,9 @@ from typing_extensions import TypeVar
 
 from sqla_uow._budget import Budget
 from sqla_uow._connection import UnitEngine, install
-from sqla_uow._isolation import engine_options, family_of
+from sqla_uow._isolation import check_honoured, engine_options
 from sqla_uow._lazy_loads import watching
+from sqla_uow._servers import COCKROACHDB, Distributed, distributed, family_of
 from sqla_uow._session import UnitSession, unit_session_class
 from sqla_uow._turns import Turns
 
@@ -55,6 +56,9 @@ class Database(Generic[S]):
         self.engine: AsyncEngine = engine
         self.sync_engine: Engine = self.engine.sync_engine
         self.family: str = family_of(self.sync_engine.dialect)
+        self.server: Distributed | None = COCKROACHDB if self.sync_engine.dialect.name == "cockroachdb" else None
+        self._recognised = self.sync_engine.dialect.name != "postgresql"
+        self._honoured: set[IsolationLevel] = {"SERIALIZABLE"}
         configured = self.sync_engine.get_execution_options().get("isolation_level")
         # create_engine(isolation_level=) is kept in no public place.
         configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)
@@ -128,9 +132,25 @@ class Database(Generic[S]):
             turns = _turns[pool] = Turns(everyone=isinstance(pool, StaticPool))
         return turns
 
+    def recognise(self, connection: Connection) -> None:
+        """Find out which server it is that speaks as PostgreSQL does; nothing is sent."""
+        if not self._recognised and self.is_open(connection):
+            self.server = distributed(connection)
+            self._recognised = True
+
+    def check_honoured(self, connection: Connection, isolation: IsolationLevel | None, *, who: str) -> None:
+        """Ask a server that may run another level than it was told, once for each level."""
+        if self.server is not None and isolation is not None and isolation not in self._honoured:
+            check_honoured(connection, self.server, isolation, who=who)
+            self._honoured.add(isolation)
+
     def keeps_status(self) -> bool:
         """Say whether the server can be asked what became of a transaction."""
-        return self.family == "postgresql" and self.within is None
+        return self.family == "postgresql" and self.within is None and self.server is None
+
+    def makes_tables_apart(self) -> bool:
+        """Say whether DDL is no matter of the transaction that it is sent in."""
+        return self.family == "mysql" or self.server is not None
 
     def capacity(self) -> int | None:
         """Return how many connections the pool can lend, None where there is no limit."""

@@ -96,7 +96,7 @@ def transactional(
             retries=retries, timeout=timeout, retry=retry, retry_on=retry_on,
         )  # fmt: skip
         if isinstance(using, UnitOfWorkManager):
-            check_level(using._database.family, isolation, who=options.who)
+            check_level(using._database.system, isolation, who=options.who)
         wrapped = _wrap(inner, using, options)
         return kind(wrapped) if kind else wrapped
 
@@ -135,7 +135,7 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
     async def transactional_call(*args: Any, **kwargs: Any) -> Any:
         manager, open_unit = locate(using, options.who)
         if options.isolation is not None:  # before joining too, so that it does not depend on the caller
-            check_level(manager._database.family, options.isolation, who=options.who)
+            check_level(manager._database.system, options.isolation, who=options.who)
         unit = manager._joinable(open_unit, options)
         if unit is not None:
             async with join(unit, options):

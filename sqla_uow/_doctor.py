@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqla_uow._classify import classify
 from sqla_uow._doctor_mariadb import CHECKS as MARIADB
 from sqla_uow._doctor_postgresql import CHECKS as POSTGRESQL
+from sqla_uow._doctor_postgresql import DISTRIBUTED
 from sqla_uow._doctor_report import Finding
 from sqla_uow._doctor_sqlite import CHECKS as SQLITE
 from sqla_uow._doctor_subject import Subject
@@ -19,8 +20,11 @@ from sqla_uow._doctor_trials import try_levels
 from sqla_uow._manager import UnitOfWorkManager
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from sqlalchemy.engine import Connection
+
+    from sqla_uow._database import Database
     from sqla_uow._doctor_subject import Check
 
 __all__ = ["Options", "UnreachableError", "examine"]
@@ -28,6 +32,7 @@ __all__ = ["Options", "UnreachableError", "examine"]
 _CHECKS: dict[str, Sequence[Check]] = {"postgresql": POSTGRESQL, "mysql": MARIADB, "sqlite": SQLITE}
 _DRIVERS = {
     "postgresql": "postgresql+asyncpg or postgresql+psycopg",
+    "cockroachdb": "cockroachdb+asyncpg or cockroachdb+psycopg, of sqlalchemy-cockroachdb",
     "mysql": "mysql+asyncmy or mysql+aiomysql",
     "mariadb": "mariadb+asyncmy or mariadb+aiomysql",
     "sqlite": "sqlite+aiosqlite",
@@ -74,8 +79,8 @@ async def examine(url: str, options: Options) -> list[Finding]:
     try:
         manager = UnitOfWorkManager(engine, timeout=options.seconds)
         subject = Subject(engine, manager, options.pool_size * options.processes)
-        await _connect(engine, options.seconds)
-        checks = [*_CHECKS[manager._database.family], *([] if options.read_only else [try_levels])]
+        await _connect(engine, options.seconds, manager._database.recognise)
+        checks = [*_checks(manager._database), *([] if options.read_only else [try_levels])]
         found = [
             Finding("driver", _driver(engine)),
             *[one for check in checks for one in await _run(check, subject, options)],
@@ -116,10 +121,15 @@ def _unknown_driver(url: str, error: Exception) -> str:
     return f"{parsed.drivername!r} is no asyncio driver; use {_DRIVERS[name]}"
 
 
-async def _connect(engine: AsyncEngine, seconds: float) -> None:
+def _checks(database: Database[Any]) -> Sequence[Check]:
+    return _CHECKS[database.family] if database.server is None else DISTRIBUTED
+
+
+async def _connect(engine: AsyncEngine, seconds: float, look: Callable[[Connection], None] | None = None) -> None:
     try:
-        async with asyncio.timeout(seconds), engine.connect():
-            pass
+        async with asyncio.timeout(seconds), engine.connect() as connection:
+            if look is not None:
+                await connection.run_sync(look)
     except Exception as error:
         raise UnreachableError(f"{_place(engine.url)} does not let us in: {_what(error)}") from None
 

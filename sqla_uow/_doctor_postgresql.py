@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._doctor_subject import Check, Subject
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "DISTRIBUTED"]
 
 _TURNS = 4
 _PORT = 5432
@@ -96,4 +96,15 @@ async def _verification(subject: Subject) -> list[Finding]:
     return [Finding("ambiguous_commit='verify'", "works: by the transaction's id")]
 
 
+async def _stranger(subject: Subject) -> list[Finding]:
+    """CockroachDB or YugabyteDB, whose settings are other ones."""
+    default = str(await subject.value("SHOW default_transaction_isolation")).upper()
+    advice = "little is known of it here; its own documentation tells what its settings are"
+    return [
+        Finding("server", str(await subject.value("SELECT version()")), "note", advice),
+        Finding("default_transaction_isolation", default),
+    ]
+
+
+DISTRIBUTED: Sequence[Check] = (_stranger, _clock)
 CHECKS: Sequence[Check] = (_version, _settings, _connections, _pooler, _replication, _clock, _verification)

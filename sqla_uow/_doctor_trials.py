@@ -102,7 +102,7 @@ async def try_levels(subject: Subject) -> list[Finding]:
     """Try what each isolation level that the database has prevents."""
     found: list[Finding] = []
     async with Trial(subject) as trial:
-        if subject.engine.dialect.name != "postgresql":  # PostgreSQL needs no table for it
+        if not subject.manager._database.keeps_status():  # PostgreSQL needs no table for it
             found.append(Finding("ambiguous_commit='verify'", "works: by a row in a table, which may be made"))
         for level in get_args(IsolationLevel):
             try:

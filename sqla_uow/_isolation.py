@@ -10,13 +10,15 @@ from sqlalchemy import text
 from sqla_uow.typing import IsolationLevel
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.engine import Connection
+
+    from sqla_uow._servers import Distributed
 
 __all__ = [
     "begin_sqlite",
+    "check_honoured",
     "check_level",
     "engine_options",
-    "family_of",
     "is_weaker_or_same",
     "limit_statement",
     "milliseconds",
@@ -28,11 +30,11 @@ LEVELS: tuple[IsolationLevel, ...] = get_args(IsolationLevel)
 """Weakest first."""
 _RANKS: dict[str, int] = {level: rank for rank, level in enumerate(LEVELS)}
 
-_FAMILIES = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql", "sqlite": "sqlite"}
 # PostgreSQL accepts READ UNCOMMITTED and runs READ COMMITTED; SQLite has one level.  Neither is passed off as another.
+# CockroachDB: what sqlalchemy-cockroachdb 2.0.4 can ask for.
 _OFFERED: dict[str, tuple[IsolationLevel, ...]] = {
     "postgresql": LEVELS[1:],
-    "mysql": LEVELS,
+    "cockroachdb": ("READ COMMITTED", "SERIALIZABLE"),
     "sqlite": ("SERIALIZABLE",),
 }
 _TRANSACTION_TIMEOUT_SINCE = (17,)  # PostgreSQL: transaction_timeout
@@ -44,13 +46,13 @@ _BOTH_TIMEOUTS = text(
 _LIMITABLE = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
 
 
-def family_of(dialect: Dialect) -> str:
-    """Return which way of speaking this dialect needs; its own name where it has none of the three."""
-    return _FAMILIES.get(dialect.name, dialect.name)
-
-
-def check_level(family: str, isolation: object, *, who: str) -> None:
+def check_level(dialect: str, isolation: object, *, who: str) -> None:
     """Refuse a level that does not exist, or that this database does not have.
+
+    Args:
+        dialect: its name.
+        isolation: what was asked for.
+        who: asks.
 
     Raises:
         ValueError: with what would be right.
@@ -61,10 +63,29 @@ def check_level(family: str, isolation: object, *, who: str) -> None:
         raise ValueError(
             f"{who} asks for isolation {isolation!r}, which is no SQL level; use one of {', '.join(LEVELS)}"
         )
-    offered = _OFFERED.get(family, LEVELS)
+    offered = _OFFERED.get(dialect, LEVELS)
     if isolation not in offered:
         raise ValueError(
-            f"{who} asks for isolation {isolation!r}, which {family} does not have; use {' or '.join(map(repr, offered))}"
+            f"{who} asks for isolation {isolation!r}, which {dialect} does not have; use {' or '.join(map(repr, offered))}"
+        )
+
+
+def check_honoured(connection: Connection, server: Distributed, isolation: IsolationLevel, *, who: str) -> None:
+    """Refuse a level that the server has accepted and replaced by a stronger one, as its own settings may have it.
+
+    Args:
+        connection: of a transaction that was begun at the level, nothing sent yet.
+        server: which it is.
+        isolation: what was asked for.
+        who: asks.
+
+    Raises:
+        ValueError: with what would be right.
+    """
+    runs = str(connection.exec_driver_sql(server.level).scalar_one()).upper()
+    if runs != isolation:
+        raise ValueError(
+            f"{who} asks for isolation {isolation!r}, which this {server.name} runs as {runs}; {server.remedy}, or ask for {runs!r}"
         )
 
 
@@ -93,6 +114,7 @@ def opening(
     read_only: bool,
     seconds: float | None,
     lock_wait: float | None = None,
+    server: Distributed | None = None,
 ) -> None:
     """Send what this transaction needs before its first statement.
 
@@ -103,8 +125,12 @@ def opening(
         read_only: have the database refuse writes.
         seconds: what is left of the deadline, for the server to enforce as well.
         lock_wait: how long to wait for a lock, on PostgreSQL: it looks for deadlocks only after a second (deadlock_timeout).
+        server: which one speaks as PostgreSQL does, if it is another.  It looks for deadlocks at once.
     """
-    if family == "postgresql":
+    if family == "postgresql" and server is not None:
+        if seconds is not None:  # set_config() for a transaction is not in its documentation
+            connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{milliseconds(seconds)}'")
+    elif family == "postgresql":
         if seconds is not None:
             _limit_postgresql(connection, seconds)
         if lock_wait is not None:

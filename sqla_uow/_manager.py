@@ -106,7 +106,7 @@ class UnitOfWorkManager(Generic[S]):
             raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
         self._database: Database[S] = Database(bind, lazy_loads)
         self._lazy_loads: LazyLoads = lazy_loads
-        check_level(self._database.family, isolation, who=who)
+        check_level(self._database.system, isolation, who=who)
         self._name = name
         self._isolation: IsolationLevel | None = isolation
         self._retries = retries
@@ -201,7 +201,7 @@ class UnitOfWorkManager(Generic[S]):
         options = block_options(
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
-        check_level(self._database.family, isolation, who=options.who)
+        check_level(self._database.system, isolation, who=options.who)
         return self._enter(options)
 
     def attempts(
@@ -234,7 +234,7 @@ class UnitOfWorkManager(Generic[S]):
         options = block_options(
             who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout
         )
-        check_level(self._database.family, isolation, who=options.who)
+        check_level(self._database.system, isolation, who=options.who)
         return LoopedAttempts(self, options, sys._getframe(1).f_code)
 
     def contention(self, function: Callable[..., object], /) -> Contention:
@@ -339,6 +339,11 @@ def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait:
         if database.driver not in DRIVERS:
             raise ValueError(
                 f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
+            )
+        if database.server is not None:
+            raise ValueError(
+                f"{who} has replicas on {database.server.name}, which tells no position that one of them could have reached; "
+                "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
             )
         if database.family != primary.family:
             raise ValueError(

@@ -214,15 +214,23 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         return
     unit.begun(connection)
     remember(connection)
+    database = unit.database
+    database.recognise(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
     opening(
         connection,
-        unit.database.family,
+        database.family,
         unit.isolation,
         read_only=unit.read_only,
         seconds=seconds,
         lock_wait=unit.lock_wait,
+        server=database.server,
     )
+    try:
+        database.check_honoured(connection, unit.isolation, who=unit.name)
+    except ValueError as error:  # else a body that catches it would go on at the other level
+        unit.damage.add(error, hard=True)
+        raise
 
 
 @event.listens_for(UnitSession, "after_commit", insert=True)

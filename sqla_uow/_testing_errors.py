@@ -7,6 +7,8 @@ import importlib
 import sqlite3
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sqla_uow._servers import family_of
+
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
@@ -40,7 +42,7 @@ def raise_by_server(dialect: Dialect, fault: str, connection: Any, *, committing
         error = sqlite3.OperationalError("database is locked")
         error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
         raise error
-    if dialect.name == "postgresql":
+    if family_of(dialect) == "postgresql":
         state, message = _POSTGRESQL[fault]
         statement = f"DO $$ BEGIN RAISE EXCEPTION '{message}' USING ERRCODE = '{state}'; END $$"
     else:
@@ -51,7 +53,7 @@ def raise_by_server(dialect: Dialect, fault: str, connection: Any, *, committing
     try:
         cursor.execute(statement)
     except Exception:
-        if dialect.name != "postgresql" and fault in _ENDS_TRANSACTION:
+        if family_of(dialect) != "postgresql" and fault in _ENDS_TRANSACTION:
             dialect.do_rollback(connection)
         raise
     finally:

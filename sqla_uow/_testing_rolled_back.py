@@ -12,8 +12,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow._database import WITHIN
-from sqla_uow._isolation import check_level, family_of
+from sqla_uow._isolation import check_level
 from sqla_uow._manager import UnitOfWorkManager
+from sqla_uow._servers import family_of
 from sqla_uow._testing_savepoints import Outer, dialect_within
 from sqla_uow._testing_statements import engine_of
 from sqla_uow.errors import PropagationError
@@ -84,7 +85,7 @@ async def _manager_rolled_back(
 @asynccontextmanager
 async def _engine_rolled_back(engine: AsyncEngine, isolation: IsolationLevel | None) -> AsyncGenerator[AsyncEngine]:
     family = family_of(engine.dialect)
-    check_level(family, isolation, who="rolled_back()")
+    check_level(engine.dialect.name, isolation, who="rolled_back()")
     async with engine.connect() as connection:
         if isolation is not None:
             await connection.execution_options(isolation_level=isolation)

@@ -2,7 +2,8 @@
 
 PostgreSQL keeps the status of a transaction id.  Elsewhere a marker row is written in the same transaction, and probed by
 an INSERT of the same token: it waits while the old transaction lives, where a SELECT would answer too early.  On another node
-of a Galera cluster it would not wait either, so there the INSERT is committed: one of the two transactions then fails.
+of a Galera cluster it would not wait either, and CockroachDB and YugabyteDB may lose the old one's lock before its COMMIT, so
+there the INSERT is committed: one of the two transactions then fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sqla_uow._classify import classify
+from sqla_uow._classify import Kind, classify
 from sqla_uow._records import record
 from sqla_uow.typing import Status
 
@@ -64,7 +65,7 @@ class Notary:
     def __init__(self, database: Database[Any]) -> None:
         self._database = database
         self._lock: asyncio.Lock | None = None
-        self.ready = database.keeps_status()
+        self.ready = False
         self.free: list[str] = []
 
     def witness(self) -> Witness:
@@ -73,13 +74,13 @@ class Notary:
 
     async def make_table(self) -> None:
         """Make the marker table where it is needed and missing."""
-        if self.ready or self._database.family != "mysql":
+        if self.ready or not self._database.makes_tables_apart():
             return
         if self._lock is None:
             self._lock = asyncio.Lock()
         async with self._lock:
             if not self.ready:
-                # On a connection of its own, as MariaDB's DDL commits whatever is open; and not one of the pool, where
+                # On a connection of its own, as MariaDB's DDL commits whatever is open, say; and not one of the pool, where
                 # units that wait for this table may hold them all.
                 engine = self._database.sync_engine
                 beside = AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
@@ -182,10 +183,12 @@ class Witness:
 
     async def _ask_marker(self, connection: AsyncConnection) -> str:
         try:
-            if self._database.family != "mysql":  # made by the transaction in question, if there was none before
+            if not self._database.makes_tables_apart():  # by the transaction in question, if there was none before
                 await connection.run_sync(MARKERS.metadata.create_all)
             await connection.execute(insert(MARKERS).values(token=self._token))
-            if self._database.family == "mysql" and await _is_cluster(connection):
+            if self._database.server is not None or (
+                self._database.family == "mysql" and await _is_cluster(connection)
+            ):
                 return await self._outlaw(connection)
         except IntegrityError:
             return "committed"
@@ -204,7 +207,9 @@ class Witness:
             await connection.commit()
         except DBAPIError as error:
             # Lost: whose row it is then, nobody could tell.  Refused: the transaction may be there.
-            return "undecidable" if error.connection_invalidated else "again"
+            failure = classify(error)
+            known = failure is None or failure.kind not in (Kind.LOST, Kind.AMBIGUOUS)
+            return "again" if known else "undecidable"
         self._outlawed = True
         return "aborted"
 

@@ -26,20 +26,31 @@ __all__: list[str] = []
 
 
 @event.listens_for(VersionMixin, "before_update", propagate=True)
-def _before_update(mapper: Mapper[Any], _connection: Connection, instance: object) -> None:
-    versions = _writing(mapper, instance)
+def _before_update(mapper: Mapper[Any], connection: Connection, instance: object) -> None:
+    versions = _writing(mapper, connection, instance)
     state: InstanceState[Any] = inspect(instance)
     if versions is not None and state in versions.touched:
         versions.touched.discard(state)
         _make_update(mapper, state, instance)
 
 
-def _writing(mapper: Mapper[Any], instance: object) -> Versions | None:
-    """Tell the unit's versions what a flush is about to write; None for a session of nobody's unit."""
+def _writing(mapper: Mapper[Any], connection: Connection, instance: object) -> Versions | None:
+    """Tell the unit's versions what a flush is about to write; None for a session of nobody's unit.
+
+    Raises:
+        TypeError: SQLAlchemy would not look at how many rows were found, and only warn of it.
+    """
     session = object_session(instance)
     transaction = transaction_of(session)
     if session is None or transaction is None:
         return None
+    dialect = connection.dialect
+    if not dialect.supports_sane_rowcount:
+        name = f"{dialect.name}+{dialect.driver}"
+        raise TypeError(
+            f"the version of {describe(instance)} cannot be checked, as the dialect {name} says that its driver does not count "
+            "rows; set engine.dialect.supports_sane_rowcount = True where it does, as psycopg 3, or use another driver"
+        )
     versions = versions_of(transaction)
     versions.writing(session, mapper, instance)
     return versions
@@ -65,7 +76,7 @@ def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: objec
 
 @event.listens_for(VersionMixin, "before_delete", propagate=True)
 def _before_delete(mapper: Mapper[Any], connection: Connection, instance: object) -> None:
-    if _writing(mapper, instance) is not None and not connection.dialect.supports_sane_multi_rowcount:
+    if _writing(mapper, connection, instance) is not None and not connection.dialect.supports_sane_multi_rowcount:
         event.listen(connection, "after_execute", _check_deleted)
 
 

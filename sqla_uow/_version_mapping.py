@@ -14,6 +14,7 @@ from sqlalchemy.orm import Mapped, Mapper, declared_attr, mapped_column, synonym
 from sqlalchemy.util import get_annotations
 
 from sqla_uow._instances import describe
+from sqla_uow._servers import distributed
 from sqla_uow._version_types import INTEGER, TIMESTAMP, UUID, XMIN, Kind
 
 if TYPE_CHECKING:
@@ -254,9 +255,10 @@ def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> Non
 
 
 def _only_postgresql(table: Table, connection: Connection, **_: Any) -> None:
-    if connection.dialect.name != "postgresql":
+    server = distributed(connection)
+    if connection.dialect.name != "postgresql" or server is not None:
         raise TypeError(
-            f"table {table.name!r} is versioned by xmin, which {connection.dialect.name} does not have; use Versioned, "
+            f"table {table.name!r} is versioned by xmin, which {connection.dialect.name if server is None else server.name} does not have; use Versioned, "
             "VersionedByUUID or VersionedByTimestamp"
         )
 

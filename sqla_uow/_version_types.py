@@ -13,6 +13,8 @@ from sqlalchemy.orm import mapped_column
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import UserDefinedType
 
+from sqla_uow._servers import family_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -35,9 +37,9 @@ class UtcTimestamp(TypeDecorator[datetime]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the database's type: MariaDB's DATETIME alone would cut off the fraction of the second."""
-        if dialect.name in ("mysql", "mariadb"):
+        if family_of(dialect) == "mysql":
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
-        return dialect.type_descriptor(DateTime(timezone=dialect.name == "postgresql"))
+        return dialect.type_descriptor(DateTime(timezone=family_of(dialect) == "postgresql"))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         """Refuse a timestamp without a zone, which nobody could compare."""
@@ -46,7 +48,7 @@ class UtcTimestamp(TypeDecorator[datetime]):
         if value.tzinfo is None:
             raise ValueError("a version timestamp has no time zone; use an aware one, in UTC")
         value = value.astimezone(UTC)
-        return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
+        return value if family_of(dialect) == "postgresql" else value.replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002  # SQLAlchemy's signature
         """Return the timestamp in UTC, whatever zone the connection is in."""

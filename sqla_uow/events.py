@@ -38,7 +38,7 @@ class Event:
         call: which call it is of.
         function: whose: ``transfer()``; ``begin()`` and ``attempts()`` for blocks.
         manager: its name.
-        system: the database: ``postgresql``, ``mariadb``, ``mysql`` or ``sqlite``; MariaDB behind the dialect "mysql" is
+        system: the database: ``postgresql``, ``cockroachdb``, ``mariadb``, ``mysql`` or ``sqlite``; MariaDB behind the dialect "mysql" is
             known as such from the engine's first connection on.
         namespace: the name of the database, None where the engine's URL has none; for SQLite the file.
         attempt: which run of the body, from 1; in an outcome it may be one that never came to its turn.

@@ -181,7 +181,7 @@ async def test_what_cannot_be_examined(db, say):
         "postgresql+asyncpg://me:geheim@127.0.0.1:1/x": (
             "postgresql+asyncpg at 127.0.0.1:1 does not let us in: ConnectionRefusedError"
         ),
-        "oracle://me:geheim@h/x": "sqla_uow does not know the database 'oracle'; use postgresql, mysql, mariadb, sqlite",
+        "oracle://me:geheim@h/x": "sqla_uow does not know the database 'oracle'; use postgresql, cockroachdb, mysql, mariadb, sqlite",
         synchronous[db.family]: None,
     }
     for url, message in cases.items():
