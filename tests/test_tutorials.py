@@ -14,6 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.terminal import Terminal
 from tests.test_docs import CHECKOUT
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -47,7 +48,7 @@ class Reader:
         if name := FILE.match(text):
             (self.folder / name[1]).write_text(text)
         else:
-            self.prompt.stdin.write(f"{text}\n")
+            self.prompt.paste(text)
 
     def type_commands(self, text):
         """Run the lines of a block in a shell; a server and a prompt stay open."""
@@ -56,7 +57,7 @@ class Reader:
                 continue
             command = line.replace(PORT, self.port)
             if command == "python -m asyncio":
-                self.prompt = self.start(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.prompt = Terminal([BASH, "-c", f"exec {command}"], self.folder, self.environment)
             elif "uvicorn" in command and not command.startswith("pip"):
                 self.stack.enter_context(self.serving(command))
             else:
@@ -80,12 +81,11 @@ class Reader:
         return output
 
     def leave_prompt(self):
-        """End the input; what a block raised stands in stderr."""
+        """End it; what a block raised would stand there."""
         if self.prompt is not None:
-            output, errors = self.prompt.communicate(timeout=50)
-            assert "Traceback" not in errors, errors
-            assert "Error" not in errors.replace("NoResultFound", ""), errors
-            self.output += output + errors
+            shown = self.prompt.leave()
+            assert not re.search(r"^(Traceback|\w*(Error|Warning)\b)", shown, re.MULTILINE), shown
+            self.output += shown
 
     @contextmanager
     def serving(self, command):
@@ -135,7 +135,6 @@ def reader(tmp_path):
         yield Reader(tmp_path, stack)
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="asyncio's prompt takes blocks from terminals only since 3.13")
 @pytest.mark.drivers("sqlite")
 def test_the_first_unit(driver, reader):
     """The page's blocks, pasted into its prompt, raise nothing, and the log tells of the retry."""
