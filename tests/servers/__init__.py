@@ -9,6 +9,7 @@ and removes the folder even when the test run is killed. `python -m tests.server
 hand.
 """
 
+from .disk import SmallDisk
 from .galera import Cluster
 from .mariadb import MariaDB, Replica
 from .postgresql import PostgreSQL, Standby
@@ -16,4 +17,15 @@ from .proxy import Proxy
 from .server import Server, ServerError
 from .triggers import Trigger
 
-__all__ = ["Cluster", "MariaDB", "PostgreSQL", "Proxy", "Replica", "Server", "ServerError", "Standby", "Trigger"]
+__all__ = [
+    "Cluster",
+    "MariaDB",
+    "PostgreSQL",
+    "Proxy",
+    "Replica",
+    "Server",
+    "ServerError",
+    "SmallDisk",
+    "Standby",
+    "Trigger",
+]

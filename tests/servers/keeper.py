@@ -46,10 +46,13 @@ class Keeper:
 
     Args:
         prefix: How the folder's name begins.
+        own_mounts: Let what is mounted by its programs be seen by them alone, and be gone with them; takes root.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, *, own_mounts: bool = False) -> None:
         arguments = [sys.executable, "-I", "-S", __file__, prefix, tempfile.gettempdir()]
+        if own_mounts:
+            arguments = ["unshare", "--mount", *arguments]  # which becomes the program it is told to run
         # A session of its own: Ctrl-C and a CI runner that kills the process group end the tests, not their keeper.
         self._process = subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", start_new_session=True, text=True
@@ -252,6 +255,8 @@ def main(prefix: str, parent_folder: str) -> None:
         pass  # the tests have ended while they waited for an answer
     finally:
         custody.kill_all()
+        for mounted in filter(os.path.ismount, Path(folder).iterdir()):
+            subprocess.run(["umount", mounted], check=True, env=ENVIRONMENT)  # noqa: S607  # found on the PATH given
         shutil.rmtree(folder)
 
 

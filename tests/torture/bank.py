@@ -7,11 +7,14 @@ import collections
 import random
 import time
 import uuid
+from itertools import pairwise
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_unit, transactional
+from sqla_uow._classify import code_of
 from sqla_uow.errors import AmbiguousCommitError, ConflictError, TransactionTimeoutError
 
 WORKERS = 16
@@ -24,15 +27,26 @@ class Bank:
     """The load, and its record.
 
     Args:
-        engine: of the database in trouble.
+        engines: of the database in trouble; the workers are spread over them.
         ambiguous_commit: what becomes of a COMMIT whose answer was lost.
         seed: of what is transferred.
+        accounts: how many of them; few are hot.
+        note: written with each receipt, to take up room.
+        permanent: the drivers' codes of what cannot be helped by a retry; such an error reaches the caller as it is.
     """
 
-    def __init__(self, engine, *, ambiguous_commit, seed=0, retry=RetryPolicy(base=0.01, cap=0.2)):
-        self.engine = engine
-        self.manager = UnitOfWorkManager(engine, ambiguous_commit=ambiguous_commit, retry=retry)
+    def __init__(
+        self, *engines, ambiguous_commit, seed=0, accounts=ACCOUNTS, note="", permanent=(),
+        retry=RetryPolicy(base=0.01, cap=0.2),
+    ):  # fmt: skip
+        self.engines = engines
+        self.managers = [
+            UnitOfWorkManager(engine, ambiguous_commit=ambiguous_commit, retry=retry) for engine in engines
+        ]
+        self.accounts = accounts
+        self.note = note
         self.calls = {}
+        self._permanent = permanent
         self._random = random.Random(seed)
         self._stopping = False
         self.forget()
@@ -48,26 +62,26 @@ class Bank:
         self.reasons = collections.Counter()
 
     @staticmethod
-    def tables():
+    def tables(accounts=ACCOUNTS):
         """Return the statements that make the tables."""
-        accounts = ", ".join(f"({number}, 0)" for number in range(ACCOUNTS))
+        accounts = ", ".join(f"({number}, 0)" for number in range(accounts))
         return [
             "CREATE TABLE bank_account (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL)",
-            "CREATE TABLE bank_ledger (id VARCHAR(36) PRIMARY KEY)",
+            "CREATE TABLE bank_ledger (id VARCHAR(36) PRIMARY KEY, note VARCHAR(4000) NOT NULL)",
             f"INSERT INTO bank_account VALUES {accounts}",
         ]
 
     async def work(self):
         """Transfer until `stop` is called, whatever happens."""
         self._stopping = False
-        await asyncio.gather(*(self._worker() for _ in range(WORKERS)))
+        await asyncio.gather(*(self._worker(self.managers[number % len(self.managers)]) for number in range(WORKERS)))
 
     def stop(self):
         """Let each worker finish its call."""
         self._stopping = True
 
-    async def _worker(self):
-        with self.manager.activate():
+    async def _worker(self, manager):
+        with manager.activate():
             while not self._stopping:
                 receipt = str(uuid.UUID(int=self._random.getrandbits(128)))
                 call = asyncio.create_task(self._call(receipt))
@@ -88,9 +102,17 @@ class Bank:
         except asyncio.CancelledError:
             self._cancelled(receipt, units)
         except Exception as error:  # noqa: BLE001  # that is what is looked for
-            self.strange.append(error)
+            self._refused(receipt, error)
         else:
             self._acknowledge(receipt)
+
+    def _refused(self, receipt, error):
+        code = code_of(error.orig) if isinstance(error, DBAPIError) else None
+        if code in self._permanent:
+            self.failed.append(receipt)
+            self.reasons[code] += 1
+        else:
+            self.strange.append(error)
 
     def _cancelled(self, receipt, units):
         status = units[-1].status if units else Status.ROLLED_BACK
@@ -113,6 +135,11 @@ class Bank:
             waits.append(later[0] - moment if later else float("inf"))
         return max(waits)
 
+    def longest_gap_after(self, moment):
+        """Return for how long nobody was told of a success, at most, since then."""
+        later = [at for at in self.acknowledged_at if at >= moment]
+        return max(after - before for before, after in pairwise([moment, *later]))
+
     def check(self, ledger, total):
         """See that what was told is what is there.
 
@@ -128,8 +155,9 @@ class Bank:
         assert not set(self.failed) & there, "reported as failed, and there"
         assert there <= {*self.acknowledged, *self.unknown}, "there, and nobody knows of it"
         assert total == 0
-        if isinstance(self.engine.pool, AsyncAdaptedQueuePool):
-            assert self.engine.pool.checkedout() == 0
+        for engine in self.engines:
+            if isinstance(engine.pool, AsyncAdaptedQueuePool):
+                assert engine.pool.checkedout() == 0
 
     def __str__(self):
         return (
@@ -145,9 +173,10 @@ async def transfer(bank, receipt, units):
     units.append(unit)
     bank.attempts += 1
     chance = random.Random(receipt)
-    source, target = sorted(chance.sample(range(ACCOUNTS), 2))
+    source, target = sorted(chance.sample(range(bank.accounts), 2))
     amount = chance.randrange(-100, 100)
     change = text("UPDATE bank_account SET balance = balance + :amount WHERE id = :id")
     await unit.session.execute(change, {"id": source, "amount": -amount})
-    await unit.session.execute(text("INSERT INTO bank_ledger (id) VALUES (:id)"), {"id": receipt})
+    entry = text("INSERT INTO bank_ledger (id, note) VALUES (:id, :note)")
+    await unit.session.execute(entry, {"id": receipt, "note": bank.note})
     await unit.session.execute(change, {"id": target, "amount": amount})
