@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sqla_uow._classify import Kind, classify
+from sqla_uow._classify import Kind, classify, code_of
 from sqla_uow._records import record
 from sqla_uow.typing import Status
 
@@ -42,6 +42,8 @@ POLL_SECONDS = 0.05
 MARKERS = Table("sqla_uow_commits", MetaData(), Column("token", String(36), primary_key=True))
 """The marker rows.  Made on first need; each transaction takes over a free one, so there are as many as units at a time."""
 
+
+_TABLE_EXISTS = frozenset({1050, "42P07"})
 
 # PostgreSQL: an id is not durable before something of its transaction is. After a crash it can be given again, and the
 # status is somebody else's (seen on 18.6). Statistics are reset by a crash, so the time of their reset tells one.
@@ -87,6 +89,9 @@ class Notary:
                 try:
                     async with beside.begin() as connection:
                         await connection.run_sync(MARKERS.metadata.create_all)
+                except DBAPIError as error:
+                    if error.orig is None or code_of(error.orig) not in _TABLE_EXISTS:  # made by another process meanwhile
+                        raise
                 finally:
                     await beside.dispose()
                 self.ready = True

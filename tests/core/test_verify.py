@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import event, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, transactional
+from sqla_uow._verify import MARKERS
 from sqla_uow.errors import ConflictError
 from tests.models import Account
 
@@ -32,6 +33,25 @@ async def test_the_first_unit_makes_the_marker_table(unmarked):
         assert unit.status is Status.COMMITTED
     assert await unmarked.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
     assert await unmarked.scalar(COUNT) == 1
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_another_process_makes_the_marker_table_meanwhile(unmarked):
+    """Between the look whether it is there and its making: that is as good."""
+    manager = UnitOfWorkManager(unmarked.engine(), ambiguous_commit="verify")
+    made = []
+
+    def make(*_arguments, **_options):
+        unmarked.server.execute("CREATE TABLE sqla_uow_commits (token VARCHAR(36) PRIMARY KEY)", database=unmarked.name)
+        made.append(True)
+
+    event.listen(MARKERS, "before_create", make)
+    try:
+        async with manager.begin() as unit:
+            unit.session.add(Account(id=1))
+    finally:
+        event.remove(MARKERS, "before_create", make)
+    assert (made, await unmarked.scalar(COUNT)) == ([True], 1)
 
 
 @pytest.mark.drivers(*MARKED)

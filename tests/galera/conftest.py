@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.servers import Cluster
 from tests.servers.galera import Node
+from tests.torture.bank import SECONDS, WORKERS, Bank
 from tests.waiting import until
 
-collect_ignore = [] if os.environ.get("SQLA_UOW_GALERA") else ["test_cluster.py"]  # half a minute: tox -e galera
+collect_ignore = (
+    [] if os.environ.get("SQLA_UOW_GALERA") else ["test_bank.py", "test_cluster.py"]
+)  # minutes: tox -e galera
+
+HOT = 4
+"""Accounts of the bank."""
 
 
 class Nodes:
@@ -37,6 +45,29 @@ class Nodes:
         """Return what a node shows, with all that is certified applied."""
         return self.nodes[number].execute(f"SET SESSION wsrep_sync_wait = 15; {statement}")
 
+    def bank(self, mode):
+        """Open the bank of the tortures, with workers on each node, or on the next one while it is dead."""
+        pool = {"pool_size": WORKERS, "pool_timeout": SECONDS}
+        engines = [self.engine(number, **pool) for number in range(len(self.nodes))]
+        for number, engine in enumerate(engines):
+            in_order = self.nodes[number:] + self.nodes[:number]
+
+            @event.listens_for(engine.sync_engine, "do_connect")
+            def _connect(_dialect, _record, _arguments, parameters, in_order=in_order):
+                parameters["port"] = next(node.port for node in in_order if node.pid is not None)
+
+        return Bank(*engines, ambiguous_commit=mode, seed=random.randrange(1_000_000), accounts=HOT)
+
+    async def close(self, bank, work):
+        """Let the bank come to an end, and see that what it knows is what each node shows."""
+        bank.stop()
+        await work
+        await self.dispose()
+        print(f"\n{bank}")  # noqa: T201  # the figures in the docs
+        for number in range(len(self.nodes)):
+            ledger = self.rows(number, "SELECT id FROM bank_ledger").split()
+            bank.check(ledger, int(self.rows(number, "SELECT sum(balance) FROM bank_account")))
+
     async def dispose(self):
         for engine in self._engines:
             await engine.dispose()
@@ -57,7 +88,7 @@ def cluster():
     with Cluster() as cluster:
         cluster.nodes[0].execute(
             "CREATE TABLE account (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL);"
-            "CREATE TABLE ledger (id CHAR(36) PRIMARY KEY)"
+            "CREATE TABLE ledger (id CHAR(36) PRIMARY KEY);" + ";".join(Bank.tables(HOT))
         )
         yield cluster
 
@@ -67,7 +98,8 @@ async def nodes(driver, cluster):
     """The nodes with four accounts and an empty ledger, and whole again at the end."""
     nodes = Nodes(driver, cluster)
     cluster.nodes[0].execute(
-        "DELETE FROM ledger; DELETE FROM account; INSERT INTO account VALUES (0, 0), (1, 0), (2, 0), (3, 0)"
+        "DELETE FROM ledger; DELETE FROM account; INSERT INTO account VALUES (0, 0), (1, 0), (2, 0), (3, 0);"
+        "DELETE FROM bank_ledger; UPDATE bank_account SET balance = 0"
     )
     nodes.rows(1, "SELECT 1")
     nodes.rows(2, "SELECT 1")
