@@ -33,11 +33,12 @@ class Bank:
         accounts: how many of them; few are hot.
         note: written with each receipt, to take up room.
         permanent: the drivers' codes of what cannot be helped by a retry; such an error reaches the caller as it is.
+        workers: how many of them.
     """
 
     def __init__(
         self, *engines, ambiguous_commit, seed=0, accounts=ACCOUNTS, note="", permanent=(),
-        retry=RetryPolicy(base=0.01, cap=0.2),
+        workers=WORKERS, retry=RetryPolicy(base=0.01, cap=0.2),
     ):  # fmt: skip
         self.engines = engines
         self.managers = [
@@ -46,6 +47,7 @@ class Bank:
         self.accounts = accounts
         self.note = note
         self.calls = {}
+        self._workers = workers
         self._permanent = permanent
         self._random = random.Random(seed)
         self._stopping = False
@@ -74,7 +76,9 @@ class Bank:
     async def work(self):
         """Transfer until `stop` is called, whatever happens."""
         self._stopping = False
-        await asyncio.gather(*(self._worker(self.managers[number % len(self.managers)]) for number in range(WORKERS)))
+        await asyncio.gather(
+            *(self._worker(self.managers[number % len(self.managers)]) for number in range(self._workers))
+        )
 
     def stop(self):
         """Let each worker finish its call."""
