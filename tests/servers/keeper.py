@@ -93,6 +93,10 @@ class Keeper:
         """
         self._ask("end", pid=pid, signum=int(signum), timeout=timeout)
 
+    def signal_all(self, signum: signal.Signals) -> None:
+        """Send a signal to all that runs in the folder."""
+        self._ask("signal_all", signum=int(signum))
+
     def last_words(self) -> str:
         """Return the last lines the programs have printed, in one, or `nothing`."""
         with contextlib.suppress(FileNotFoundError):
@@ -180,12 +184,16 @@ class _Custody:
         self.kill_all()
         return {}
 
+    def signal_all(self, signum: int) -> dict[str, object]:
+        for pid in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        return {}
+
     def kill_all(self) -> None:
         """Kill every descendant; again, until none has been born in between."""
-        while pids := _descendants(os.getpid()):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        while _descendants(os.getpid()):
+            self.signal_all(signal.SIGKILL)
             self._reap()
             time.sleep(_TICK)
 

@@ -135,6 +135,14 @@ class Server(abc.ABC):
         keeper.end(pid, Signals.SIGKILL)
         self.pid = None
 
+    def freeze(self) -> None:
+        """Stop every process of the server where it is, until `thaw`; the machine still accepts connections for it."""
+        self._running()[0].signal_all(Signals.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen server go on."""
+        self._running()[0].signal_all(Signals.SIGCONT)
+
     def restart(self) -> None:
         """Start again on the same port and data, after `kill`, `stop(keep_data=True)`, or while running.
 

@@ -34,11 +34,12 @@ class Bank:
         note: written with each receipt, to take up room.
         permanent: the drivers' codes of what cannot be helped by a retry; such an error reaches the caller as it is.
         workers: how many of them.
+        timeout: seconds that one call may take.
     """
 
     def __init__(
         self, *engines, ambiguous_commit, seed=0, accounts=ACCOUNTS, note="", permanent=(),
-        workers=WORKERS, retry=RetryPolicy(base=0.01, cap=0.2),
+        workers=WORKERS, timeout=SECONDS, retry=RetryPolicy(base=0.01, cap=0.2),
     ):  # fmt: skip
         self.engines = engines
         self.managers = [
@@ -48,6 +49,7 @@ class Bank:
         self.note = note
         self.calls = {}
         self._workers = workers
+        self._transfer = transactional(retries=1000, timeout=timeout)(transfer)
         self._permanent = permanent
         self._random = random.Random(seed)
         self._stopping = False
@@ -61,6 +63,7 @@ class Bank:
         self.strange = []
         self.attempts = 0
         self.acknowledged_at = []
+        self.longest_call = 0.0
         self.reasons = collections.Counter()
 
     @staticmethod
@@ -95,9 +98,9 @@ class Bank:
 
     async def _call(self, receipt):
         """Make one transfer, and remember what its caller was told."""
-        units = []
+        units, began = [], time.monotonic()
         try:
-            await transfer(self, receipt, units)
+            await self._transfer(self, receipt, units)
         except AmbiguousCommitError:
             self.unknown.append(receipt)
         except (ConflictError, TransactionTimeoutError) as error:
@@ -109,6 +112,7 @@ class Bank:
             self._refused(receipt, error)
         else:
             self._acknowledge(receipt)
+        self.longest_call = max(self.longest_call, time.monotonic() - began)
 
     def _refused(self, receipt, error):
         code = code_of(error.orig) if isinstance(error, DBAPIError) else None
@@ -166,11 +170,10 @@ class Bank:
     def __str__(self):
         return (
             f"{len(self.acknowledged)} acknowledged, {len(self.failed)} failed {dict(self.reasons)}, "
-            f"{len(self.unknown)} unknown, {self.attempts} attempts"
+            f"{len(self.unknown)} unknown, {self.attempts} attempts, the longest call {self.longest_call:.1f} s"
         )
 
 
-@transactional(retries=1000, timeout=SECONDS)
 async def transfer(bank, receipt, units):
     """Move money between two accounts."""
     unit = current_unit()
