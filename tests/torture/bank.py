@@ -48,6 +48,7 @@ class Bank:
         self.accounts = accounts
         self.note = note
         self.calls = {}
+        self.lent = 0
         self._workers = workers
         self._transfer = transactional(retries=1000, timeout=timeout)(transfer)
         self._permanent = permanent
@@ -82,6 +83,8 @@ class Bank:
         await asyncio.gather(
             *(self._worker(self.managers[number % len(self.managers)]) for number in range(self._workers))
         )
+        pools = [engine.pool for engine in self.engines if isinstance(engine.pool, AsyncAdaptedQueuePool)]
+        self.lent = sum(pool.checkedout() for pool in pools)  # now: an engine that is disposed of has a new pool
 
     def stop(self):
         """Let each worker finish its call."""
@@ -103,6 +106,7 @@ class Bank:
             await self._transfer(self, receipt, units)
         except AmbiguousCommitError:
             self.unknown.append(receipt)
+            self.reasons["unknown"] += 1
         except (ConflictError, TransactionTimeoutError) as error:
             self.failed.append(receipt)
             self.reasons[getattr(error, "reason", "timeout")] += 1
@@ -163,9 +167,7 @@ class Bank:
         assert not set(self.failed) & there, "reported as failed, and there"
         assert there <= {*self.acknowledged, *self.unknown}, "there, and nobody knows of it"
         assert total == 0
-        for engine in self.engines:
-            if isinstance(engine.pool, AsyncAdaptedQueuePool):
-                assert engine.pool.checkedout() == 0
+        assert self.lent == 0, "connections stay checked out"
 
     def __str__(self):
         return (

@@ -43,13 +43,23 @@ async def banking(driver, server, mode, *, port=None, bank=None, **options):
         yield bank
     finally:
         bank.stop()
-        await work
-        await engine.dispose()
+        try:
+            await work
+            await until(lambda: answers(server))
+            await until(lambda: not _open_transactions(server), pause=0.2)  # now: to dispose of the engine ends them
+        finally:
+            await engine.dispose()
     print(f"\nseed {SEED}: {bank}")  # noqa: T201  # the figures in the docs
-    await until(lambda: answers(server))
     ledger = server.execute("SELECT id FROM bank_ledger").split()
     bank.check(ledger, total(server))
     assert bank.acknowledged
+
+
+def _open_transactions(server):
+    """Return how many transactions somebody has left open."""
+    if isinstance(server, PostgreSQL):
+        return int(server.execute("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"))
+    return int(server.execute("SELECT count(*) FROM information_schema.innodb_trx"))
 
 
 def answers(server):
