@@ -20,7 +20,7 @@ from sqlalchemy import NullPool, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.servers import MariaDB, PostgreSQL, Proxy, ServerError
+from tests.servers import MariaDB, PostgreSQL, Proxy, ServerError, SmallDisk
 from tests.servers.keeper import ENVIRONMENT, _descendants
 from tests.servers.machine import free_port
 from tests.waiting import until
@@ -30,6 +30,10 @@ SERVERS = [PostgreSQL, MariaDB]
 DIRECTIONS = ["to_server", "to_client"]
 on_servers = pytest.mark.drivers(*PostgreSQL.drivers, *MariaDB.drivers)
 SLEEP = {PostgreSQL: "SELECT pg_sleep(60)", MariaDB: "SELECT SLEEP(60)"}
+FILLING = {
+    PostgreSQL: "INSERT INTO t SELECT repeat('x', 1900) FROM generate_series(1, 1000)",
+    MariaDB: "INSERT INTO t SELECT repeat('x', 7000) FROM seq_1_to_1000",
+}
 SLEEPERS = {
     PostgreSQL: "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND wait_event = 'PgSleep'",
     MariaDB: "SELECT count(*) FROM information_schema.processlist WHERE db = '{}' AND state = 'User sleep'",
@@ -266,6 +270,35 @@ def test_stop_leaves_nothing(kind):
     assert not is_listening(server.port)
     with server, pytest.raises(ServerError, match=r"refused 'SELECT \* FROM t'"):
         server.execute("SELECT * FROM t")
+
+
+def test_a_frozen_server_answers_when_it_is_thawed(server):
+    """It lets clients connect, as the machine does that for it, and answers them afterwards."""
+    server.freeze()
+    asked = threading.Thread(target=server.execute, args=("SELECT 1",))
+    asked.start()
+    asked.join(0.5)
+    assert asked.is_alive()
+    server.thaw()
+    asked.join(10)
+    assert not asked.is_alive()
+
+
+@pytest.mark.parametrize("kind", SERVERS, ids=lambda kind: kind.name)
+def test_a_small_disk(kind, ground, monkeypatch):
+    """What does not fit in is refused until there is room, nobody else sees the disk, and it goes with its server."""
+    need(kind, SmallDisk)
+    monkeypatch.setattr(tempfile, "tempdir", str(ground))
+    disk = SmallDisk(128)
+    with kind(disk=disk) as server:
+        server.execute("CREATE TABLE t (x VARCHAR(16000))")
+        disk.fill()
+        with pytest.raises(ServerError, match=r"No space left on device|The table 't' is full"):
+            server.execute(";".join([FILLING[kind]] * 20))
+        assert str(server.folder) not in Path("/proc/mounts").read_text()
+        disk.free()
+        server.execute(FILLING[kind])
+        assert server.is_running()
 
 
 @pytest.mark.parametrize("kind", SERVERS, ids=lambda kind: kind.name)
