@@ -90,7 +90,9 @@ class Notary:
                     async with beside.begin() as connection:
                         await connection.run_sync(MARKERS.metadata.create_all)
                 except DBAPIError as error:
-                    if error.orig is None or code_of(error.orig) not in _TABLE_EXISTS:  # made by another process meanwhile
+                    if (
+                        error.orig is None or code_of(error.orig) not in _TABLE_EXISTS
+                    ):  # made by another process meanwhile
                         raise
                 finally:
                     await beside.dispose()

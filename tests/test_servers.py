@@ -285,20 +285,21 @@ def test_a_frozen_server_answers_when_it_is_thawed(server):
 
 
 @pytest.mark.parametrize("kind", SERVERS, ids=lambda kind: kind.name)
-def test_a_small_disk(kind, ground, monkeypatch):
+def test_a_small_disk(kind):
     """What does not fit in is refused until there is room, nobody else sees the disk, and it goes with its server."""
     need(kind, SmallDisk)
-    monkeypatch.setattr(tempfile, "tempdir", str(ground))
     disk = SmallDisk(128)
     with kind(disk=disk) as server:
         server.execute("CREATE TABLE t (x VARCHAR(16000))")
         disk.fill()
         with pytest.raises(ServerError, match=r"No space left on device|The table 't' is full"):
             server.execute(";".join([FILLING[kind]] * 20))
-        assert str(server.folder) not in Path("/proc/mounts").read_text()
+        folder = server.folder
+        assert str(folder) not in Path("/proc/mounts").read_text()
         disk.free()
         server.execute(FILLING[kind])
         assert server.is_running()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("kind", SERVERS, ids=lambda kind: kind.name)
