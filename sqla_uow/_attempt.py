@@ -105,7 +105,7 @@ class Attempt(Generic[S]):
         transaction = Transaction(
             options.who,
             manager._database,
-            isolation=options.isolation or manager.isolation,
+            isolation=options.isolation or manager._isolation,
             read_only=options.read_only,
             deadline=attempts.deadline,
             clock=attempts.policy.clock,

@@ -6,7 +6,6 @@ import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Generic
-from weakref import WeakKeyDictionary
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
@@ -58,9 +57,9 @@ class Attempts(Generic[S]):
     def __init__(self, manager: UnitOfWorkManager[S], options: Options, function: object = None) -> None:
         self.manager = manager
         self.options = options
-        self.policy = options.retry or manager.retry
-        self.retries = manager.retries if options.retries is None else options.retries
-        self.timeout = manager.timeout if options.timeout is None else options.timeout
+        self.policy = options.retry or manager._retry
+        self.retries = manager._retries if options.retries is None else options.retries
+        self.timeout = manager._timeout if options.timeout is None else options.timeout
         # The clock is read once per call, and again only on trouble.
         self.started = self.policy.clock()
         self.deadline = None if self.timeout is None else self.started + self.timeout
@@ -177,7 +176,7 @@ class Attempts(Generic[S]):
     def remember(self, transaction: Transaction, session: Session) -> None:
         """Remember the objects of a failed attempt: a new one keeps its key, a loaded one has lost its changes."""
         if self.tainted is None or self.tainted is (self.scope and self.scope.tainted):
-            self.tainted = WeakKeyDictionary(self.tainted or {})
+            self.tainted = Tainted() if self.tainted is None else self.tainted.copy()
         taint(transaction, session, self.tainted, "attempt")
 
     def gave_up(self, failure: Failure, *, is_last: bool = True, spent: bool = False) -> ConflictError:

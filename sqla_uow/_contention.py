@@ -433,8 +433,9 @@ class Gate:
         return len(self._queue) + len(self._again)
 
     def _admit(self) -> None:
-        while self._running < self._controller.width and self._let_in(first_runs=not self._backing_off):
-            pass
+        while self._queue or self._again:
+            if self._running >= self._controller.width or not self._let_in(first_runs=not self._backing_off):
+                break
 
     def _admit_soon(self) -> None:
         """Let others in, but where a failed attempt backs off, or begins again, at once: behind that."""

@@ -16,8 +16,31 @@ if TYPE_CHECKING:
 __all__ = ["Tainted", "check_attach", "check_merge", "describe", "taint"]
 
 Reason: TypeAlias = Literal["attempt", "read"]
-Tainted: TypeAlias = "WeakKeyDictionary[InstanceState[Any], Reason]"
-"""Objects that may not be attached: of an attempt that failed, or of the read session."""
+
+
+class Tainted:
+    """Objects that may not be attached: of an attempt that failed, or of the read session."""
+
+    __slots__ = ("_reasons",)
+
+    def __init__(self) -> None:
+        self._reasons: WeakKeyDictionary[InstanceState[Any], Reason] | None = (
+            None  # made with the first: most have none
+        )
+
+    def get(self, state: InstanceState[Any]) -> Reason | None:
+        """Return why an object may not be attached, None if it may."""
+        return None if self._reasons is None else self._reasons.get(state)
+
+    def add(self, state: InstanceState[Any], reason: Reason) -> None:
+        if self._reasons is None:
+            self._reasons = WeakKeyDictionary()
+        self._reasons[state] = reason
+
+    def copy(self) -> Tainted:
+        copied = Tainted()
+        copied._reasons = None if self._reasons is None else self._reasons.copy()
+        return copied
 
 
 def check_attach(transaction: Transaction, state: InstanceState[Any]) -> None:
@@ -68,9 +91,9 @@ def _attach_message(transaction: Transaction, state: InstanceState[Any], reason:
 def taint(transaction: Transaction, session: Session, tainted: Tainted, reason: Reason) -> None:
     """Remember the objects of this attempt, so that no later one reuses them."""
     for instance in session:
-        tainted[inspect(instance)] = reason
+        tainted.add(inspect(instance), reason)
     for state in transaction.attached or ():
-        tainted[state] = reason
+        tainted.add(state, reason)
 
 
 def describe(instance: object) -> str:

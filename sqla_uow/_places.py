@@ -22,7 +22,7 @@ class ManagerPlace(Place):
     def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
         super().__init__(manager)
         self.manager: UnitOfWorkManager[Any] = manager
-        self.name: str = manager.name
+        self.name: str = manager._name
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""

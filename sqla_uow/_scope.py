@@ -6,7 +6,6 @@ import asyncio
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -56,11 +55,11 @@ class Scope:
         self.manager: UnitOfWorkManager[Any] = manager
         self.observers: tuple[Observer, ...] = observers
         self.last_write: LastWrite | None = last_write
-        self.tainted: Tainted = WeakKeyDictionary()
+        self.tainted: Tainted = Tainted()
         self.reader: UnitOfWork[Any] | None = None
         self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
-        self._giving_way = asyncio.Lock()
+        self._giving_way: asyncio.Lock | None = None
 
     def read_unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one where there is none."""
@@ -80,10 +79,10 @@ class Scope:
         transaction = Transaction(
             _READER,
             manager._database,
-            isolation=manager.isolation,
+            isolation=manager._isolation,
             read_only=True,
             deadline=None,
-            clock=manager.retry.clock,
+            clock=manager._retry.clock,
             scope_read=True,
         )
         transaction.replicas, transaction.last_write = manager._replicas, self.last_write
@@ -112,6 +111,7 @@ class Scope:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
         if self.reader is not None:
             # Once for all units that sibling tasks begin: they do not use the read session.
+            self._giving_way = self._giving_way or asyncio.Lock()
             async with self._giving_way:
                 await self._give_way()
 
@@ -173,6 +173,8 @@ class Scope:
         """
         if self.place is not None:
             self.place.closed = True
+        if self.reader is None:
+            return
         try:
             self.refuse_unsaved()
         finally:
@@ -247,6 +249,8 @@ class ScopeContext:
         scope = self._place.scope
         scope.place = None
         pop(self._place)
+        if scope.reader is None:
+            return
         try:
             if error is None:
                 scope.refuse_unsaved()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest
-from sqla_uow_starlette._position import Carrier, PositionIn, sent
+from sqla_uow_starlette._position import Carrier, PositionIn
 from sqla_uow_starlette._request import handle_connection, handle_request
 from sqla_uow_starlette._timing import Timing
 
@@ -96,27 +96,24 @@ class UnitOfWorkMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
+        carrier = self._carrier
         if scope["type"] == "websocket":
-            opening = self.manager.scope(position=sent(self._carrier, scope))
+            opening = self.manager.scope(position=None if carrier is None else carrier.read(scope))
             await handle_connection(self.app, opening, scope, receive, send)
-        elif scope["type"] != "http":
+            return
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
-        else:
-            await self._handle_request(scope, receive, send)
-
-    async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
         observers: tuple[Timing, ...] = ()
         if self._server_timing:
             timing = Timing(self.manager.name)
             send, observers = timing.telling(send), (timing,)
         if self._atomic is None:
-            await handle_request(
-                self.app, self.manager, scope, receive, send, carrier=self._carrier, observers=observers
-            )
+            await handle_request(self.app, self.manager, scope, receive, send, carrier=carrier, observers=observers)
         else:
             await AtomicRequest(
                 self.app, self.manager, scope, receive, send,
-                options=self._atomic, carrier=self._carrier, observers=observers,
+                options=self._atomic, carrier=carrier, observers=observers,
             ).handle()  # fmt: skip
 
 

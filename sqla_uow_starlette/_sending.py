@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from sqla_uow.errors import ReadOnlyError
 
@@ -69,7 +69,7 @@ class Sender:
 
 async def run(app: ASGIApp, scope: Scope, receive: Receive, sender: Sender) -> None:
     """Run the application; what unwinds it after a refusal is no news, but a cancellation goes on."""
-    task = cast("asyncio.Task[object]", asyncio.current_task())
+    task: Any = asyncio.current_task()  # there is one: this is a coroutine
     cancelling = task.cancelling()
     try:
         await app(scope, receive, sender)
