@@ -10,19 +10,24 @@ import platform
 import sys
 import tempfile
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 
 from benchmarks import contention, memory, middleware, overhead, processes, transaction_peers, web_peers
+from benchmarks.contention_sides import Cell
+from benchmarks.simulation import study, validation
+from benchmarks.simulation.costs import Costs
 from tests.servers import MariaDB, PostgreSQL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEPENDENCIES = ("sqlalchemy", "asyncpg", "asyncmy", "aiosqlite", "starlette", "uvicorn")
+CELLS = {"contention": contention.CELLS, "processes": processes.CELLS, "simulation": validation.CELLS}
 SERVERS = {"postgresql": (PostgreSQL, "asyncpg"), "mariadb": (MariaDB, "asyncmy")}
 
 
@@ -61,27 +66,49 @@ def about(name: str, database_name: str) -> dict[str, str]:
 def main() -> None:
     """Parse the command line, measure, print a table, and write the figures where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["overhead", "middleware", "memory", "contention", "processes"])
+    parser.add_argument("name", choices=["overhead", "middleware", "memory", "contention", "processes", "simulation"])
     parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
     parser.add_argument("--rounds", type=int, default=40, help="overhead, middleware: interleaved rounds; default: 40")
     parser.add_argument(
-        "--seconds", type=float, default=6.0, help="contention, processes: for each side of a cell; default: 6"
+        "--seconds",
+        type=float,
+        default=6.0,
+        help="contention, processes, simulation: for each side of a cell; default: 6",
     )
     parser.add_argument(
-        "--cells", help="contention, processes: rows/pause in ms/workers[/ordered|/skew], with commas between"
+        "--cells",
+        help="contention, processes, simulation: rows/pause in ms/workers[/ordered|/skew], with commas between",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=processes.PROCESSES, help="processes: how many; default: %(default)s"
+    )
+    parser.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="simulation: what --json has kept; nothing is measured again, and 1 to 1,000 processes are simulated with that",
+    )
+    parser.add_argument(
+        "--largest", type=int, default=max(study.PROCESSES), help="simulation: processes at most; default: %(default)s"
     )
     parser.add_argument("--units", type=int, default=100_000, help="memory: how many end; default: 100000")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args()
+    if arguments.name == "simulation" and arguments.database != "postgresql":
+        parser.error(f"simulation models PostgreSQL, not {arguments.database}; use --database postgresql")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds} measures nothing; use 1 or more")
-    cells = arguments.cells or (processes.CELLS if arguments.name == "processes" else contention.CELLS)
+    cells = arguments.cells or CELLS.get(arguments.name, contention.CELLS)
     try:
         contention.cells(cells)
     except ValueError:
         parser.error(f"--cells {cells!r} is no list of rows/pause/workers; an example is 10/0/32,1000/5/8/ordered")
     print(f"{arguments.database}, Python {platform.python_version()}, SQLAlchemy {sqlalchemy.__version__}")
     figures: object
+    if arguments.costs is not None:
+        figures = simulate_many(json.loads(arguments.costs.read_text())["figures"]["validation"], arguments.largest)
+        write(arguments, figures)
+        return
     with database(arguments.database) as url:
         if arguments.name == "overhead":
             figures = overhead.report(url, arguments.rounds)
@@ -90,9 +117,25 @@ def main() -> None:
         elif arguments.name == "memory":
             figures = memory.report(url, arguments.units)
         elif arguments.name == "processes":
-            figures = contention.report(url, cells, arguments.seconds, processes.measure)
+            figures = contention.report(
+                url, cells, arguments.seconds, partial(processes.measure, processes=arguments.processes)
+            )
+        elif arguments.name == "simulation":
+            figures = simulate_many(validation.compare(url, cells, arguments.seconds), arguments.largest)
         else:
             figures = contention.report(url, cells, arguments.seconds)
+    write(arguments, figures)
+
+
+def simulate_many(validated: dict[str, Any], largest: int) -> dict[str, Any]:
+    """Simulate 1 to so many processes with the costs of the first round, of the largest table."""
+    kept = validated[min(validated, key=int)]["costs"]
+    costs = {side: Costs.of(one) for side, one in kept[max(kept, key=lambda cell: Cell.parse(cell).rows)].items()}
+    return {"validation": validated, "scale": study.study(costs, largest)}
+
+
+def write(arguments: argparse.Namespace, figures: object) -> None:
+    """Write the figures where asked."""
     if arguments.json is not None:
         kept = {"about": about(arguments.name, arguments.database), "figures": figures}
         arguments.json.write_text(json.dumps(kept, indent=2) + "\n")

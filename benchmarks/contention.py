@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["CELLS", "SLICE", "WARM_UP", "Meter", "Outcome", "cells", "outcome", "prepare", "report"]
+__all__ = ["CELLS", "SLICE", "WARM_UP", "Meter", "Outcome", "added", "cells", "outcome", "prepare", "report"]
 
+SCHEDSTAT = Path("/proc/self/schedstat")
 WARM_UP = 2.0
 SLICE = 1.5
 CELLS = (
@@ -53,39 +55,68 @@ class Outcome(NamedTuple):
     cold: tuple[float, ...] = ()
 
 
-class Meter:
-    """What one side has done so far, over all its slices."""
+def waited_for_a_core() -> float:
+    """Return the seconds that this process's first thread has waited for one; 0 where the system does not say (Linux does)."""
+    return int(SCHEDSTAT.read_text().split()[1]) / 1e9 if SCHEDSTAT.exists() else 0.0
 
-    def __init__(self) -> None:
+
+class Meter:
+    """What one side has done so far, over all its slices.
+
+    Args:
+        clock: seconds.
+        chance: chooses the rows.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, chance: random.Random | None = None) -> None:
+        self._clock = clock
+        self._chance = chance or random.Random()  # noqa: S311  # no secret
         self.seconds = 0.0
+        self.computed = 0.0  # by this process
+        self.waited = 0.0  # seconds in which it could have computed, but the cores had something else to do
         self.latencies: list[float] = []
         self.gave_up = 0
         self.runs = 0
 
     async def slice(self, side: Side, cell: Cell, seconds: float, *, counts: bool) -> None:
         """Let the workers call it for some seconds."""
-        end = time.perf_counter() + seconds
+        end = self._clock() + seconds
         side.runs = 0
         latencies: list[float] = []
         gave_up = 0
 
         async def worker() -> None:
             nonlocal gave_up
-            while (started := time.perf_counter()) < end:
-                payer, payee = random.sample(range(1, cell.rows + 1), 2) if cell.rows > 1 else (1, 1)
+            while (started := self._clock()) < end:
+                payer, payee = self._chance.sample(range(1, cell.rows + 1), 2) if cell.rows > 1 else (1, 1)
                 committed = await side.call(cell, payer, payee)
                 if committed:
-                    latencies.append(time.perf_counter() - started)
+                    latencies.append(self._clock() - started)
                 else:
                     gave_up += 1
 
-        started = time.perf_counter()
+        started, computed, waited = self._clock(), time.process_time(), waited_for_a_core()
         await asyncio.gather(*(worker() for _ in range(cell.workers)))
         if counts:
-            self.seconds += time.perf_counter() - started  # to the end of the last call: a stall counts
+            self.seconds += self._clock() - started  # to the end of the last call: a stall counts
+            self.computed += time.process_time() - computed
+            self.waited += waited_for_a_core() - waited
             self.latencies += latencies
             self.gave_up += gave_up
             self.runs += side.runs
+
+
+def added(slices: list[Meter]) -> Meter:
+    """Return what one side has done in several slices as one meter."""
+    whole = Meter()
+    for one in slices:
+        whole.seconds += one.seconds
+        whole.computed += one.computed
+        whole.waited += one.waited
+        whole.latencies += one.latencies
+        whole.gave_up += one.gave_up
+        whole.runs += one.runs
+    return whole
 
 
 def outcome(meters: list[Meter]) -> Outcome:

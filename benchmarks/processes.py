@@ -21,7 +21,7 @@ from benchmarks.contention_sides import ByHand, full_jitter, sides
 from sqla_uow import UnitOfWorkManager
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from multiprocessing.synchronize import Barrier
 
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -62,26 +62,42 @@ class OneForAll(ByHand):
                 await connection.execute(text(give_back))
 
 
-async def one_process(url: str, cell: Cell, seconds: float) -> dict[str, contention.Meter]:
-    """Run every side in turns, each together with the other processes."""
+async def one_process(
+    places: Mapping[str, Cell], seconds: float, *, with_locks: bool
+) -> dict[tuple[Cell, str], list[contention.Meter]]:
+    """Run every side in turns, each together with the other processes; return a meter for each slice."""
     logging.getLogger("sqla_uow").setLevel(logging.ERROR)
-    engine, locks = (create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120) for _ in "12")
-    compared: dict[str, Side] = {**sides(engine), "database lock": OneForAll(engine, locks)}
-    meters = {name: contention.Meter() for name in compared}
-    with UnitOfWorkManager(engine).activate():
+    compared: dict[tuple[Cell, str], tuple[UnitOfWorkManager, Side]] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        for url, cell in places.items():
+            engine, locks = (
+                create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120) for _ in "12"
+            )
+            stack.push_async_callback(engine.dispose)
+            stack.push_async_callback(locks.dispose)
+            manager = UnitOfWorkManager(engine)
+            own = {**sides(engine), "database lock": OneForAll(engine, locks)} if with_locks else sides(engine)
+            compared |= {(cell, name): (manager, side) for name, side in own.items()}
+        meters: dict[tuple[Cell, str], list[contention.Meter]] = {which: [] for which in compared}
         for number in range(1 + max(1, round(seconds / contention.SLICE))):
-            for name, side in compared.items():
+            for (cell, name), (manager, side) in compared.items():
+                meter = contention.Meter()
                 _barrier.wait()  # no other task runs here
                 length = contention.SLICE if number else contention.WARM_UP
-                await meters[name].slice(side, cell, length, counts=number > 0)
-    await engine.dispose()
-    await locks.dispose()
+                with manager.activate():
+                    await meter.slice(side, cell, length, counts=number > 0)
+                if number:
+                    meters[cell, name].append(meter)
     return meters
 
 
-def be_one(url: str, cell: Cell, seconds: float) -> dict[str, contention.Meter]:
+def be_one(
+    places: Mapping[str, Cell],
+    seconds: float,
+    with_locks: bool,  # noqa: FBT001  # `submit` hands on positions
+) -> dict[tuple[Cell, str], list[contention.Meter]]:
     """Run in a process of the pool."""
-    return asyncio.run(one_process(url, cell, seconds))
+    return asyncio.run(one_process(places, seconds, with_locks=with_locks))
 
 
 def meet_at(barrier: Barrier) -> None:
@@ -97,11 +113,34 @@ async def prepare(url: str, cell: Cell) -> None:
     await engine.dispose()
 
 
-def measure(url: str, cell: Cell, seconds: float) -> dict[str, contention.Outcome]:
-    """Let the processes run, and add up what they did."""
-    asyncio.run(prepare(url, cell))
+def together(
+    places: Mapping[str, Cell], seconds: float, processes: int, *, with_locks: bool = True
+) -> dict[tuple[Cell, str], list[list[contention.Meter]]]:
+    """Let the processes run.
+
+    Args:
+        places: URLs of databases, and the cell that is measured in each.
+        seconds: for each side of a cell.
+        processes: how many.
+        with_locks: compare the lock of the database as well.
+
+    Returns:
+        by cell and side, for each process its slices.
+    """
+    for url, cell in places.items():
+        asyncio.run(prepare(url, cell))
     spawn = multiprocessing.get_context("spawn")
-    barrier = spawn.Barrier(PROCESSES)
-    with ProcessPoolExecutor(PROCESSES, spawn, meet_at, (barrier,)) as pool:
-        parts = [future.result() for future in [pool.submit(be_one, url, cell, seconds) for _ in range(PROCESSES)]]
-    return {name: contention.outcome([part[name] for part in parts]) for name in parts[0]}
+    barrier = spawn.Barrier(processes)
+    with ProcessPoolExecutor(processes, spawn, meet_at, (barrier,)) as pool:
+        futures = [pool.submit(be_one, places, seconds, with_locks) for _ in range(processes)]
+        parts = [future.result() for future in futures]
+    return {which: [part[which] for part in parts] for which in parts[0]}
+
+
+def measure(url: str, cell: Cell, seconds: float, processes: int = PROCESSES) -> dict[str, contention.Outcome]:
+    """Measure one cell, and add up what the processes did."""
+    measured = together({url: cell}, seconds, processes)
+    return {
+        name: contention.outcome([contention.added(slices) for slices in parts])
+        for (_cell, name), parts in measured.items()
+    }

@@ -1,7 +1,7 @@
 """Write what ``--json`` has kept as a page with a table and a plot for each benchmark.
 
 ``python -m benchmarks.report overhead.json contention.json`` writes ``docs/reference/performance-figures.md`` and
-``docs/images/benchmark-*.svg``.
+``docs/images/benchmark-*.svg``; what the simulation has kept is a page of its own, ``simulation-figures.md``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulation import figures as simulation
+from benchmarks.tables import table, three_digits
+
 DOCS = Path(__file__).parents[1] / "docs"
 HEAD = """# Performance figures
 
@@ -19,18 +22,6 @@ Written by `python -m benchmarks.report`; [Performance](performance.md) says how
 TIMES = {"us": "microseconds", "ratio": "ratio", "extra us": "extra", "CPU us": "cpu", "CPU ratio": "cpu_ratio"}
 CONTENTION = {"commits/s": "commits", "gave up": "gave_up", "p99, s": "p99", "attempts": "attempts"}
 COLD = {"cold, 1st s": "first", "cold, 2nd s": "second"}
-
-
-def table(rows: list[list[str]]) -> str:
-    """Return a Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---|" + "--:|" * (len(rows[0]) - 1))
-    return "\n".join(lines)
-
-
-def three_digits(figure: float) -> str:
-    """Return it as far as it can be believed; what is large, as a whole number."""
-    return f"{figure:#.3g}" if abs(figure) < 100 else f"{figure:.0f}"  # noqa: PLR2004  # from there on all are whole
 
 
 def sides(what: str, figures: dict[str, dict[str, Any]], columns: dict[str, str]) -> str:
@@ -89,12 +80,16 @@ def section(name: str, kept: dict[str, Any], docs: Path) -> str:
 
 
 def write(files: list[Path], docs: Path) -> None:
-    """Write the page and its plots."""
+    """Write the pages and their plots."""
     parts = [HEAD.rstrip()]
     for file in files:
         kept = json.loads(file.read_text())
-        parts.append(section(kept["about"]["name"], kept, docs))
-    (docs / "reference" / "performance-figures.md").write_text("\n\n".join(parts) + "\n")
+        if kept["about"]["name"] == "simulation":
+            (docs / "reference" / "simulation-figures.md").write_text(simulation.page(kept, docs))
+        else:
+            parts.append(section(kept["about"]["name"], kept, docs))
+    if len(parts) > 1:
+        (docs / "reference" / "performance-figures.md").write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.servers import PostgreSQL
+
 pytestmark = pytest.mark.skipif(
     "SQLA_UOW_BENCHMARKS" not in os.environ, reason="takes a minute, and packages of its own: tox -e benchmarks"
 )
@@ -47,6 +49,25 @@ def test_every_benchmark_measures_and_is_reported(tmp_path):
             assert all(figure["microseconds"] > 0 for figure in sides.values())
     for sides in json.loads(kept["contention"].read_text())["figures"].values():
         assert sides["sqla_uow"]["commits"] > 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(PostgreSQL.unavailable() is not None, reason=str(PostgreSQL.unavailable()))
+def test_the_simulation_is_compared_and_reported(tmp_path):
+    """Measured and simulated stand side by side for 1, 2 and 4 processes; the page has a table of each, and a plot."""
+    for folder in ("reference", "images"):
+        (tmp_path / folder).mkdir()
+    arguments = ["--database=postgresql", "--cells=1000/0/2", "--seconds=1", "--largest=1"]
+    run("benchmarks", "simulation", *arguments, "--json", str(tmp_path / "simulation.json"))
+    run("benchmarks.report", str(tmp_path / "simulation.json"), "--docs", str(tmp_path))
+    figures = json.loads((tmp_path / "simulation.json").read_text())["figures"]
+    assert list(figures["validation"]) == ["1", "2", "4"]
+    for one in figures["validation"].values():
+        for row in one["outcomes"].values():
+            assert row["measured"]["commits"] > 0
+            assert 0.1 < row["ratio"] < 10  # what it is worth is for a machine that has nothing else to do
+    assert "## Measured and simulated" in (tmp_path / "reference/simulation-figures.md").read_text()
+    assert (tmp_path / "images/benchmark-simulation-postgresql.svg").stat().st_size > 0
 
 
 @pytest.mark.timeout(180)
