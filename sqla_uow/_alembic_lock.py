@@ -28,7 +28,8 @@ _KEY = int.from_bytes(hashlib.sha256(b"sqla_uow.migration_lock").digest()[:8], "
 _LONGEST_NAME = 64  # of a lock, in MariaDB
 _A_DAY = 86_400  # s
 _POLL = 0.1  # s
-_IDLE_SESSION_TIMEOUT_SINCE = (14,)  # PostgreSQL
+# It is idle while the migrations run.  Before PostgreSQL 14 there is no such setting, and no row.
+_STAY_IDLE = text("SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'")
 
 
 class _Lock(Protocol):
@@ -146,8 +147,7 @@ def _server(connection: Connection, kind: type[_PostgreSQL | _MariaDB]) -> Gener
 class _PostgreSQL:
     def __init__(self, connection: Connection, engine: Engine) -> None:
         self._connection = connection
-        if (connection.dialect.server_version_info or ()) >= _IDLE_SESSION_TIMEOUT_SINCE:
-            connection.execute(text("SET idle_session_timeout = 0"))  # it is idle while the migrations run
+        connection.execute(_STAY_IDLE)
         self._refuse_pooler(engine)
 
     def try_acquire(self) -> bool:

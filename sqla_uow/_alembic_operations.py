@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from alembic.operations import BatchOperations, Operations
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-class VersionOp(MigrateOperation):
+class VersionOp(MigrateOperation, ABC):
     """What the four share: a table's version column, and the patience to wait for the table.
 
     Args:
@@ -64,13 +65,13 @@ class VersionOp(MigrateOperation):
         """Return what ``alembic check`` shows."""
         return (self.name, self.schema, self.table_name, self.column_name)
 
+    @abstractmethod
     def run(self, operations: Operations) -> None:
         """Do it, on a database or into a script.
 
         Args:
             operations: given by Alembic.
         """
-        raise NotImplementedError
 
     def _execute(self, operations: Operations, statements: list[str]) -> None:
         for statement in statements:

@@ -336,6 +336,10 @@ def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[As
 def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
     databases: list[Database[Any]] = [Database(engine) for engine in engines]
     for database in [primary, *databases]:
+        if database.family != primary.family:
+            raise ValueError(
+                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
+            )
         if database.driver not in DRIVERS:
             raise ValueError(
                 f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
@@ -344,10 +348,6 @@ def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait:
             raise ValueError(
                 f"{who} has replicas on {database.server.name}, which tells no position that one of them could have reached; "
                 "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
-            )
-        if database.family != primary.family:
-            raise ValueError(
-                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
             )
     return Replicas(primary, databases, wait)
 

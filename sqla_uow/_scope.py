@@ -65,8 +65,6 @@ class Scope:
         """Return the open read unit; make one where there is none."""
         reader = self.reader
         check_loop(_READER, self._loop)
-        if reader is not None and reader._transaction.phase is Phase.ENDED:
-            reader = None
         if reader is None:
             reader = self.reader = UnitOfWork(self._read_transaction())
             self.manager._counts.readings += 1
@@ -171,8 +169,8 @@ class Scope:
         Raises:
             ReadOnlyError: an object of the read session was changed: nothing would ever write it.  It is closed all the same.
         """
-        if self.place is not None:
-            self.place.closed = True
+        assert self.place is not None
+        self.place.closed = True
         if self.reader is None:
             return
         try:

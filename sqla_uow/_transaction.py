@@ -233,8 +233,7 @@ class Transaction:
     def why(self) -> str:
         """Return the fact behind the mark, in words without any SQL or parameter."""
         mark = self.damage.mark
-        if mark is None:
-            return "nothing"
+        assert mark is not None
         if mark.reason is not None:
             return mark.reason
         code = f" {mark.failure.code}" if mark.failure is not None and mark.failure.code is not None else ""

@@ -160,6 +160,13 @@ def test_what_is_asked_for_what_is_no_manager(engine, ask):
         ask()
 
 
+def test_a_manager_of_which_no_unit_is_open(engine):
+    """Named by itself it need not be activated, but it has to have begun one."""
+    message = r"^no unit of work of this manager is open here; call this inside 'async with manager.begin\(\)'$"
+    with pytest.raises(errors.NoUnitError, match=message):
+        current_session(UnitOfWorkManager(engine))
+
+
 @pytest.mark.parametrize("register", [after_commit, before_commit, after_rollback])
 async def test_a_hook_that_cannot_be_called(engine, register):
     """Refused where it is registered; behind COMMIT it would be too late."""

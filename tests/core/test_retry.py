@@ -384,6 +384,12 @@ def test_a_policy_that_cannot_wait_is_refused(base, cap):
         RetryPolicy(base=base, cap=cap)
 
 
+def test_a_policy_of_unknown_contention_is_refused():
+    """With what is known."""
+    with pytest.raises(ValueError, match=r"^RetryPolicy\(contention='on'\) is unknown; use 'auto' .* or 'off'$"):
+        RetryPolicy(contention="on")
+
+
 async def test_an_oserror_of_the_users_code_is_no_lost_connection(db):
     """R2: only what the connection reported counts; a column type that asks a service is not it."""
 

@@ -41,14 +41,13 @@ def test_what_is_refused():
         UnitOfWorkMiddleware(None, manager=UnitOfWorkManager(sqlite), position_in="body")
 
 
-@pytest.mark.drivers("asyncpg")
-async def test_a_replica_of_another_database(db, databases, tmp_path):
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_a_replica_of_another_database(db):
     """Its positions would mean nothing."""
-    pytest.importorskip("asyncmy")
-    other = create_async_engine("mysql+asyncmy://u@127.0.0.1/test")
+    other = create_async_engine("sqlite+aiosqlite://")
     with pytest.raises(
         ValueError,
-        match=r"^UnitOfWorkManager 'default' is on postgresql, and a replica of it on mysql; pass its own replicas$",
+        match=rf"^UnitOfWorkManager 'default' is on {db.family}, and a replica of it on sqlite; pass its own replicas$",
     ):
         UnitOfWorkManager(db.engine(), replicas=[other])
 
