@@ -21,6 +21,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
 from sqla_uow._isolation import limit_statement, restore_sqlite
+from sqla_uow._poolers import explain
 from sqla_uow._settle import settle
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
@@ -116,6 +117,7 @@ class UnitEngine(OptionEngine):
                 connection.close()
                 transaction.check_usable()
         except BaseException as error:
+            explain(error, self.dialect.driver)
             transaction.connect_failed(error)
             raise
         finally:
@@ -243,6 +245,7 @@ def _handle_error(context: ExceptionContext) -> None:
         context.invalidate_pool_on_disconnect = False
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
+    explain(context.sqlalchemy_exception, connection.dialect.driver)
     unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:

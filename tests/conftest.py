@@ -1,7 +1,8 @@
 """Drivers, servers and databases for the tests.
 
 `SQLA_UOW_DRIVER` names one driver; without it, every driver that is installed takes its turn.  Servers start when the
-first test needs them and stop with the session.
+first test needs them and stop with the session.  With `SQLA_UOW_POOLER=transaction` engines reach PostgreSQL through PgBouncer
+in transaction mode; see docs/how-to/pgbouncer.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `sqla_uow` from where it is installed
     sys.path.append(str(ROOT))
 
-from tests.databases import DRIVERS, MODULES, Databases  # noqa: E402  # needs the line above
+from tests.databases import DRIVERS, FAMILIES, MODULES, POOLED, Databases  # noqa: E402  # needs the line above
 from tests.troubles import QUICK, TROUBLES  # noqa: E402  # likewise
 
 pytest_plugins = ["pytester"]  # for the tests of our own plugin
@@ -31,6 +32,7 @@ collect_ignore = (
 def pytest_configure(config):
     """Register the markers."""
     config.addinivalue_line("markers", "drivers(*names): the drivers that this test is about; all without it")
+    config.addinivalue_line("markers", "direct(reason): what a pooler before PostgreSQL changes; left out behind one")
     config.addinivalue_line("markers", "other_driver: set here, on tests that are about none of the selected drivers")
 
 
@@ -40,7 +42,8 @@ def _selected() -> list[str]:
         if chosen not in DRIVERS:
             raise pytest.UsageError(f"SQLA_UOW_DRIVER={chosen!r} is unknown; use one of {', '.join(DRIVERS)}")
         return [chosen]
-    return [name for name in DRIVERS if importlib.util.find_spec(MODULES[name]) is not None]
+    there = [name for name in DRIVERS if importlib.util.find_spec(MODULES[name]) is not None]
+    return [name for name in there if not POOLED or FAMILIES[name] == "postgresql"]
 
 
 def pytest_generate_tests(metafunc):
@@ -59,11 +62,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out, rather than skip, what is about other drivers than the selected one."""
-    left = [item for item in items if item.get_closest_marker("other_driver")]
+    """Leave out, rather than skip, what is about other drivers than the selected one, or about no pooler."""
+    without = ("other_driver", "direct") if POOLED else ("other_driver",)
+    left = [item for item in items if any(item.get_closest_marker(name) for name in without)]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker("other_driver")]
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import URL, event, text
+from sqlalchemy import URL, event, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from tests.models import Base
 from tests.servers import MariaDB, PostgreSQL
+from tests.servers.pgbouncer import PgBouncer
 from tests.waiting import until
 
 if TYPE_CHECKING:
@@ -37,17 +39,38 @@ FAMILIES = {
     "aiomysql": "mysql",
 }
 
+_POOLER = os.environ.get("SQLA_UOW_POOLER")
+if _POOLER not in (None, "transaction"):
+    raise pytest.UsageError(f"SQLA_UOW_POOLER={_POOLER!r} is unknown; use 'transaction', or leave it out")
+POOLED = _POOLER is not None
+"""Whether the tests reach PostgreSQL through PgBouncer in transaction mode; see `tests.conftest`."""
+UNPREPARED: dict[str, dict[str, Any]] = {
+    "asyncpg": {"statement_cache_size": 0},
+    "psycopg": {"prepare_threshold": None},
+}
+"""The settings that our guide on PgBouncer tells to use."""
+THROUGH_POOLER = {"client_connection_check_interval": "100ms"}
+"""Likewise of the server: by itself it goes on with a statement whose client has left the pooler."""
+
 NO_SUCH_THREAD = 1094
 
 
 class Database:
-    """A database, the engines that were made on it, and an observer that sees only what is committed."""
+    """A database, the engines that were made on it, and an observer that sees only what is committed.
 
-    def __init__(self, driver: str, url: str, server: Server | None) -> None:
+    Args:
+        driver: of the engines.
+        url: of the database, at the server.
+        server: None for SQLite.
+        pooler: before the server; only the engines go through it.
+    """
+
+    def __init__(self, driver: str, url: str, server: Server | None, pooler: PgBouncer | None = None) -> None:
         self.driver = driver
         self.family = FAMILIES[driver]
         self.url = url
         self.server = server
+        self._pooler = pooler
         self._engines: list[AsyncEngine] = []
         self._observer = create_async_engine(url, poolclass=NullPool)
 
@@ -59,6 +82,10 @@ class Database:
         if port is not None:
             assert self.server is not None
             url = self.server.url(self.driver, port=port, database=self.name)
+        elif self._pooler is not None:
+            url = make_url(url).set(port=self._pooler.port)
+        if self._pooler is not None:
+            options["connect_args"] = UNPREPARED[self.driver] | options.get("connect_args", {})
         engine = create_async_engine(url, **options)
         if self.family == "sqlite" and wal:
             event.listen(engine.sync_engine, "connect", _use_wal)
@@ -87,6 +114,12 @@ class Database:
                         raise
             return [f"DROP DATABASE {name}", f"CREATE DATABASE {name}", f"USE {name}"]
         return []
+
+    @property
+    def port(self) -> int:
+        """Where clients of this database connect to."""
+        assert self.server is not None
+        return self.server.port if self._pooler is None else self._pooler.port
 
     @property
     def name(self) -> str:
@@ -182,6 +215,7 @@ class Databases:
     def __init__(self) -> None:
         self._servers: dict[type[Server], Server] = {}
         self._names: dict[type[Server], str] = {}
+        self._pooler: PgBouncer | None = None
 
     def server(self, driver: str) -> Server | None:
         kind = SERVERS.get(driver)
@@ -191,7 +225,7 @@ class Databases:
             reason = kind.unavailable()
             if reason is not None:
                 pytest.skip(reason)
-            server = kind()
+            server = kind(THROUGH_POOLER if POOLED and kind is PostgreSQL else {})
             server.start()
             self._servers[kind] = server
         return self._servers[kind]
@@ -204,8 +238,19 @@ class Databases:
         name = self._names.setdefault(type(server), "")
         if not name:
             name = self._names[type(server)] = server.create_database()
-        return Database(driver, server.url(driver, database=name), server)
+        return Database(driver, server.url(driver, database=name), server, self._pooler_of(server))
+
+    def _pooler_of(self, server: Server) -> PgBouncer | None:
+        if not POOLED or not isinstance(server, PostgreSQL):
+            return None
+        if self._pooler is None:
+            if (reason := PgBouncer.unavailable()) is not None:
+                pytest.skip(reason)
+            self._pooler = PgBouncer(server, size=50).__enter__()
+        return self._pooler
 
     def stop(self) -> None:
+        if self._pooler is not None:
+            self._pooler.__exit__(None, None, None)
         for server in self._servers.values():
             server.stop()

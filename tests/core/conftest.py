@@ -12,7 +12,7 @@ from tests.servers import Proxy
 async def wire(db):
     """An account behind a proxy."""
     await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         wire = Wire(db, proxy)
         yield wire
         proxy.forward_all()

@@ -25,7 +25,7 @@ CODES = {"asyncpg": None, "psycopg": None, "asyncmy": "2003", "aiomysql": "2003"
 @pytest.fixture
 def proxy(db):
     """Provide a place before the server that can refuse."""
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         yield proxy
 
 
@@ -78,6 +78,7 @@ async def test_a_server_that_stays_away_is_a_conflict_error(db, engine, proxy):
     assert isinstance(caught.value.__cause__, OSError | DBAPIError)
 
 
+@pytest.mark.direct("the pooler has whom the server would refuse wait")
 async def test_too_many_connections_is_retried_to_success(db, caplog):
     """R2: 53300 and 1040 are 'not started'; psycopg gives no code at connect, and needs none."""
     caplog.set_level(logging.INFO, "sqla_uow")
@@ -180,6 +181,7 @@ async def fails_with(db, url, caplog):
     return caught.value, len(runs), said
 
 
+@pytest.mark.direct("the pooler asks for passwords itself")
 async def test_a_wrong_password_is_permanent_and_told_to_nobody(db, caplog):
     """R2: 28P01 and 1045 run once; psycopg, which gives no code, takes them for 'not started'."""
     password = secrets.token_hex(8)
@@ -189,6 +191,7 @@ async def test_a_wrong_password_is_permanent_and_told_to_nobody(db, caplog):
     assert password not in said
 
 
+@pytest.mark.direct("the pooler lets in whoever asks, and fails at the first statement: 08P01")
 async def test_an_unknown_database_is_permanent(db, caplog):
     """R2: 3D000 and 1049 run once; psycopg, which gives no code, takes them for 'not started'."""
     url = make_url(db.url).set(database="nobody_made_this")

@@ -476,15 +476,24 @@ async def test_who_is_cancelled_while_the_process_backs_off_lets_the_next_one_in
 SERVERS = pytest.mark.drivers("asyncpg", "asyncmy")
 
 
+@pytest.fixture
+async def quick_deadlocks(db):
+    """Have PostgreSQL look for deadlocks after 50 ms instead of a second: a control without turns has many."""
+    if db.family != "postgresql":
+        yield
+        return
+    await db.run(f"ALTER DATABASE {db.name} SET deadlock_timeout = '50ms'")  # of sessions that begin now
+    yield
+    await db.run(f"ALTER DATABASE {db.name} RESET deadlock_timeout")
+
+
 @SERVERS
 @pytest.mark.parametrize("contention", ["off", "auto"])
-async def test_transfers_between_three_rows(db, contention):
+async def test_transfers_between_three_rows(db, quick_deadlocks, contention):
     """R10: the control spends most of its attempts on conflicts; in turns hardly any, and no one gives up."""
     for key in range(3):
         await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
-    # PostgreSQL looks for deadlocks after a second; the control has many
-    soon = {"server_settings": {"deadlock_timeout": "50ms"}} if db.family == "postgresql" else {}
-    manager = UnitOfWorkManager(db.engine(pool_size=16, connect_args=soon))
+    manager = UnitOfWorkManager(db.engine(pool_size=16))
     attempts, failed, widths = [], [], set()
     # Long enough for the start, in which the width is still looked for, to weigh little; the control has no such start.
     turns = 60 if contention == "auto" else 12
@@ -520,12 +529,11 @@ async def test_transfers_between_three_rows(db, contention):
 
 
 @pytest.mark.drivers("asyncpg")
-async def test_transfers_in_four_processes(db):
+async def test_transfers_in_four_processes(db, quick_deadlocks):
     """R10: four managers know as little of each other as processes do; each finds out, and waits as a whole."""
     for key in range(3):
         await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
-    soon = {"server_settings": {"deadlock_timeout": "50ms"}}  # instead of a second; the control has many
-    managers = [UnitOfWorkManager(db.engine(pool_size=4, connect_args=soon)) for _ in range(4)]
+    managers = [UnitOfWorkManager(db.engine(pool_size=4)) for _ in range(4)]
 
     async def attempts_per_commit(contention, turns):
         attempts, attempts_so_far, crowded = [], [], set()

@@ -19,6 +19,7 @@ from sqla_uow import (
     errors,
     transactional,
 )
+from tests.databases import POOLED
 from tests.models import Note, Unique
 
 SERVERS = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -470,7 +471,7 @@ async def test_trouble_in_rollback_does_not_replace_the_users_exception(run, db,
     assert messages <= {f"ROLLBACK of work() failed ({kind}); its connection is discarded" for kind in NAMES}
 
 
-NAMES = ("InterfaceError", "OperationalError", "DBAPIError")
+NAMES = ("InterfaceError", "OperationalError", "DBAPIError", *["InternalError"] * POOLED)  # PgBouncer: 08P01
 
 
 @SERVERS

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 @pytest.fixture
 async def wire(db):
     """A proxy before the server, and an engine behind it that keeps one connection."""
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         proxy.engine = db.engine(port=proxy.port, pool_size=1, max_overflow=1)
         yield proxy
         await proxy.engine.dispose()

@@ -68,7 +68,7 @@ async def test_a_conflict(db):
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 async def test_a_database_that_is_not_there(db):
     """W6: a connection that cannot be made is 503 with Retry-After."""
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         engine = db.engine(port=proxy.port)
     manager = UnitOfWorkManager(engine, retries=1, retry=RetryPolicy(base=0.001))
 
@@ -111,7 +111,7 @@ async def test_a_deadline(db):
 async def test_an_ambiguous_commit(db):
     """W6: the answer to COMMIT is lost: 500, a code for programs, and nothing that invites a repetition."""
     await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         wire = Wire(db, proxy)
 
         async def endpoint(_request):

@@ -156,7 +156,7 @@ async def test_a_lost_answer_to_commit(db, applied):
         await current_session().execute(text("UPDATE account SET balance = balance + 1"))
         return outcome.answer()
 
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         manager = UnitOfWorkManager(db.engine(port=proxy.port))
         lost = proxy.on_client_bytes(COMMIT[db.driver], "cut", after_server=applied)
         async with served(app_of(manager, endpoint, atomic=True, retries=5)) as (port, _):

@@ -98,7 +98,7 @@ async def add_one(session):
 @pytest.mark.parametrize("at", ["statement", "flush", "commit", "after commit"])
 async def test_a_lost_connection_is_that_of_the_network(db, account, at):
     """R3, C1: class, code and phase equal those of a link that is cut, before or after COMMIT was applied."""
-    with Proxy("127.0.0.1", db.server.port) as proxy:
+    with Proxy("127.0.0.1", db.port) as proxy:
         wire = Wire(db, proxy)
         if at in ("statement", "flush"):
             cut = proxy.on_client_bytes(b"FROM account" if at == "statement" else b"UPDATE account", "cut")
