@@ -169,8 +169,8 @@ class Scope:
         Raises:
             ReadOnlyError: an object of the read session was changed: nothing would ever write it.  It is closed all the same.
         """
-        assert self.place is not None
-        self.place.closed = True
+        if self.place is not None:  # else its block has ended, and a task that it left behind goes on
+            self.place.closed = True
         if self.reader is None:
             return
         try:

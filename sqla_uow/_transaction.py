@@ -298,8 +298,8 @@ class Transaction:
             )
             self.damage.add(error, hard=True)
             raise error
-        if self.phase is Phase.NEW:
-            self.phase = Phase.ACTIVE
+        assert self.phase is Phase.NEW, self.phase
+        self.phase = Phase.ACTIVE
         if self._required is not None:
             try:
                 self._check_default(*self._required)

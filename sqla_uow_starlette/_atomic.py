@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqla_uow import Status
 from sqla_uow.errors import ConflictError, RollbackOnlyError
@@ -89,15 +89,15 @@ class AtomicRequest:
     async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
         """Run the application until one of its units has ended for good; return what is left to be answered."""
         await anext(units)
-        while (unit := await anext(units)) is not None:
+        while True:
+            unit = cast("UnitOfWork[Any]", await anext(units))  # None comes between two of them only
             sender = AtomicSender(self, unit_scope, units, unit)
             await sender.run(self.app, self.body.replaying(unit))
             if not sender.again:
                 return self._explained(sender.failure)
             if await self.body.client_left():
                 logger.info("%s %s: the client left between two attempts", self.scope["method"], self.scope["path"])
-                break
-        return None
+                return None
 
     def _explained(self, failure: Exception | None) -> Exception | None:
         """Say where it is so that the request was not replayed for the length of its body."""

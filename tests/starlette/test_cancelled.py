@@ -160,20 +160,21 @@ async def test_a_client_that_leaves_in_the_middle_stops_nothing(db, atomic):
 
 
 class Impatient:
-    """Answers with a success of its own where the application inside takes too long."""
+    """Answers with a status of its own where the application inside takes too long."""
 
-    def __init__(self, app):
-        self.app = app
+    def __init__(self, app, status):
+        self.app, self.status = app, status
 
     async def __call__(self, scope, receive, send):
         with anyio.move_on_after(0.1) as limit:
             await self.app(scope, receive, send)
         if limit.cancelled_caught:
-            await PlainTextResponse("fallback", 200)(scope, receive, send)
+            await PlainTextResponse("fallback", self.status)(scope, receive, send)
 
 
-async def test_no_other_success_after_the_end_of_the_unit_was_cancelled(db):
-    """W3: the unit was rolled back, so a success that the application makes afterwards does not leave either."""
+@pytest.mark.parametrize(("status", "answer"), [(200, (500, "Internal Server Error")), (503, (503, "fallback"))])
+async def test_no_other_success_after_the_end_of_the_unit_was_cancelled(db, status, answer):
+    """W3: the unit was rolled back, so a success that the application makes afterwards does not leave; an error may."""
     engine = db.engine()
 
     async def endpoint(request):
@@ -182,9 +183,44 @@ async def test_no_other_success_after_the_end_of_the_unit_was_cancelled(db):
         return PlainTextResponse("done", 201)
 
     ours = Middleware(UnitOfWorkMiddleware, manager=UnitOfWorkManager(engine), atomic=True)
-    app = Starlette(routes=[Route("/", endpoint)], middleware=[ours, Middleware(Impatient)])
+    app = Starlette(routes=[Route("/", endpoint)], middleware=[ours, Middleware(Impatient, status=status)])
     async with client_of(app) as http:
         response = await http.get("/")
-    assert (response.status_code, response.text) == (500, "Internal Server Error")
+    assert (response.status_code, response.text) == answer
     assert await db.scalar("SELECT count(*) FROM account") == 0
+    await nothing_is_left(db, engine)
+
+
+async def test_a_request_cancelled_while_a_child_task_ends_its_unit(db):
+    """W3: the child goes on to its end; nobody ends the unit under it."""
+    engine, sent = db.engine(), []
+    committing, go_on, children = asyncio.Event(), asyncio.Event(), []
+
+    async def hold():
+        committing.set()
+        await go_on.wait()
+
+    async def application(scope, receive, send):
+        async def child():
+            current_session().add(Account(id=1))
+            before_commit(hold)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        children.append(asyncio.create_task(child()))
+        await committing.wait()
+
+    async def send(message):
+        sent.append(message["type"])
+
+    ours = UnitOfWorkMiddleware(application, manager=UnitOfWorkManager(engine), atomic=True)
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    request = asyncio.create_task(ours(scope, None, send))
+    await committing.wait()
+    await asyncio.sleep(0)  # the application has returned, and the middleware waits for the child
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    go_on.set()
+    await asyncio.wait(children)
+    assert await db.scalar("SELECT count(*) FROM account") == len(sent)
     await nothing_is_left(db, engine)

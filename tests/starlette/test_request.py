@@ -51,6 +51,19 @@ async def test_an_object_changed_in_the_request_is_an_error(db, manager):
     assert await db.scalar("SELECT balance FROM account") == 10
 
 
+async def test_an_object_changed_in_a_request_that_fails(db, manager):
+    """W2, S7: an error has its own story to tell."""
+
+    async def endpoint(request):
+        (await current_session().get_one(Account, 1)).balance = 99
+        return PlainTextResponse("no", 422)
+
+    async with client_of(app_of(manager, endpoint)) as client:
+        response = await client.post("/endpoint")
+    assert (response.status_code, response.text) == (422, "no")
+    assert await db.scalar("SELECT balance FROM account") == 10
+
+
 async def test_a_background_task_reads_no_more_but_may_call(db, manager):
     """W5: NoUnitError with the cure, and a unit of its own."""
     seen = []
