@@ -10,7 +10,7 @@ from .keeper import ENVIRONMENT, Account, Keeper
 
 
 class SmallDisk:
-    """A file system in memory, seen by the server and its keeper alone.
+    """A file system in memory, which goes with the keeper that mounts it.
 
     Args:
         megabytes: Its size; an empty PostgreSQL takes 40, an empty MariaDB 50.
@@ -19,7 +19,7 @@ class SmallDisk:
     def __init__(self, megabytes: int) -> None:
         self.megabytes = megabytes
         self._keeper: Keeper | None = None
-        self._filling = Path()
+        self.folder = Path()
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -31,19 +31,19 @@ class SmallDisk:
         return "no small disk can be mounted for a server; run as root on linux, in a container as a privileged one"
 
     def mount(self, keeper: Keeper, folder: Path, account: Account | None) -> None:
-        """Mount it, empty, as the account's folder."""
+        """Mount it, empty, as the account's folder; with `own_mounts` only the keeper and its programs see it."""
         user, group = account or (0, 0)
         keeper.run(["install", "-d", folder])
         options = f"size={self.megabytes}m,mode=700,uid={user},gid={group}"
         keeper.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder])
-        self._keeper, self._filling = keeper, folder / "filling"
+        self._keeper, self.folder = keeper, folder
 
     def fill(self) -> None:
         """Take all the room there is; again, what has become free since."""
         assert self._keeper is not None
-        self._keeper.run(["sh", "-c", f"cat /dev/zero >> '{self._filling}' 2> /dev/null || true"])
+        self._keeper.run(["sh", "-c", f"cat /dev/zero >> '{self.folder}/filling' 2> /dev/null || true"])
 
     def free(self) -> None:
         """Give the room back."""
         assert self._keeper is not None
-        self._keeper.run(["rm", "-f", self._filling])
+        self._keeper.run(["rm", "-f", self.folder / "filling"])

@@ -20,6 +20,12 @@ LONG = float(os.environ.get("SQLA_UOW_TORTURE", "10"))
 SEED = int(os.environ.get("SQLA_UOW_TORTURE_SEED", "0")) or random.SystemRandom().randrange(1, 1_000_000)
 MARKS = [pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql"), pytest.mark.timeout(LONG * 4 + 120)]
 
+NO_ROOM = {
+    "53100",  # PostgreSQL: disk full
+    1114,  # MariaDB: the table is full
+    13,  # SQLITE_FULL
+}
+
 modes = pytest.mark.parametrize("mode", ["raise", "verify"])
 
 
@@ -116,3 +122,19 @@ def _disturb(proxy, chance):
         proxy.on_client_bytes(b"COMMIT", "cut", after_server=chance.random() < 0.5)
     else:
         getattr(proxy, what)()
+
+
+async def fill(disk, bank):
+    """Leave no room, whatever is given back meanwhile, until a second after the first call was refused."""
+    before = _refusals(bank)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        await asyncio.to_thread(disk.fill)
+        await asyncio.sleep(0.05)
+        if before is not None and _refusals(bank) > before:
+            before, end = None, time.monotonic() + 1
+    assert before is None, "nothing was refused"
+
+
+def _refusals(bank):
+    return sum(bank.reasons[code] for code in NO_ROOM)

@@ -13,15 +13,10 @@ from sqlalchemy.pool import NullPool
 from tests.databases import SERVERS
 from tests.servers import MariaDB, PostgreSQL, SmallDisk
 from tests.torture.bank import Bank
-from tests.torture.harm import LONG, MARKS, answers, banking, modes
+from tests.torture.harm import LONG, MARKS, NO_ROOM, answers, banking, fill, modes
 from tests.waiting import until
 
 pytestmark = MARKS
-
-NO_ROOM = {
-    "53100",  # PostgreSQL: disk full
-    1114,  # MariaDB: the table is full
-}
 
 # PostgreSQL compresses rows from 2,000 bytes; InnoDB asks for 4 MB at a time.
 NOTES = {PostgreSQL: "x" * 1500, MariaDB: "x" * 4000}
@@ -47,7 +42,7 @@ async def test_the_disk_is_full(driver, settings, disk, mode):
             end = time.monotonic() + LONG
             while time.monotonic() < end:
                 await asyncio.sleep(1)
-                await _fill(disk, bank)
+                await fill(disk, bank)
                 if len(up) % 2:
                     await asyncio.to_thread(_end_for_want_of_room, server)
                 await asyncio.to_thread(disk.free)
@@ -58,22 +53,6 @@ async def test_the_disk_is_full(driver, settings, disk, mode):
     assert bank.longest_wait_after(up) < 2
     if mode == "verify":
         assert bank.unknown == []
-
-
-async def _fill(disk, bank):
-    """Leave no room, whatever the server gives back meanwhile, until a second after the first call was refused."""
-    before = _refusals(bank)
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        await asyncio.to_thread(disk.fill)
-        await asyncio.sleep(0.05)
-        if before is not None and _refusals(bank) > before:
-            before, end = None, time.monotonic() + 1
-    assert before is None, "nothing was refused"
-
-
-def _refusals(bank):
-    return sum(bank.reasons[code] for code in NO_ROOM)
 
 
 def _end_for_want_of_room(server):

@@ -1,4 +1,4 @@
-"""The bank in several processes on one SQLite file, which are killed at random: what was acknowledged is there once."""
+"""The bank on SQLite: in several processes, which are killed at random, and on a disk that is full."""
 
 from __future__ import annotations
 
@@ -11,15 +11,45 @@ import time
 from contextlib import closing
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.conftest import ROOT
+from tests.servers import SmallDisk
+from tests.servers.keeper import Keeper
 from tests.torture.bank import Bank
-from tests.torture.harm import LONG, SEED, modes
+from tests.torture.harm import LONG, NO_ROOM, SEED, fill, modes
 from tests.waiting import until
 
 pytestmark = [pytest.mark.drivers("sqlite"), pytest.mark.timeout(LONG * 4 + 120)]
+journals = pytest.mark.parametrize("journal", ["wal", "delete"])
 
 BRANCHES = 4
+
+
+@pytest.fixture
+def disk():
+    """A small disk."""
+    if (reason := SmallDisk.unavailable()) is not None:
+        pytest.skip(reason)
+    with closing(Keeper("uow-sqlite-")) as keeper:
+        disk = SmallDisk(128)
+        disk.mount(keeper, keeper.folder / "data", None)
+        yield disk
+
+
+def _found(file, journal):
+    """Make the file, in a journal mode."""
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(f"PRAGMA journal_mode = {journal}")
+        connection.executescript(";".join(Bank.tables()))
+
+
+def _check(bank, file):
+    """See that what was told is what is in the file."""
+    with closing(sqlite3.connect(file)) as connection:
+        ledger = [receipt for (receipt,) in connection.execute("SELECT id FROM bank_ledger")]
+        bank.check(ledger, *connection.execute("SELECT sum(balance) FROM bank_account").fetchone())
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 class Branches:
@@ -36,9 +66,7 @@ class Branches:
         self._record.touch()
         self._chance = random.Random(SEED)
         self._processes = []
-        with closing(sqlite3.connect(self._file)) as connection:
-            connection.execute(f"PRAGMA journal_mode = {journal}")
-            connection.executescript(";".join(Bank.tables()))
+        _found(self._file, journal)
 
     async def open(self):
         """Start another one, and wait until it works."""
@@ -62,10 +90,7 @@ class Branches:
             process.terminate()
         assert [await process.wait() for process in self._processes] == [0] * len(self._processes)
         bank = self._told()
-        with closing(sqlite3.connect(self._file)) as connection:
-            ledger = [receipt for (receipt,) in connection.execute("SELECT id FROM bank_ledger")]
-            bank.check(ledger, *connection.execute("SELECT sum(balance) FROM bank_account").fetchone())
-            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        _check(bank, self._file)
         return bank
 
     def _told(self):
@@ -84,7 +109,7 @@ class Branches:
 
 
 @modes
-@pytest.mark.parametrize("journal", ["wal", "delete"])
+@journals
 async def test_processes_are_killed(driver, tmp_path, journal, mode):
     """One after the other, in a transaction as a rule; the others go on within two seconds."""
     branches, killed = Branches(tmp_path, journal, mode), []
@@ -102,3 +127,31 @@ async def test_processes_are_killed(driver, tmp_path, journal, mode):
     print(f"\nseed {SEED}: {bank}\n{len(killed)} killed; going on after {longest:.2f} s at most")  # noqa: T201
     assert bank.acknowledged
     assert longest < 2
+
+
+@modes
+@journals
+async def test_the_disk_is_full(driver, disk, journal, mode):
+    """Statements or COMMITs are refused; calls fail with that, and go on as soon as there is room."""
+    file, up = disk.folder / "bank.db", []
+    _found(file, journal)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{file}")
+    bank = Bank(engine, ambiguous_commit=mode, seed=SEED, note="x" * 8_000, permanent=NO_ROOM)
+    work = asyncio.create_task(bank.work())
+    try:
+        end = time.monotonic() + LONG / 2
+        while time.monotonic() < end:
+            await asyncio.sleep(0.5)
+            await fill(disk, bank)
+            await asyncio.to_thread(disk.free)
+            up.append(time.monotonic())
+        await asyncio.sleep(2)
+    finally:
+        bank.stop()
+        await work
+        await engine.dispose()
+    longest = bank.longest_wait_after(up)
+    print(f"\nseed {SEED}: {bank}\n{len(up)} times full; going on after {longest:.2f} s at most")  # noqa: T201
+    _check(bank, file)
+    assert longest < 2
+    assert bank.unknown == []
