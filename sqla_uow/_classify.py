@@ -102,7 +102,8 @@ _SAVEPOINT_GONE = 1305  # MariaDB: the deadlock that rolled everything back is o
 _SQLITE = {5: Kind.CONFLICT, 6: Kind.CONFLICT, 8: Kind.READ_ONLY}
 _ORACLE = {8177: Kind.CONFLICT, 60: Kind.CONFLICT}
 _MSSQL = {1205: Kind.CONFLICT, 3960: Kind.CONFLICT}
-_CONNECT_PERMANENT_STATES = frozenset({"28P01", "28000", "3D000", "08P01"})
+# Not 08P01, though a startup parameter that is not supported has it: with PgBouncer, so has a server that is away or full.
+_CONNECT_PERMANENT_STATES = frozenset({"28P01", "28000", "3D000"})
 _CONNECT_PERMANENT_ERRNOS = frozenset({1044, 1045, 1049, 1698})
 
 

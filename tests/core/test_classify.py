@@ -142,9 +142,9 @@ def test_a_lost_connection_outranks_a_code_that_says_nothing_of_it():
     [
         (ConnectionRefusedError(111, "refused"), NOT_STARTED), (socket.gaierror(-2, "unknown"), NOT_STARTED),
         (TimeoutError(), NOT_STARTED), (Coded(None), NOT_STARTED), (sqlite3.OperationalError("no code"), NOT_STARTED),
-        (Coded("57P03"), NOT_STARTED), (Coded("53300"), NOT_STARTED), (Coded("08006"), NOT_STARTED),
+        (Coded("57P03"), NOT_STARTED), (Coded("53300"), NOT_STARTED), (Coded("08006"), NOT_STARTED), (Coded("08P01"), NOT_STARTED),
         (Coded("57P01"), NOT_STARTED), (Coded("40001"), CONFLICT), (sqlite_error(5), CONFLICT),
-        (Coded("28P01"), PERMANENT), (Coded("28000"), PERMANENT), (Coded("3D000"), PERMANENT), (Coded("08P01"), PERMANENT),
+        (Coded("28P01"), PERMANENT), (Coded("28000"), PERMANENT), (Coded("3D000"), PERMANENT),
         (sqlite_error(14), PERMANENT), (TypeError("connect() got an unexpected keyword"), None),
     ],
 )  # fmt: skip

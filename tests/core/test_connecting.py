@@ -12,10 +12,12 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from tests.models import Note
-from tests.servers import Proxy
+from tests.servers import PostgreSQL, Proxy
+from tests.servers.pgbouncer import PgBouncer
 from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -198,6 +200,42 @@ async def test_an_unknown_database_is_permanent(db, caplog):
     error, runs, said = await fails_with(db, url, caplog)
     assert (type(error) is errors.ConflictError, runs) == ((True, 3) if db.driver == "psycopg" else (False, 1))
     assert url.password not in said.replace("secrets", "")
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_pooler_whose_server_is_full(driver):
+    """R2: PgBouncer has one code for all that befalls it, 08P01: the unit is begun again until there is room."""
+    if (reason := PgBouncer.unavailable()) is not None:
+        pytest.skip(reason)
+    few = {"max_connections": "5", "superuser_reserved_connections": "0", "max_wal_senders": "0"}
+    with PostgreSQL(few) as server, PgBouncer(server, settings={"server_login_retry": "1"}) as pooler:
+        pooler.restart()  # one that has been let in before would let the client in, too
+        direct = create_async_engine(server.url(driver), poolclass=NullPool)
+        engine = create_async_engine(pooler.url(driver))
+        async with contextlib.AsyncExitStack() as held:
+            with pytest.raises(DBAPIError):
+                while True:
+                    await held.enter_async_context(direct.connect())
+            with UnitOfWorkManager(engine).activate(), pytest.raises(errors.ConflictError) as caught:
+                await asker()()
+        assert "too many clients already" in str(caught.value.__cause__)
+        assert (caught.value.reason, caught.value.code) == (
+            "not started",
+            {"asyncpg": "08P01", "psycopg": None}[driver],
+        )
+        with UnitOfWorkManager(engine).activate():
+            assert await asker(retries=100, timeout=10, retry=RetryPolicy(cap=0.1))() == 1
+        await engine.dispose()
+
+
+def asker(**options):
+    """Make a function that reads."""
+
+    @transactional(**options)
+    async def work():
+        return await current_session().scalar(text("SELECT 1"))
+
+    return work
 
 
 async def test_a_swallowed_refusal_is_no_success(engine, proxy):

@@ -3,13 +3,15 @@
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
+from signal import Signals
 from types import TracebackType
 from typing import Self
 
 from . import machine
 from .keeper import ENVIRONMENT, Keeper
 from .postgresql import PostgreSQL
-from .server import ServerError
+from .server import NO_SETTINGS, ServerError
 
 _START_TIMEOUT = 10.0  # s
 
@@ -21,14 +23,21 @@ class PgBouncer:
         server: Where it connects to, running.
         mode: "transaction" or "session".
         size: How many connections to the server it keeps for each user and database.
+        settings: Further ones by their own names.
     """
 
-    def __init__(self, server: PostgreSQL, mode: str = "transaction", size: int = 2) -> None:
+    def __init__(
+        self,
+        server: PostgreSQL,
+        mode: str = "transaction",
+        size: int = 2,
+        settings: Mapping[str, str] = NO_SETTINGS,
+    ) -> None:
         self.port = machine.free_port()
         self._server = server
-        self._mode = mode
-        self._size = size
+        self._settings = {"pool_mode": mode, "default_pool_size": str(size), **settings}
         self._keeper: Keeper | None = None
+        self._pid = 0
 
     @staticmethod
     def unavailable() -> str | None:
@@ -50,11 +59,10 @@ class PgBouncer:
         settings.write_text(
             f"[databases]\n* = host={machine.HOST} port={self._server.port} user=postgres\n[pgbouncer]\n"
             f"listen_addr = {machine.HOST}\nlisten_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
-            f"auth_file = {users}\npool_mode = {self._mode}\ndefault_pool_size = {self._size}\nmax_client_conn = 100\n"
+            f"auth_file = {users}\nmax_client_conn = 100\n"
+            + "".join(f"{name} = {value}\n" for name, value in self._settings.items())
         )
-        program = _program()
-        assert program is not None
-        keeper.spawn([program, settings], account=machine.account("nobody"))
+        self._launch(keeper)
         deadline = time.monotonic() + _START_TIMEOUT
         while not self._answers():
             if time.monotonic() > deadline:
@@ -70,6 +78,17 @@ class PgBouncer:
     ) -> None:
         if self._keeper is not None:
             self._keeper.close()
+
+    def restart(self) -> None:
+        """Kill it with SIGKILL and start it again on the same port; does not wait until it answers."""
+        assert self._keeper is not None
+        self._keeper.end(self._pid, Signals.SIGKILL)
+        self._launch(self._keeper)
+
+    def _launch(self, keeper: Keeper) -> None:
+        program = _program()
+        assert program is not None
+        self._pid = keeper.spawn([program, keeper.folder / "settings"], account=machine.account("nobody"))
 
     def _answers(self) -> bool:
         psql = str(self._server._program("psql"))

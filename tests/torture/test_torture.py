@@ -11,6 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.servers import PostgreSQL, Proxy, Standby
+from tests.servers.pgbouncer import PgBouncer
 from tests.torture.bank import SECONDS, WORKERS, Bank
 from tests.torture.harm import LONG, MARKS, SEED, banking, disturb_for, modes, terminate_one, total
 
@@ -107,3 +108,34 @@ async def test_the_standby_is_promoted(driver, mode):
             ledger = standby.execute("SELECT id FROM bank_ledger").split()
             bank.check(ledger, total(standby))
             assert bank.longest_wait_after([promoted]) < 2
+
+
+@modes
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_pooler_and_its_server_are_killed(driver, server, mode):
+    """Now one, now the other, now both: the workers go on two seconds after the pooler asks for the server again."""
+    if (reason := PgBouncer.unavailable()) is not None:
+        pytest.skip(reason)
+    chance, up = random.Random(SEED), []
+    # Seconds; 15 by default, which is as long as a call may take.
+    patience = 1
+    with PgBouncer(server, size=WORKERS // 2, settings={"server_login_retry": str(patience)}) as pooler:
+        unprepared = {"asyncpg": {"statement_cache_size": 0}, "psycopg": {"prepare_threshold": None}}[driver]
+        pool = {"pool_size": WORKERS, "pool_timeout": SECONDS, "connect_args": unprepared}
+        async with banking(driver, server, mode, port=pooler.port, **pool) as bank:
+            end = time.monotonic() + LONG
+            while time.monotonic() < end:
+                await asyncio.sleep(3)
+                pooler_too, server_too = chance.choice([(True, False), (False, True), (True, True)])
+                if server_too:
+                    await asyncio.to_thread(server.kill)
+                if pooler_too:
+                    await asyncio.to_thread(pooler.restart)
+                if server_too:
+                    await asyncio.to_thread(server.restart)
+                up.append(time.monotonic())
+            await asyncio.sleep(3)
+    print(f"{len(up)} restarts; going on after {bank.longest_wait_after(up):.2f} s at most")  # noqa: T201
+    assert bank.longest_wait_after(up) < 2 + patience
+    if mode == "verify":
+        assert bank.unknown == []
