@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 
-from benchmarks import contention, memory, middleware, overhead, processes, transaction_peers, web_peers
+from benchmarks import contention, instructions, memory, middleware, overhead, processes, transaction_peers, web_peers
 from benchmarks.contention_sides import Cell
 from benchmarks.simulation import study, validation
 from benchmarks.simulation.costs import Costs
 from tests.servers import MariaDB, PostgreSQL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 DEPENDENCIES = ("sqlalchemy", "asyncpg", "asyncmy", "aiosqlite", "starlette", "uvicorn")
 CELLS = {"contention": contention.CELLS, "processes": processes.CELLS, "simulation": validation.CELLS}
+NAMES = ["overhead", "instructions", "middleware", "memory", "contention", "processes", "simulation"]
 SERVERS = {"postgresql": (PostgreSQL, "asyncpg"), "mariadb": (MariaDB, "asyncmy")}
 
 
@@ -66,7 +67,7 @@ def about(name: str, database_name: str) -> dict[str, str]:
 def main() -> None:
     """Parse the command line, measure, print a table, and write the figures where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=["overhead", "middleware", "memory", "contention", "processes", "simulation"])
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
     parser.add_argument("--rounds", type=int, default=40, help="overhead, middleware: interleaved rounds; default: 40")
     parser.add_argument(
@@ -110,21 +111,25 @@ def main() -> None:
         write(arguments, figures)
         return
     with database(arguments.database) as url:
-        if arguments.name == "overhead":
-            figures = overhead.report(url, arguments.rounds)
-        elif arguments.name == "middleware":
-            figures = middleware.report(url, arguments.rounds)
-        elif arguments.name == "memory":
-            figures = memory.report(url, arguments.units)
-        elif arguments.name == "processes":
-            figures = contention.report(
-                url, cells, arguments.seconds, partial(processes.measure, processes=arguments.processes)
-            )
-        elif arguments.name == "simulation":
-            figures = simulate_many(validation.compare(url, cells, arguments.seconds), arguments.largest)
-        else:
-            figures = contention.report(url, cells, arguments.seconds)
+        figures = run(arguments, url, cells)
     write(arguments, figures)
+
+
+def run(arguments: argparse.Namespace, url: str, cells: str) -> object:
+    """Run the benchmark that was asked for; return its figures."""
+    if arguments.name == "simulation":
+        return simulate_many(validation.compare(url, cells, arguments.seconds), arguments.largest)
+    runs: dict[str, Callable[[], object]] = {
+        "overhead": partial(overhead.report, url, arguments.rounds),
+        "instructions": partial(instructions.report, url),
+        "middleware": partial(middleware.report, url, arguments.rounds),
+        "memory": partial(memory.report, url, arguments.units),
+        "contention": partial(contention.report, url, cells, arguments.seconds),
+        "processes": partial(
+            contention.report, url, cells, arguments.seconds, partial(processes.measure, processes=arguments.processes)
+        ),
+    }
+    return runs[arguments.name]()
 
 
 def simulate_many(validated: dict[str, Any], largest: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message
 
-__all__ = ["report"]
+__all__ = ["BASELINES", "applications", "compared", "in_process", "report"]
 
 SELECT = text("SELECT 1")
 CALLS = {"no SQL": 100, "one SELECT": 20}
@@ -102,6 +102,12 @@ async def applications(url: str, stack: contextlib.AsyncExitStack) -> dict[str, 
         routes = [Route("/nothing", nothing), Route("/select", selecting(web))]
         apps[name] = Starlette(routes=routes, middleware=web.middleware)
     return apps
+
+
+def compared(what: str, apps: dict[str, ASGIApp]) -> tuple[str, dict[str, ASGIApp]]:
+    """Return the path of a kind of request and who answers it, the baseline first."""
+    others = [name for name in apps if name not in BASELINES.values()]
+    return "/nothing" if what == "no SQL" else "/select", {name: apps[name] for name in [BASELINES[what], *others]}
 
 
 def in_process(app: ASGIApp, path: str) -> Callable[[], Awaitable[None]]:
@@ -178,10 +184,8 @@ async def measure(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
     figures = {}
     async with contextlib.AsyncExitStack() as stack:
         apps = await applications(url, stack)
-        for what, baseline in BASELINES.items():
-            path = "/nothing" if what == "no SQL" else "/select"
-            others = [name for name in apps if name not in BASELINES.values()]
-            sides = {name: apps[name] for name in [baseline, *others]}
+        for what in BASELINES:
+            path, sides = compared(what, apps)
             calls = {name: in_process(app, path) for name, app in sides.items()}
             figures[f"in process, {what}"] = await compare(calls, CALLS[what], rounds)
             async with contextlib.AsyncExitStack() as servers:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+    Call = Callable[[], Awaitable[object]]
     Body = Callable[[AsyncSession], Awaitable[None]]
     Run = Callable[[Body], Awaitable[None]]
 
-__all__ = ["report"]
+__all__ = ["every_case", "report"]
 
 SELECT = text("SELECT n FROM counter WHERE id = 1")
 UPDATE = text("UPDATE counter SET n = n + 1 WHERE id = 1")
@@ -115,7 +116,7 @@ def loop_by_hand(engine: AsyncEngine) -> Run:
     return run
 
 
-async def by_the_driver(url: str, statement: str, stack: contextlib.AsyncExitStack) -> Callable[[], Awaitable[object]]:
+async def by_the_driver(url: str, statement: str, stack: contextlib.AsyncExitStack) -> Call:
     """Return the same by asyncpg alone, on one connection that is never given back."""
     import asyncpg  # noqa: PLC0415  # only where PostgreSQL is measured
 
@@ -129,7 +130,7 @@ async def by_the_driver(url: str, statement: str, stack: contextlib.AsyncExitSta
     return call
 
 
-def bound(run: Run, body: Body) -> Callable[[], Awaitable[None]]:
+def bound(run: Run, body: Body) -> Call:
     """Return a call of no arguments."""
     return lambda: run(body)
 
@@ -147,43 +148,50 @@ async def peers(
     return built
 
 
+async def every_case(url: str, stack: contextlib.AsyncExitStack) -> dict[str, tuple[dict[str, Call], int]]:
+    """Return what is compared in each case, the one by hand first, and how often it is called in a round."""
+    plain, ours = create_async_engine(url), create_async_engine(url)
+    for engine in (plain, ours):
+        stack.push_async_callback(engine.dispose)
+    await prepare(plain)
+    strict = plain.execution_options(isolation_level="SERIALIZABLE")
+    hand: dict[str, Run] = {"Session.begin() by hand": by_hand(plain)}
+    runs = {**hand, "sqla_uow": unit, **await peers(plain, stack)}
+    loops = {"loop by hand": loop_by_hand(plain), "sqla_uow": retried, **await peers(strict, stack, RETRYING)}
+    cases: dict[str, tuple[dict[str, Call], int]] = {}
+    for what, body, calls in (
+        ("no SQL", no_sql, 100),
+        ("one SELECT", one_select, 20),
+        ("one UPDATE", one_update, 20),
+    ):
+        cases[what] = ({name: bound(run, body) for name, run in runs.items()}, calls)
+    if "+asyncpg" in url:
+        cases["one SELECT"][0]["asyncpg alone"] = await by_the_driver(url, SELECT.text, stack)
+        cases["one UPDATE"][0]["asyncpg alone"] = await by_the_driver(url, UPDATE.text, stack)
+    cases["ten SELECTs"] = ({name: bound(run, ten_selects) for name, run in runs.items()}, 5)
+    cases["one SELECT, SERIALIZABLE with retries"] = (
+        {name: bound(run, one_select) for name, run in loops.items()}, 20
+    )  # fmt: skip
+    run = hand["Session.begin() by hand"]
+    cases["one SELECT, nested"] = ({"by hand": bound(run, one_select), "sqla_uow": bound(unit, joined)}, 20)
+    cases["one SELECT, savepoint"] = (
+        {"by hand": bound(run, in_savepoint_by_hand), "sqla_uow": bound(unit, in_savepoint)}, 20
+    )  # fmt: skip
+    stack.enter_context(UnitOfWorkManager(ours).activate())
+    return cases
+
+
 async def measure(url: str, rounds: int) -> dict[str, dict[str, Figure]]:
     """Return, for each case, the figures of every side."""
     async with contextlib.AsyncExitStack() as stack:
-        plain, ours = create_async_engine(url), create_async_engine(url)
-        for engine in (plain, ours):
-            stack.push_async_callback(engine.dispose)
-        await prepare(plain)
-        strict = plain.execution_options(isolation_level="SERIALIZABLE")
-        hand: dict[str, Run] = {"Session.begin() by hand": by_hand(plain)}
-        runs = {**hand, "sqla_uow": unit, **await peers(plain, stack)}
-        loops = {"loop by hand": loop_by_hand(plain), "sqla_uow": retried, **await peers(strict, stack, RETRYING)}
-        cases: dict[str, tuple[dict[str, Callable[[], Awaitable[object]]], int]] = {}
-        for what, body, calls in (
-            ("no SQL", no_sql, 100),
-            ("one SELECT", one_select, 20),
-            ("one UPDATE", one_update, 20),
-        ):
-            cases[what] = ({name: bound(run, body) for name, run in runs.items()}, calls)
-        if "+asyncpg" in url:
-            cases["one SELECT"][0]["asyncpg alone"] = await by_the_driver(url, SELECT.text, stack)
-            cases["one UPDATE"][0]["asyncpg alone"] = await by_the_driver(url, UPDATE.text, stack)
-        cases["ten SELECTs"] = ({name: bound(run, ten_selects) for name, run in runs.items()}, 5)
-        cases["one SELECT, SERIALIZABLE with retries"] = (
-            {name: bound(run, one_select) for name, run in loops.items()}, 20
-        )  # fmt: skip
-        run = hand["Session.begin() by hand"]
-        cases["one SELECT, nested"] = ({"by hand": bound(run, one_select), "sqla_uow": bound(unit, joined)}, 20)
-        cases["one SELECT, savepoint"] = (
-            {"by hand": bound(run, in_savepoint_by_hand), "sqla_uow": bound(unit, in_savepoint)}, 20
-        )  # fmt: skip
-        with UnitOfWorkManager(ours).activate():
-            return {what: await compare(*case, rounds) for what, case in cases.items()}
+        cases = await every_case(url, stack)
+        return {what: await compare(*case, rounds) for what, case in cases.items()}
 
 
 async def prepare(engine: AsyncEngine) -> None:
     """Make the table."""
     async with engine.begin() as connection:
+        await connection.execute(text("DROP TABLE IF EXISTS counter"))
         await connection.execute(text("CREATE TABLE counter (id INTEGER PRIMARY KEY, n INTEGER)"))
         await connection.execute(text("INSERT INTO counter VALUES (1, 0)"))
 

@@ -21,6 +21,7 @@ Written by `python -m benchmarks.report`; [Performance](performance.md) says how
 """
 TIMES = {"us": "microseconds", "ratio": "ratio", "extra us": "extra", "CPU us": "cpu", "CPU ratio": "cpu_ratio"}
 CONTENTION = {"commits/s": "commits", "gave up": "gave_up", "p99, s": "p99", "attempts": "attempts"}
+INSTRUCTIONS = {"instructions": "instructions", "ratio": "ratio"}
 COLD = {"cold, 1st s": "first", "cold, 2nd s": "second"}
 
 
@@ -72,6 +73,8 @@ def section(name: str, kept: dict[str, Any], docs: Path) -> str:
     columns, key, title = TIMES, "microseconds", "us"
     if name in ("contention", "processes"):
         columns, key, title = CONTENTION | (COLD if name == "contention" else {}), "commits", "commits/s"
+    elif name == "instructions":
+        columns, key, title = INSTRUCTIONS, "instructions", "instructions"
     picture = f"benchmark-{name}-{about['database']}.svg"
     plot(figures, key, title, docs / "images" / picture)
     parts.append(f"![{name}: {title}](../images/{picture})")

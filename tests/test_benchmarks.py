@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import instructions
 from tests.servers import PostgreSQL
 
 pytestmark = pytest.mark.skipif(
@@ -68,6 +70,19 @@ def test_the_simulation_is_compared_and_reported(tmp_path):
             assert 0.1 < row["ratio"] < 10  # what it is worth is for a machine that has nothing else to do
     assert "## Measured and simulated" in (tmp_path / "reference/simulation-figures.md").read_text()
     assert (tmp_path / "images/benchmark-simulation-postgresql.svg").stat().st_size > 0
+
+
+@pytest.mark.skipif(
+    shutil.which("valgrind") is None, reason="valgrind not found on PATH; Debian: apt-get install valgrind"
+)
+@pytest.mark.timeout(180)
+def test_instructions_of_two_runs_are_the_same():
+    """Deliverable 4: the figure is of the code and not of the machine's mood."""
+    with PostgreSQL() as server:
+        url = server.url("asyncpg")
+        one, other = (instructions.count(url, "transaction, no SQL: sqla_uow") for _ in range(2))
+    assert one > 0
+    assert one == pytest.approx(other, rel=0.02)
 
 
 @pytest.mark.timeout(180)
