@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["report"]
 
-FEW, MORE = 30, 90
+FEW, MORE = 10, 40
 CASES = ("no SQL", "one SELECT", "ten SELECTs", "one SELECT, SERIALIZABLE with retries")
 
 
