@@ -64,7 +64,7 @@ async def shielded(
     """
     loop = asyncio.get_running_loop()
     over: asyncio.Future[None] = loop.create_future()
-    task = _begin(_telling(over, work), loop)
+    task = loop.create_task(_telling(over, work))
     task.add_done_callback(lambda _: _tell(over))  # of one that was cancelled before its first step
     if limit <= 0:
         return Shielded(task, None)
@@ -79,18 +79,6 @@ async def shielded(
                     await asyncio.wait({task}, timeout=None if until == math.inf else until - loop.time())
         return Shielded(task, cancelled)
     return Shielded(task, None)
-
-
-if sys.version_info >= (3, 12):
-
-    def _begin(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> asyncio.Task[T]:
-        """Begin at once: a turn of the loop earlier."""
-        return asyncio.Task(work, loop=loop, eager_start=True)
-
-else:
-
-    def _begin(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> asyncio.Task[T]:
-        return loop.create_task(work)
 
 
 async def _telling(over: asyncio.Future[None], work: Callable[[], Coroutine[Any, Any, T]]) -> T:
