@@ -1,5 +1,10 @@
-import pytest
+from io import StringIO
 
+import pytest
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+
+from sqla_uow.alembic import install
 from tests.alembic.catalog import columns
 from tests.alembic.project import PLAIN, VERSIONED, Project
 from tests.databases import ONE_OF_EACH
@@ -75,3 +80,12 @@ async def test_a_script_has_one_try(db, project):
         "sqlite": "",
     }
     assert limit[db.family] in script
+
+
+def test_a_script_drops_a_table_on_sqlite(driver):
+    """A2: without a database there are no triggers to be saved."""
+    install()
+    script = StringIO()
+    context = MigrationContext.configure(dialect_name="sqlite", opts={"as_sql": True, "output_buffer": script})
+    Operations(context).drop_table("account")
+    assert "DROP TABLE account" in script.getvalue()

@@ -1,15 +1,20 @@
 import asyncio
+import contextlib
 import os
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
 import pytest
 from alembic.util import CommandError
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from sqla_uow import _alembic_lock
+from sqla_uow._alembic_lock import _SQLite
+from sqla_uow._alembic_patience import Patience, _limit_mariadb
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked
 from tests.alembic.project import Project
@@ -264,3 +269,33 @@ async def test_not_inside_a_transaction(db):
         "migration_lock() was begun inside a transaction of the connection, which would commit after the lock is free; begin "
         "it first, around context.begin_transaction()"
     )
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_lock_file_that_cannot_be_used(driver, tmp_path):
+    """A4: somebody has put it into write-ahead mode, and something stands where that keeps its index: said, not waited for."""
+    path = tmp_path / "bank.db.migration-lock"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    Path(f"{path}-shm").mkdir()
+    lock = _SQLite(str(tmp_path / "bank.db"))
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        lock.try_acquire()
+    assert caught.value.sqlite_errorcode != sqlite3.SQLITE_BUSY
+    lock.close()
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_a_connection_lost_while_it_waits_for_a_table(db):
+    """A2: there is nothing to set back on it, and the loss is what is raised."""
+
+    def lose(connection):
+        with _limit_mariadb(connection, Patience()):
+            number = connection.scalar(text("SELECT connection_id()"))
+            db.server.execute(f"KILL {number}")
+            connection.execute(text("SELECT 1"))
+
+    async with db.engine().connect() as connection:
+        with pytest.raises(DBAPIError) as caught:
+            await connection.run_sync(lose)
+        assert caught.value.connection_invalidated

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dis
 import sys
 from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, select, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 
 import sqla_uow
@@ -24,12 +26,13 @@ from sqla_uow import (
     errors,
     transactional,
 )
-from sqla_uow._contention import _too_late
+from sqla_uow._contention import Controller, _Rate, _too_late
 from sqla_uow._isolation import opening
 from sqla_uow._shield import shielded
 from sqla_uow._tasks import Frame
 from sqla_uow.testing import FaultPlan
 from tests.models import Note
+from tests.queueing import a_turn_that_does_not_come
 from tests.waiting import until
 
 AT_ONCE = RetryPolicy(base=0, cap=0)
@@ -536,3 +539,69 @@ def test_a_driver_whose_statements_nobody_can_stop(driver):
         dialect=SimpleNamespace(driver="oracledb"), connection=SimpleNamespace(driver_connection=None)
     )
     _settle.settle(other, None)
+
+
+# -- attempts
+
+
+async def test_a_turn_that_does_not_come_in_a_scope(db, manager):
+    """R10, S7: the read session had given way for a unit that never began; it is closed, and the next use begins anew."""
+    with manager.activate():
+        async with manager.scope() as scope:
+            await current_session().execute(select(Note))
+            async with a_turn_that_does_not_come(manager):
+                assert scope.reader is None
+            await current_session().execute(select(Note))
+    assert manager.engine.pool.checkedout() == 0
+
+
+async def test_a_body_that_swallows_its_deadline(db, manager):
+    """R6: it comes to its end, too late: rolled back, and the caller is told."""
+
+    async def late(*, cancelled_too):
+        async with manager.begin(timeout=0.05) as unit:
+            units.append(unit)
+            unit.session.add(Note(text="late"))
+            await unit.session.flush()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            if cancelled_too:
+                asyncio.current_task().cancel()
+
+    for cancelled_too in (False, True):
+        units = []
+        task = asyncio.create_task(late(cancelled_too=cancelled_too))
+        with pytest.raises(errors.TransactionTimeoutError):
+            await task
+        assert units[0].status is Status.ROLLED_BACK
+    assert await notes(db) == []
+    assert manager.engine.pool.checkedout() == 0
+
+
+@pytest.mark.drivers(*SERVERS)
+async def test_another_failure_after_a_lost_connection_was_swallowed(db, manager):
+    """R2: the function has judged it, and failed for a reason of its own: that is not run again."""
+    units = []
+
+    @transactional(using=manager, retries=3, retry=AT_ONCE)
+    async def work():
+        units.append(current_unit(manager))
+        session = current_session(manager)
+        await db.kill(session)
+        with contextlib.suppress(DBAPIError):
+            await session.execute(select(Note))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        await work()
+    assert len(units) == 1
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_narrower_width_that_brings_more_leads_on(driver):
+    """R10: while time is wasted, the next one down is tried at once."""
+    controller = Controller(lambda: 1.0)
+    controller._best, controller._rung = 3, 2
+    controller._measured[3] = _Rate().then(10, 1.0, 0.0)
+    controller._compare(1.0, 1.0, 100, 0.9, held_back=True)
+    assert (controller._best, controller._rung) == (2, 1)

@@ -15,6 +15,7 @@ from sqla_uow.__main__ import main
 from sqla_uow._doctor_subject import Subject
 from sqla_uow._doctor_trials import Trial
 from tests.databases import ONE_OF_EACH
+from tests.servers import Proxy
 from tests.servers.pgbouncer import PgBouncer
 from tests.waiting import until
 
@@ -96,6 +97,16 @@ async def test_a_server_that_is_set_up_well(db, doctor):
     status, found = await doctor(db.url)
     assert (status, [one["name"] for one in found.values() if one["level"] != "fine"]) == (0, [])
     assert found["pooler"]["value"] == "none seen"
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_server_behind_another_port(db, doctor):
+    """A pooler in session mode, a tunnel, a balancer: nobody can tell, so it is only noted."""
+    with Proxy("127.0.0.1", db.server.port) as proxy:
+        _status, found = await doctor(db.server.url(db.driver, port=proxy.port, database=db.name), "--read-only")
+    assert (found["pooler"]["level"], found["pooler"]["value"]) == (
+        "note", "perhaps: the server listens on another port",
+    )  # fmt: skip
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")

@@ -293,14 +293,15 @@ async def test_a_deadline_does_not_outlive_its_unit(db):
     """R6: what a unit told the server about its time ends with it, though its transaction goes on."""
     async with rolled_back(db.engine()) as engine:
         manager = UnitOfWorkManager(engine)
-        async with manager.begin(timeout=0.3) as unit:
-            unit.session.add(Note(text="quick"))
+        for text_ in ("quick", "quicker"):
+            async with manager.begin(timeout=0.3) as unit:
+                unit.session.add(Note(text=text_))
         if db.family == "postgresql":
             async with manager.begin() as unit:
                 await unit.session.execute(text("SELECT pg_sleep(1.6)"))  # transaction_timeout would be 1.3 s
                 assert await unit.session.scalar(text("SELECT current_setting('statement_timeout')")) == "0"
         async with manager.begin() as unit:
-            assert await notes(unit.session) == ["quick"]
+            assert await notes(unit.session) == ["quick", "quicker"]
     assert await left(db) == 0
 
 
@@ -330,6 +331,18 @@ async def test_an_application_that_disposes_of_the_engine(db):
         with UnitOfWorkManager(engine).activate():
             await write("one")
             await engine.dispose()
+            await write("two")
+            assert await read() == ["one", "two"]
+    assert await left(db) == 0
+
+
+async def test_a_connection_that_is_taken_out_of_the_pool(db):
+    """Whoever closes it closes nothing: it is the test's, and the next unit has it."""
+    async with rolled_back(db.engine()) as engine:
+        with UnitOfWorkManager(engine).activate():
+            await write("one")
+            async with engine.connect() as connection:
+                (await connection.get_raw_connection()).detach()
             await write("two")
             assert await read() == ["one", "two"]
     assert await left(db) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sqlalchemy import bindparam, delete, func, insert, inspect, select, text, update
+from sqlalchemy import bindparam, delete, event, func, insert, inspect, select, text, update
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import SAWarning
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -361,3 +361,28 @@ async def test_rows_that_were_waited_for_are_looked_at_again(db, three):
             await other.commit()
         assert await task == matched
         assert await db.rows("SELECT value FROM joined_child ORDER BY id") == [(value,)] * 3
+
+
+async def test_an_object_that_is_forgotten_meanwhile(db, three):
+    """V3: the row counts; nobody needs the version in memory any more."""
+    held = []
+
+    @event.listens_for(three.engine.sync_engine, "before_cursor_execute")
+    def forget(_connection, _cursor, statement, *_rest):
+        if "UPDATE" in statement:
+            held.clear()
+
+    async with three.begin() as unit:
+        held.append(await unit.session.get_one(Plain, 1))
+        await unit.session.execute(update(Plain).where(Plain.id == 1).values(value=5))
+        assert not held
+    assert await version_of(db, Plain, 1) == 2
+
+
+async def test_a_delete_where_no_version_was_seen(db, versioned):
+    """V5: it is SQLAlchemy's own."""
+    async with versioned.begin() as unit:
+        await unit.session.execute(insert(Plain).values(id=1))
+    async with versioned.begin() as unit:
+        await unit.session.execute(delete(Plain))
+    assert await db.scalar("SELECT count(*) FROM plain") == 0

@@ -372,3 +372,12 @@ async def test_versions_that_cannot_be_read_afresh(db, one, caplog):
     )
     assert (caught.value.model, caught.value.key, caught.value.expected, caught.value.found) == (Plain, (1,), 1, None)
     assert "the versions of begin() could not be read (TimeoutError)" in caplog.messages
+
+
+async def test_another_failure_is_that_failure(one):
+    """V2: nothing is looked up for what is no conflict."""
+    with pytest.raises(KeyError):
+        async with one.begin() as unit:
+            await get_versioned(unit.session, Plain, 1, version=1)
+            raise KeyError
+    assert (await rows(one)) == [(0, 1)]
