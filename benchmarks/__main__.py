@@ -136,7 +136,8 @@ def simulate_many(validated: dict[str, Any], largest: int) -> dict[str, Any]:
     """Simulate 1 to so many processes with the costs of the first round, of the largest table."""
     kept = validated[min(validated, key=int)]["costs"]
     costs = {side: Costs.of(one) for side, one in kept[max(kept, key=lambda cell: Cell.parse(cell).rows)].items()}
-    return {"validation": validated, "scale": study.study(costs, largest)}
+    scale = study.study(costs, largest)
+    return {"validation": validated, "scale": scale, "costs": {side: one.as_dict() for side, one in costs.items()}}
 
 
 def write(arguments: argparse.Namespace, figures: object) -> None:

@@ -32,7 +32,7 @@ def page(kept: dict[str, Any], docs: Path) -> str:
         "## Measured and simulated",
         validation(figures["validation"]),
     ]
-    parts += ["## What was measured for it", costs(figures["validation"])]
+    parts += ["## What was measured for it", costs(figures["validation"], figures["costs"])]
     parts += [
         "## 1 to 1,000 processes",
         f"![commits, give-ups and 99th percentile over processes](../images/{picture})",
@@ -75,23 +75,27 @@ def within(rounds: dict[str, Any]) -> str:
     return "Processes " + "; ".join(said) + "."
 
 
-def costs(rounds: dict[str, Any]) -> str:
+def costs(rounds: dict[str, Any], scale: dict[str, Any]) -> str:
     """Return the table of what was measured, in microseconds."""
+    named = {
+        f"{count} x {cell} {side}": cost
+        for count, one in rounds.items()
+        for cell, sides in one["costs"].items()
+        for side, cost in sides.items()
+    }
+    named |= {f"below, {side}": cost for side, cost in scale.items()}
     rows: list[list[str]] = []
-    for count, one in rounds.items():
-        for cell, sides in one["costs"].items():
-            for side, cost in sides.items():
-                parts = {f"client {name}": value for name, value in cost["client"].items()}
-                parts |= {f"server {name}": value for name, value in cost["server"].items() if name != "connect"}
-                parts["delay"] = cost["delay"]
-                rows = rows or [["processes x cell, side", *parts]]
-                rows.append([f"{count} x {cell} {side}", *(f"{value * 1e6:.0f}" for value in parts.values())])
+    for name, cost in named.items():
+        parts = {f"client {what}": seconds for what, seconds in cost["client"].items()}
+        parts |= {f"server {what}": seconds for what, seconds in cost["server"].items() if what != "connect"}
+        rows = rows or [["us", *parts]]
+        rows.append([name, *(f"{seconds * 1e6:.0f}" for seconds in parts.values())])
     return table(rows)
 
 
 def outcomes(case: str, sides: dict[str, Any]) -> str:
     """Return the table of one case on paper."""
-    rows = [[case, "commits/s", "gave up", "p99, s", "attempts", "server busy"]]
+    rows = [[case, "commits/s", "gave up", "p99, s", "attempts"]]
     rows += [
         [
             side,
@@ -99,7 +103,6 @@ def outcomes(case: str, sides: dict[str, Any]) -> str:
             f"{one['gave_up']:.1%}",
             three_digits(one["p99"]),
             three_digits(one["attempts"]),
-            f"{one['busy']:.0%}",
         ]
         for side, one in sides.items()
     ]

@@ -28,9 +28,8 @@ DELAY = 0.00025
 """Seconds that a message is on its way: another machine of the same building."""
 SERVER = Settings(max_connections=10_000)
 """The rows are in a large table, so that each is found through the index, and there is room for a new version beside it."""
-HOT_ROWS = 100
-HOT, CALM = (5.0, 20.0), (2.0, 2.0)
-"""Seconds before it counts, and seconds that do: where little is committed, for longer."""
+SECONDS = {10: (3.0, 10.0), 1000: (1.0, 2.0), 100_000: (0.5, 1.0)}
+"""By rows, seconds before it counts, and seconds that do: where little is committed, for longer."""
 CORES = 4
 """Of the server; each process has one of its own, elsewhere."""
 QUESTIONS = ("processes", "settings", "pools")
@@ -56,14 +55,14 @@ def study(costs: Mapping[str, Costs], largest: int) -> dict[str, dict[str, dict[
         the figures by question, case and side.
     """
     figures: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in QUESTIONS}
-    print(f"{'':44}{'commits/s':>10}{'gave up':>9}{'p99, s':>9}{'attempts':>10}{'server':>8}")
+    print(f"{'':44}{'commits/s':>10}{'gave up':>9}{'p99, s':>9}{'attempts':>10}")
     asked = [one for one in _asked(costs) if one.situation.processes <= largest]
     with ProcessPoolExecutor(os.cpu_count(), initializer=_calm) as pool:
         for one, answer in zip(asked, pool.map(_answer, [one.situation for one in asked]), strict=True):
             figures[one.question].setdefault(one.case, {})[one.side] = answer
             print(
                 f"{one.case + ', ' + one.side:44}{answer['commits']:>10.0f}{answer['gave_up']:>9.1%}{answer['p99']:>9.2f}"
-                f"{answer['attempts']:>10.2f}{answer['busy']:>8.0%}",
+                f"{answer['attempts']:>10.2f}",
                 flush=True,
             )
     return figures
@@ -76,11 +75,7 @@ def _calm() -> None:
 
 def _answer(situation: Situation) -> dict[str, Any]:
     played = play(situation)
-    seconds = situation.warm_up + sum(meter.seconds for meter in played.meters) / len(played.meters)
-    return played.outcome._asdict() | {
-        "errors": played.server.errors,
-        "busy": played.server.cores.computed / seconds / situation.cores,
-    }
+    return played.outcome._asdict() | {"errors": played.server.errors}
 
 
 def _asked(costs: Mapping[str, Costs]) -> Iterator[Asked]:
@@ -116,17 +111,16 @@ def _settings(costs: Mapping[str, Costs]) -> Iterator[Asked]:
 def _pools(costs: Mapping[str, Costs]) -> Iterator[Asked]:
     """Yield pools of several sizes for 64 processes of eight workers, where the server takes 200 connections."""
     for size in (1, 2, 3, 4, 8):
-        for rows in (100_000, 1000):
-            situation = _situation(
-                costs, "sqla_uow", 64, Cell(rows, 0, 8), pool_size=size, pool_timeout=30.0,
-                settings=Settings(max_connections=200),
-            )  # fmt: skip
-            yield Asked("pools", f"{rows:,} rows, 64 processes of 8", f"pool_size={size}", situation)
+        situation = _situation(
+            costs, "sqla_uow", 64, Cell(100_000, 0, 8), pool_size=size, pool_timeout=30.0,
+            settings=Settings(max_connections=200),
+        )  # fmt: skip
+        yield Asked("pools", "100,000 rows, 64 processes of 8 callers", f"pool_size={size}", situation)
 
 
 def _situation(costs: Mapping[str, Costs], side: str, processes: int, cell: Cell, **more: Any) -> Situation:
     mine = costs["sqla_uow" if side == "sqla_uow" else "full jitter"]
-    warm_up, length = HOT if cell.rows <= HOT_ROWS else CALM
+    warm_up, length = SECONDS[cell.rows]
     asked: dict[str, Any] = {"build": SIDES[side], "settings": SERVER, "warm_up": warm_up, "length": length} | more
     return Situation(
         cell=cell, processes=processes, costs=replace(mine, delay=DELAY), cores=CORES, shared=False, slices=1, pause=0.0, **asked,
