@@ -132,7 +132,10 @@ def plot(cases: dict[str, dict[str, Any]], to: Path) -> None:
                     color=COLOURS.get(side),
                 )  # fmt: skip
             axis.set_xscale("log")
-            axis.set_yscale("linear" if key == "gave_up" else "log")
+            if key == "gave_up":
+                axis.set_ylim(-0.02, 1.02)
+            else:
+                axis.set_yscale("log")
             axis.tick_params(labelsize=7)
             axis.set_title(f"{rows}: {title}", loc="left", fontsize=9)
     grid[0][0].legend(fontsize=7)
