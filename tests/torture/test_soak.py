@@ -30,6 +30,7 @@ async def test_it_goes_on_for_long(driver, server):
     with Proxy("127.0.0.1", server.port) as proxy:
         engine = create_async_engine(server.url(driver, port=proxy.port), pool_size=WORKERS, pool_timeout=SECONDS)
         bank = Bank(engine, ambiguous_commit="verify", seed=SEED)
+        before = _held()
         for _ in range(SEGMENTS):
             work = asyncio.create_task(bank.work())
             harm = asyncio.create_task(_cancel_and_terminate(bank, server, chance))
@@ -49,7 +50,8 @@ async def test_it_goes_on_for_long(driver, server):
         await engine.dispose()
     settled = held[2:]
     assert max(tasks for _, tasks, _, _ in settled) <= min(tasks for _, tasks, _, _ in settled)
-    assert settled[-1][2] <= settled[0][2] + WORKERS
+    # However many connections the pool has at that moment: each is one of ours, two of the proxy, and one that just ends.
+    assert max(descriptors for _, _, descriptors, _ in settled) <= before[2] + 4 * WORKERS
     assert settled[-1][0] < settled[0][0] * 1.02
     assert settled[-1][3] < settled[0][3] * 1.1
 
