@@ -8,6 +8,7 @@ import contextlib
 import pytest
 from sqlalchemy import ForeignKey, Integer, select
 from sqlalchemy.orm import DeclarativeBase, mapped_column, registry, relationship
+from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow import _follows, errors
 from sqla_uow.mixins import Versioned, expect_version, touch
@@ -353,3 +354,19 @@ async def test_a_relationship_that_does_not_exist(driver, versioned):
             )
     finally:
         _follows._undefined.clear()
+
+
+async def test_a_session_of_the_units_class_made_by_hand(db, versioned):
+    """It belongs to no unit, so nothing is counted in it; it flushes as SQLAlchemy's does."""
+    async with versioned.begin() as unit:
+        unit.session.add(Customer(id=1))
+        kind = type(unit.session.sync_session)
+
+    def add_order():
+        with kind(versioned.engine.sync_engine) as session:
+            session.add(Order(id=1, customer_id=1))
+            session.commit()
+
+    await greenlet_spawn(add_order)
+    assert await db.rows("SELECT id, customer_id FROM order_") == [(1, 1)]
+    assert await version_of(db, Customer) == 1
