@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import event, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.util import greenlet_spawn
 
 import sqla_uow
+import sqla_uow.mixins  # whose listeners are then there as well
 from sqla_uow import (
     RetryPolicy,
     Status,
@@ -31,7 +32,7 @@ from sqla_uow._isolation import opening
 from sqla_uow._shield import shielded
 from sqla_uow._tasks import Frame
 from sqla_uow.testing import FaultPlan
-from tests.models import Note
+from tests.models import Note, Unique
 from tests.queueing import a_turn_that_does_not_come
 from tests.waiting import until
 
@@ -155,6 +156,22 @@ async def test_a_nested_function_that_undoes_its_own_savepoint(db, manager):
             with pytest.raises(KeyError):
                 await inner()
     assert await notes(db) == ["outer"]
+
+
+async def test_a_nested_function_that_never_begins(db, manager):
+    """P1: what its caller had not written yet is refused before its savepoint; the caller's own it is."""
+    await db.run("INSERT INTO uniq (id, name) VALUES (1, 'taken')")
+    ran = []
+
+    @transactional(propagation="nested")
+    async def inner():
+        ran.append("inner")
+
+    with manager.activate(), pytest.raises(IntegrityError):
+        async with manager.begin() as unit:
+            unit.session.add(Unique(name="taken"))
+            await inner()
+    assert (unit.status, ran) == (Status.ROLLED_BACK, [])
 
 
 @pytest.mark.drivers(*SERVERS)
