@@ -1,8 +1,8 @@
 """How many instructions a call takes, by valgrind: the same figure on a machine that is busy as on one that is not.
 
-What the server computes is not in it, nor what waiting costs.  Each side runs in a process of its own, once with a few calls
-and once with more; the difference is what the calls took.  ``python -m benchmarks.instructions URL KEY CALLS`` is such a
-process.
+What the server computes is not in it, nor what waiting costs.  Each side runs in a process of its own,
+``python -m benchmarks.instructions URL KEY``, which tells valgrind where the calls begin and end by calling libc's
+`getloadavg`: nothing else does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import middleware, overhead
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["report"]
 
-FEW, MORE = 10, 40
+WARM_UP, CALLS = 20, 40
+MARK = "getloadavg"
 CASES = ("no SQL", "one SELECT", "ten SELECTs", "one SELECT, SERIALIZABLE with retries")
 
 
@@ -46,14 +49,19 @@ def _ours(sides: dict[str, Call]) -> Iterator[tuple[str, Call]]:
     return ((name, call) for name, call in sides.items() if name == baseline or name.startswith("sqla_uow"))
 
 
-async def run(url: str, key: str, calls: int) -> None:
-    """Call one side so often."""
+async def run(url: str, key: str) -> None:
+    """Call one side, and mark the calls that count."""
     what, name = key.split(": ")
     async with contextlib.AsyncExitStack() as stack:
         call = (await every_call(url, stack))[what][name]
-        gc.disable()  # when it comes by is not up to the side
-        for _ in range(calls):
+        for _ in range(WARM_UP):
             await call()
+        gc.collect()
+        gc.disable()  # when it comes by is not up to the side
+        getattr(os, MARK)()
+        for _ in range(CALLS):
+            await call()
+        getattr(os, MARK)()
 
 
 async def names(url: str) -> dict[str, list[str]]:
@@ -64,19 +72,18 @@ async def names(url: str) -> dict[str, list[str]]:
 
 def count(url: str, key: str) -> float:
     """Return how many instructions one call of a side takes."""
-    few, more = (_collected(url, key, calls) for calls in (FEW, MORE))
-    return (more - few) / (MORE - FEW)
-
-
-def _collected(url: str, key: str, calls: int) -> int:
-    tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
-    program = [sys.executable, "-m", "benchmarks.instructions", url, key, str(calls)]
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    done = subprocess.run([*tool, *program], capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # ours
-    found = re.search(r"Collected : (\d+)", done.stderr)
-    if done.returncode or found is None:
-        raise SystemExit(f"benchmarks: {key} failed under valgrind: {done.stderr[-2000:]}")
-    return int(found[1])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "counted"
+        tool = ["valgrind", "--tool=callgrind", f"--dump-before={MARK}", f"--callgrind-out-file={out}"]
+        program = [sys.executable, "-m", "benchmarks.instructions", url, key]
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        done = subprocess.run([*tool, *program], capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # ours
+        between = out.with_suffix(".2")  # the first is what came before the calls
+        if done.returncode or not between.exists():
+            raise SystemExit(f"benchmarks: {key} failed under valgrind: {done.stderr[-2000:]}")
+        found = re.search(r"^(?:totals|summary): (\d+)", between.read_text(), re.MULTILINE)
+    assert found is not None  # noqa: S101  # it is in each of callgrind's files
+    return int(found[1]) / CALLS
 
 
 def report(url: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -96,4 +103,4 @@ def report(url: str) -> dict[str, dict[str, dict[str, float]]]:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    asyncio.run(run(sys.argv[1], sys.argv[2]))
