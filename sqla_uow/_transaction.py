@@ -298,8 +298,8 @@ class Transaction:
             )
             self.damage.add(error, hard=True)
             raise error
-        assert self.phase is Phase.NEW, self.phase
-        self.phase = Phase.ACTIVE
+        if self.phase is Phase.NEW:  # at the end of a unit a connection changes nothing
+            self.phase = Phase.ACTIVE
         if self._required is not None:
             try:
                 self._check_default(*self._required)
