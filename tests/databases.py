@@ -144,15 +144,16 @@ class Database:
         """Return a connection of nobody's pool, to be entered; its transaction is rolled back unless it commits."""
         return self._observer.connect()
 
-    async def until_waiting(self) -> None:
-        """Wait until a session of this database waits for a lock."""
+    async def until_waiting(self, pid: int | None = None) -> None:
+        """Wait until a session of this database waits for a lock: PostgreSQL's of this pid, or any."""
         # InnoDB renews innodb_trx only if nobody has read it for 0.1 s.
-        await until(self.waiting, pause=0.11)
+        await until(lambda: self.waiting(pid), pause=0.11)
 
-    async def waiting(self) -> int:
+    async def waiting(self, pid: int | None = None) -> int:
         """Return how many sessions of this database wait for a lock."""
+        whose = "" if pid is None else f" AND pid = {pid}"
         rows = await self.rows(
-            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            f"SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'{whose}"
             if self.family == "postgresql"
             else "SELECT 1 FROM information_schema.innodb_trx t JOIN information_schema.processlist p "
             "ON t.trx_mysql_thread_id = p.id WHERE p.db = database() AND t.trx_state = 'LOCK WAIT'"

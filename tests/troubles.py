@@ -192,13 +192,15 @@ class DeadlockAtCommit(Deferred):
     async def provoke(self, session):
         await self.add_child(session, 1)
         other = await self.second()
+        pid = await other.scalar(text("SELECT pg_backend_pid()"))
         await session.execute(text("SET LOCAL deadlock_timeout = '1ms'"))
         await other.execute(text("SET LOCAL deadlock_timeout = '1min'"))
         await session.execute(text(UPDATE), {"id": 2})
         await other.execute(text("SELECT id FROM account WHERE id = 1 FOR UPDATE"))
         waiting = asyncio.create_task(other.execute(text(UPDATE), {"id": 2}))
         self._outside.push_async_callback(asyncio.wait, {waiting})
-        await self.db.until_waiting()
+        # That one: PostgreSQL looks for a deadlock once a wait, so COMMIT must find it waiting.
+        await self.db.until_waiting(pid)
 
 
 class CommitBlocked(Trouble):
