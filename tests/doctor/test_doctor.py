@@ -34,6 +34,9 @@ import signal, sys
 from sqlalchemy import Engine, event
 from sqla_uow.__main__ import main
 
+# What a shell runs in the background ignores it, and so does all that is started from there, these tests too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 @event.listens_for(Engine, "before_cursor_execute")
 def interrupt(connection, cursor, statement, *rest):
     if "UPDATE sqla_uow_doctor" in statement:
