@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import pytest
@@ -11,7 +12,8 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from sqla_uow import after_commit, current_session, current_unit, errors
+from sqla_uow import Status, after_commit, before_commit, current_session, current_unit, errors
+from sqla_uow_starlette import UnitOfWorkMiddleware
 from tests.starlette.client import add, app_of, client_of
 
 
@@ -78,3 +80,34 @@ async def test_a_swallowed_error_is_no_success(db, manager):
         response = await client.post("/endpoint")
     assert (response.status_code, response.json(), started) == (418, {"own": "RollbackOnlyError"}, [])
     assert await db.scalar("SELECT count(*) FROM account") == 1
+
+
+async def test_a_child_task_that_answers_behind_its_application(db, manager):
+    """W3: the application returns while a child task it has left commits: the unit ends once, and the answer leaves."""
+    sent, children, units = [], [], []
+    committing, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold():
+        committing.set()
+        await go_on.wait()
+
+    async def child(send):
+        units.append(current_unit())
+        await add(2)
+        before_commit(hold)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def application(scope, receive, send):
+        children.append(asyncio.create_task(child(send)))
+        await committing.wait()
+        asyncio.get_running_loop().call_soon(go_on.set)  # when the middleware already waits for the child
+
+    async def send(message):
+        sent.append(message["type"])
+
+    middleware = UnitOfWorkMiddleware(application, manager=manager, atomic=True)
+    await middleware({"type": "http", "method": "POST", "path": "/", "headers": []}, None, send)
+    assert units[0].status is Status.COMMITTED
+    await asyncio.wait(children)
+    assert (sent, children[0].exception()) == (["http.response.start"], None)
+    assert await db.scalar("SELECT count(*) FROM account") == 2
