@@ -363,8 +363,9 @@ async def test_rows_that_were_waited_for_are_looked_at_again(db, three):
         assert await db.rows("SELECT value FROM joined_child ORDER BY id") == [(value,)] * 3
 
 
-async def test_an_object_that_is_forgotten_meanwhile(db, three):
-    """V3: the row counts; nobody needs the version in memory any more."""
+@pytest.mark.parametrize("synchronize", ["auto", False])
+async def test_an_object_that_is_forgotten_meanwhile(db, three, synchronize):
+    """V3: the row counts; nobody needs the version in memory any more, whoever would have counted it there."""
     held = []
 
     @event.listens_for(three.engine.sync_engine, "before_cursor_execute")
@@ -374,7 +375,8 @@ async def test_an_object_that_is_forgotten_meanwhile(db, three):
 
     async with three.begin() as unit:
         held.append(await unit.session.get_one(Plain, 1))
-        await unit.session.execute(update(Plain).where(Plain.id == 1).values(value=5))
+        statement = update(Plain).where(Plain.id == 1).values(value=5)
+        await unit.session.execute(statement, execution_options={"synchronize_session": synchronize})
         assert not held
     assert await version_of(db, Plain, 1) == 2
 
