@@ -9,6 +9,7 @@ from sqlalchemy import event, select, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow import (
     RetryPolicy,
@@ -331,6 +332,17 @@ async def test_an_application_that_disposes_of_the_engine(db):
         with UnitOfWorkManager(engine).activate():
             await write("one")
             await engine.dispose()
+            await write("two")
+            assert await read() == ["one", "two"]
+    assert await left(db) == 0
+
+
+async def test_an_application_that_disposes_of_the_pool(db):
+    """Past the engine: what its pool closes is the test's connection, which stays."""
+    async with rolled_back(db.engine()) as engine:
+        with UnitOfWorkManager(engine).activate():
+            await write("one")
+            await greenlet_spawn(engine.pool.dispose)
             await write("two")
             assert await read() == ["one", "two"]
     assert await left(db) == 0
