@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, transactional
 from sqla_uow._verify import MARKERS
@@ -161,3 +164,21 @@ async def test_a_marker_table_that_cannot_be_made_rolls_the_unit_back(unmarked):
     await open_account()
     assert [unit.status for unit in statuses] == [Status.ROLLED_BACK]
     assert await unmarked.rows("SELECT id FROM account") == [(1,)]
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_a_user_that_may_not_make_the_marker_table(unmarked):
+    """C2: what the database says goes on, of a unit that is rolled back; it is no table that is there already."""
+    password = secrets.token_hex(8)
+    rights = f"SELECT, INSERT, UPDATE, DELETE ON {unmarked.name}.*"
+    await unmarked.run(f"GRANT {rights} TO writer@'%' IDENTIFIED BY '{password}'")
+    engine = unmarked.engine(url=make_url(unmarked.url).set(username="writer", password=password))
+    manager = UnitOfWorkManager(engine, ambiguous_commit="verify")
+    with pytest.raises(DBAPIError) as caught:
+        async with manager.begin() as unit:
+            unit.session.add(Account(id=1))
+    await engine.dispose()
+    await unmarked.run("DROP USER writer@'%'")
+    assert caught.value.orig.args[0] == 1142  # ER_TABLEACCESS_DENIED_ERROR
+    assert unit.status is Status.ROLLED_BACK
+    assert await unmarked.rows("SELECT id FROM account") == []
