@@ -81,6 +81,18 @@ async def test_a_pool_that_others_hold_is_waited_for(wire, caplog):
     assert await has_added_once(wire, applied=True)
 
 
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_question_that_is_lost_is_asked_again(wire):
+    """C2: the link is cut once more, under the question itself: that is no answer, and the next one has it."""
+    lost = [
+        wire.on_commit("cut", applied=True),
+        wire.proxy.on_client_bytes(b"pg_xact_status", "cut", after_server=False),
+    ]
+    await wire.add_one(ambiguous_commit="verify")
+    assert all(trigger.fired for trigger in lost)
+    assert await has_added_once(wire, applied=True)
+
+
 @APPLIED
 async def test_undecidable_by_the_deadline_is_the_error(wire, applied):
     """C2: nobody can be asked in time; not retried, no hooks."""
