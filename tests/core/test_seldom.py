@@ -106,6 +106,26 @@ async def test_a_second_connection_of_the_units_engine(db, manager):
     assert manager.engine.pool.checkedout() == 0
 
 
+async def test_a_listener_that_asks_when_its_unit_is_rolled_back(db, caplog):
+    """SQLAlchemy's `after_soft_rollback` may use the session: it begins anew, and that ends with the unit."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0, pool_timeout=5))
+    asked = []
+
+    def ask(session, _previous):
+        asked.append(session.scalar(text("SELECT 1")))
+
+    with pytest.raises(KeyError):
+        async with manager.begin() as unit:
+            unit.session.add(Note(text="undone"))
+            await unit.session.flush()
+            event.listen(unit.session.sync_session, "after_soft_rollback", ask)
+            raise KeyError
+    assert (asked, caplog.messages) == ([1], [])
+    assert unit.status is Status.ROLLED_BACK
+    assert manager.engine.pool.checkedout() == 0
+    assert await notes(db) == []
+
+
 async def test_trouble_in_closing_is_no_trouble_of_the_commit(db, manager, caplog):
     """D4: a listener that fails when the objects are let go: it is committed, the hooks run, and the log says so."""
     ran = []
