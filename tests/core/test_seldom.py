@@ -8,6 +8,7 @@ import dis
 import sys
 from types import SimpleNamespace
 
+import anyio
 import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -455,6 +456,45 @@ async def test_a_scope_does_not_rest_under_a_statement(db, manager):
             await scope.rest()
             assert scope.reader is not None
             await reading
+
+
+@pytest.mark.drivers("psycopg")
+async def test_a_libpq_that_has_no_cancel_request(db, manager, caplog):
+    """C3: before 17, whose own way to cancel would block the loop: an interrupted connection is discarded as it is."""
+    caplog.set_level("DEBUG", "sqla_uow")
+
+    class Older:
+        """Stand for the connection of such a libpq: the one that runs here is newer."""
+
+        def __init__(self, connection):
+            self.connection, self.real = connection, connection.pgconn
+            connection.pgconn = self
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+        def cancel_conn(self):
+            self.connection.pgconn = self.real
+            raise self.connection.NotSupportedError
+
+    event.listen(manager.engine.sync_engine, "checkout", lambda lent, *_: Older(lent.driver_connection))
+
+    async def call():
+        with anyio.CancelScope() as scopes[0]:
+            async with manager.begin() as unit:
+                await unit.session.execute(text("SELECT pg_sleep(20)"))
+
+    async def is_running():
+        return any(state == "active" for _pid, state in await db.sessions())
+
+    scopes = [None]
+    task = asyncio.create_task(call())
+    await until(is_running)
+    scopes[0].cancel()
+    await task
+    assert scopes[0].cancelled_caught
+    assert "stopping a cancelled statement failed" not in caplog.text
+    assert manager.engine.pool.checkedout() == 0
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")
