@@ -196,11 +196,14 @@ async def test_a_replica_comes_back_as_it_was_long_ago(pair):
         assert await read() == (1, False)
 
 
-async def test_cancelled_while_it_waits_for_a_replica(pair):
+@pytest.mark.parametrize("connected", [False, True])
+async def test_cancelled_while_it_waits_for_a_replica(pair, connected):
     """Nothing stays checked out, and the next one reads."""
     manager = pair.manager(replica_wait=30)
-    pair.replica.pause()
     with manager.activate():
+        if connected:  # then the wait is for an answer alone
+            assert await read() == (0, True)
+        pair.replica.pause()
         await write(1)
         reading = asyncio.create_task(read())
         await until(manager.replicas[0].pool.checkedout)
