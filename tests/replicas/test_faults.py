@@ -216,6 +216,19 @@ async def test_cancelled_while_it_waits_for_a_replica(pair, connected):
         assert await read() == (1, True)
 
 
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_standby_does_not_tell_what_became_of_a_commit(pair):
+    """C2: it may not have replayed it yet; it is asked again, until it or another one is the primary."""
+    manager = UnitOfWorkManager(pair.engine(pair.primary), ambiguous_commit="verify")
+    witness = manager._notary.witness()
+    pair.replica.pause()
+    async with manager.engine.begin() as connection:
+        await connection.run_sync(witness.sign)
+    async with pair.engine(pair.replica).connect() as standby, manager.engine.connect() as primary:
+        assert await witness._ask_status(standby) == "again"
+        assert await witness._ask_status(primary) == "committed"
+
+
 async def test_a_deadline_bounds_the_wait(pair):
     """Half of what is left is waited at most."""
     manager = pair.manager(replica_wait=30)
