@@ -293,6 +293,37 @@ async def test_a_generator_of_the_models_own(db, edges):
     assert row.version == 20
 
 
+async def test_a_column_that_is_mapped_under_another_name_too(db, edges):
+    """V1: without `__version_attr__` it still is the version: counted and checked."""
+    own = registry()
+    table = Table(
+        "renamed",
+        own.metadata,
+        Column("id", Integer, primary_key=True, autoincrement=False),
+        Column("value", Integer, default=0),
+        Column("version", Integer, nullable=False),
+    )
+
+    class Renamed(Versioned):
+        pass
+
+    own.map_imperatively(Renamed, table, properties={"rev": table.c.version})
+    async with edges.engine.begin() as connection:
+        await connection.run_sync(own.metadata.create_all)
+    async with edges.begin() as unit:
+        row = Renamed()
+        row.id = 1
+        unit.session.add(row)
+        await unit.session.flush()
+        row.value = 1
+    assert row.version == await version_of(db, Renamed) == 2
+    with pytest.raises(errors.StaleVersionError):
+        async with edges.begin() as unit:
+            row = await unit.session.get_one(Renamed, 1)
+            await overtake(db, unit.session, Renamed)
+            row.value = 2
+
+
 @pytest.mark.drivers("asyncpg", "psycopg")
 async def test_xmin_of_what_has_no_other_column(db, edges):
     """V4: nothing could be set to make PostgreSQL write the row, so it is refused."""
