@@ -398,6 +398,16 @@ async def test_off_means_off(manager):
 
 
 @one_driver
+async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
+    """R10: who lets the next one in for the time alone looks once more, finds nobody, and wakes the loop no longer."""
+    monkeypatch.setattr(_contention, "STALL_SECONDS", (0.01, 0.01))
+    gate = narrow(manager, Busy(manager).call)
+    gate._watch()
+    assert gate._timer is not None
+    await until(lambda: gate._timer is None, seconds=5)
+
+
+@one_driver
 async def test_what_is_known_of_a_function_goes_with_it(manager):
     """R10: decorated anew for each request, as closures are, they leave nothing behind."""
     for _ in range(50):
