@@ -24,9 +24,8 @@ class Tainted:
     __slots__ = ("_reasons",)
 
     def __init__(self) -> None:
-        self._reasons: WeakKeyDictionary[InstanceState[Any], Reason] | None = (
-            None  # made with the first: most have none
-        )
+        # Made with the first: most have none.
+        self._reasons: WeakKeyDictionary[InstanceState[Any], Reason] | None = None
 
     def get(self, state: InstanceState[Any]) -> Reason | None:
         """Return why an object may not be attached, None if it may."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from sqla_uow import Status
 from sqla_uow.errors import ConflictError, RollbackOnlyError
 from sqla_uow_starlette._answer import answering
-from sqla_uow_starlette._position import Carrier, telling
+from sqla_uow_starlette._position import Carrier, sent, telling
 from sqla_uow_starlette._replay import Body, copied
 from sqla_uow_starlette._request import answer
 from sqla_uow_starlette._sending import ERROR, Sender, run
@@ -72,10 +72,9 @@ class AtomicRequest:
         """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
         outer = self.scope.get("app")
         read_only = self.scope["method"] in self.options.read_only_methods
-        known = None if self.carrier is None else self.carrier.read(self.scope)
+        known = sent(self.carrier, self.scope)
         async with self.manager.scope(position=known, observers=self.observers) as unit_scope:
-            if self.carrier is not None:
-                self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
+            self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
             units = _units(self.manager, self.options, read_only=read_only)
             try:
                 failure = await self._attempts(unit_scope, units)

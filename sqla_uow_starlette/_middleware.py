@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest
-from sqla_uow_starlette._position import Carrier, PositionIn
+from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
 from sqla_uow_starlette._timing import Timing
 
@@ -98,7 +98,7 @@ class UnitOfWorkMiddleware:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
         carrier = self._carrier
         if scope["type"] == "websocket":
-            opening = self.manager.scope(position=None if carrier is None else carrier.read(scope))
+            opening = self.manager.scope(position=sent(carrier, scope))
             await handle_connection(self.app, opening, scope, receive, send)
             return
         if scope["type"] != "http":

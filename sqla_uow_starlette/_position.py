@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
 
-__all__ = ["Carrier", "PositionIn", "telling"]
+__all__ = ["Carrier", "PositionIn", "sent", "telling"]
 
 PositionIn = Literal["cookie", "header"]
 
@@ -50,8 +50,15 @@ class Carrier:
         return {**message, "headers": headers.raw}
 
 
-def telling(send: Send, carrier: Carrier, scope: Scope, unit_scope: UnitScope, known: str | None) -> Send:
+def sent(carrier: Carrier | None, scope: Scope) -> str | None:
+    """Return the position that the client of a request has sent; None where clients keep none."""
+    return None if carrier is None else carrier.read(scope)
+
+
+def telling(send: Send, carrier: Carrier | None, scope: Scope, unit_scope: UnitScope, known: str | None) -> Send:
     """Return a `send()` that tells the client where it has written, if that is news, when the response starts."""
+    if carrier is None:
+        return send
 
     async def tell(message: Message) -> None:
         position = unit_scope.position or ""

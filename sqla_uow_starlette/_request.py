@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqla_uow.errors import ReadOnlyError
 from sqla_uow_starlette._answer import answering
-from sqla_uow_starlette._position import Carrier, telling
+from sqla_uow_starlette._position import Carrier, sent, telling
 from sqla_uow_starlette._sending import Sender, run
 
 if TYPE_CHECKING:
@@ -34,10 +34,9 @@ async def handle_request(
 ) -> None:
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
-    known = None if carrier is None else carrier.read(scope)
+    known = sent(carrier, scope)
     async with manager.scope(position=known, observers=observers) as unit_scope:
-        if carrier is not None:
-            send = telling(send, carrier, scope, unit_scope, known)
+        send = telling(send, carrier, scope, unit_scope, known)
         sender = Sender(unit_scope, send)
         await run(app, scope, receive, sender)
     if sender.failure is not None:
