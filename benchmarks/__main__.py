@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from datetime import UTC, datetime
@@ -59,7 +60,7 @@ def about(name: str, database_name: str) -> dict[str, str]:
     return {
         "name": name,
         "database": database_name,
-        "command": f"python -m benchmarks {' '.join(said)}",
+        "command": f"python -m benchmarks {shlex.join(said)}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}; {today}",
     }
 
@@ -79,6 +80,11 @@ def main() -> None:
     parser.add_argument(
         "--cells",
         help="contention, processes, simulation: rows/pause in ms/workers[/ordered|/skew], with commas between",
+    )
+    parser.add_argument(
+        "--sides",
+        metavar="NAMES",
+        help="contention: who is compared, with commas between, such as 'sqla_uow,full jitter'; default: all",
     )
     parser.add_argument(
         "--processes", type=int, default=processes.PROCESSES, help="processes: how many; default: %(default)s"
@@ -124,7 +130,13 @@ def run(arguments: argparse.Namespace, url: str, cells: str) -> object:
         "instructions": partial(instructions.report, url),
         "middleware": partial(middleware.report, url, arguments.rounds),
         "memory": partial(memory.report, url, arguments.units),
-        "contention": partial(contention.report, url, cells, arguments.seconds),
+        "contention": partial(
+            contention.report,
+            url,
+            cells,
+            arguments.seconds,
+            partial(contention.measure, only=arguments.sides and arguments.sides.split(",")),
+        ),
         "processes": partial(
             contention.report, url, cells, arguments.seconds, partial(processes.measure, processes=arguments.processes)
         ),

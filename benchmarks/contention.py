@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-__all__ = ["CELLS", "SLICE", "WARM_UP", "Meter", "Outcome", "added", "cells", "outcome", "prepare", "report"]
+__all__ = ["CELLS", "SLICE", "WARM_UP", "Meter", "Outcome", "added", "cells", "measure", "outcome", "prepare", "report"]
 
 SCHEDSTAT = Path("/proc/self/schedstat")
 WARM_UP = 2.0
@@ -145,14 +145,29 @@ async def prepare(engine: AsyncEngine, rows: int) -> None:
             await connection.exec_driver_sql("ANALYZE account")
 
 
-async def measure(url: str, cell: Cell, seconds: float) -> dict[str, Outcome]:
-    """Run every side: cold for two seconds, then slices in turns, so that they share the machine's moods."""
+def measure(url: str, cell: Cell, seconds: float, only: list[str] | None = None) -> dict[str, Outcome]:
+    """Measure one cell.
+
+    Args:
+        url: of a database.
+        cell: which.
+        seconds: for each side.
+        only: the sides; None is every one.
+
+    Raises:
+        SystemExit: there is no such side.
+    """
+    return asyncio.run(_measure(url, cell, seconds, only))
+
+
+async def _measure(url: str, cell: Cell, seconds: float, only: list[str] | None) -> dict[str, Outcome]:
+    """Run the sides: cold for two seconds, then slices in turns, so that they share the machine's moods."""
     logging.getLogger("sqla_uow").setLevel(logging.ERROR)
     engine = create_async_engine(url, pool_size=cell.workers, max_overflow=0, pool_timeout=120)
     await prepare(engine, cell.rows)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(engine.dispose)
-        compared = await every_side(engine, stack)
+        compared = _chosen(await every_side(engine, stack), only)
         stack.enter_context(UnitOfWorkManager(engine).activate())
         cold: dict[str, tuple[float, float]] = {}
         for name, side in compared.items():
@@ -167,6 +182,15 @@ async def measure(url: str, cell: Cell, seconds: float) -> dict[str, Outcome]:
     return {name: outcome([meter])._replace(cold=cold[name]) for name, meter in meters.items()}
 
 
+def _chosen(compared: dict[str, Side], only: list[str] | None) -> dict[str, Side]:
+    if only is None:
+        return compared
+    unknown = [repr(name) for name in only if name not in compared]
+    if unknown:
+        raise SystemExit(f"benchmarks: no side is called {' or '.join(unknown)}; there are {', '.join(compared)}")
+    return {name: compared[name] for name in only}
+
+
 def cells(text_of_cells: str) -> list[Cell]:
     """Parse several cells, with commas between them."""
     return [Cell.parse(one) for one in text_of_cells.split(",")]
@@ -176,7 +200,7 @@ def report(
     url: str,
     which: str,
     seconds: float,
-    measured: Callable[[str, Cell, float], dict[str, Outcome]] = lambda *cell: asyncio.run(measure(*cell)),
+    measured: Callable[[str, Cell, float], dict[str, Outcome]] = measure,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Measure the cells, print a line for each side as soon as it is known, and return the figures."""
     figures = {}

@@ -174,8 +174,7 @@ _QUERY_ONLY_KEY = "sqla_uow.query_only"
 def _open_sqlite(connection: Connection, *, read_only: bool, seconds: float | None) -> None:
     info = connection.info
     if seconds is not None:
-        if _BUSY_KEY not in info:
-            info[_BUSY_KEY] = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+        info[_BUSY_KEY] = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
         connection.exec_driver_sql(f"PRAGMA busy_timeout={max(0, round(seconds * 1000))}")
     if read_only:
         info[_QUERY_ONLY_KEY] = True

@@ -20,6 +20,7 @@ from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
     from sqla_uow._classify import Failure
@@ -127,10 +128,9 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
         if keeps and not discard:
             session.commit()
         elif not discard:
-            # Explicitly: close() alone hands an open transaction to the pool if a refused COMMIT ended SQLAlchemy's own.
-            session.rollback()
-            if connection is not None and not connection.closed and connection.in_transaction():
-                connection.rollback()
+            if connection is not None and _was_refused(connection):
+                connection.connection.rollback()
+            session.rollback()  # explicitly: not every pool rolls back what close() hands to it
     except Exception as error:
         record(
             logging.WARNING, "ROLLBACK of %s failed (%s); its connection is discarded",
@@ -144,6 +144,12 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
             connection.invalidate()
     finally:
         session.close()
+
+
+def _was_refused(connection: Connection) -> bool:
+    """Say whether SQLAlchemy takes a transaction for ended though its COMMIT failed: SQLite then keeps it open."""
+    transaction = None if connection.closed or connection.invalidated else connection.get_transaction()
+    return transaction is not None and not transaction.is_active
 
 
 async def discard_connection(unit: UnitOfWork[Any]) -> None:

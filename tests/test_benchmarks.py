@@ -53,6 +53,18 @@ def test_every_benchmark_measures_and_is_reported(tmp_path):
         assert sides["sqla_uow"]["commits"] > 0
 
 
+@pytest.mark.timeout(60)
+def test_only_some_sides_are_compared(tmp_path):
+    """Some of them stall for minutes; a name that is nobody's is told, with those that there are."""
+    file = tmp_path / "contention.json"
+    one_cell = ("benchmarks", "contention", "--cells=2/0/2", "--seconds=1")
+    run(*one_cell, "--sides=sqla_uow,full jitter", "--json", str(file))
+    assert list(json.loads(file.read_text())["figures"]["2/0/2"]) == ["sqla_uow", "full jitter"]
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run(*one_cell, "--sides=ours")
+    assert caught.value.stderr.splitlines()[-1].startswith("benchmarks: no side is called 'ours'; there are sqla_uow, full")
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(PostgreSQL.unavailable() is not None, reason=str(PostgreSQL.unavailable()))
 def test_the_simulation_is_compared_and_reported(tmp_path):

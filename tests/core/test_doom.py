@@ -27,9 +27,9 @@ SERVERS = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
 @pytest.fixture
 async def manager(db):
-    """Provide a manager over a pool of one connection, and a key that is taken."""
+    """Provide a manager over a pool of one connection that it does not roll back itself, and a key that is taken."""
     await db.run("INSERT INTO uniq (id, name) VALUES (1, 'taken')")
-    return UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+    return UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0, pool_reset_on_return=None))
 
 
 @pytest.fixture

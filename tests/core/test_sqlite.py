@@ -11,12 +11,13 @@ import time
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._turns import Turns
+from sqla_uow.testing import assert_no_leaks
 from tests.models import Base
 from tests.slow import SLOW, sent
 from tests.statements import statements
@@ -476,3 +477,23 @@ async def test_a_memory_database_has_one_user_at_a_time(engine):
         assert seen == []
     await task
     assert seen == [9]
+
+
+async def test_a_refused_commit_is_rolled_back(db):
+    """D3: SQLite keeps a transaction open whose COMMIT it refuses, and not every pool rolls back what it gets."""
+    engine = db.engine(pool_size=1, max_overflow=0, pool_reset_on_return=None)
+    event.listen(engine.sync_engine, "connect", _check_foreign_keys)
+    await db.run("CREATE TABLE child (parent int REFERENCES account (id) DEFERRABLE INITIALLY DEFERRED)")
+    manager = UnitOfWorkManager(engine)
+    with assert_no_leaks(engine), pytest.raises(IntegrityError, match="FOREIGN KEY"):
+        async with manager.begin() as unit:
+            await unit.session.execute(text("INSERT INTO child VALUES (99)"))
+    assert unit.status is Status.ROLLED_BACK
+    async with engine.connect() as connection:  # the same one
+        await connection.execute(ADD, {"id": 7})
+        await connection.commit()
+    assert (await db.rows("SELECT id FROM account"), await db.rows("SELECT * FROM child")) == ([(7,)], [])
+
+
+def _check_foreign_keys(dbapi_connection, _record):
+    dbapi_connection.cursor().execute("PRAGMA foreign_keys=ON")
