@@ -214,7 +214,8 @@ class Controller:
         elapsed = max(now - self._since, SHORTEST_EPOCH)
         if self._done >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
             self.wasted_share = self._wasted / ((self._wasted + self._useful) or 1.0)
-            self._judge(now, elapsed, self._done + self._carried + HALF_DONE * running)
+            across = self._carried + HALF_DONE * running if self.wasted_share < CALM else 0.0
+            self._judge(now, elapsed, self._done + across)
 
     def _patience(self) -> float:
         """Return the seconds after which an epoch is judged in any case."""

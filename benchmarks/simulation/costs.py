@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 __all__ = ["EXCHANGES", "ClientCosts", "Costs", "ServerCosts"]
@@ -54,12 +54,6 @@ class Costs:
     client: ClientCosts
     server: ServerCosts
     delay: float
-
-    def of_client(self, times: float) -> Costs:
-        """Return the same where a client computes so many times as much."""
-        return replace(
-            self, client=ClientCosts(**{name: seconds * times for name, seconds in asdict(self.client).items()})
-        )
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Costs:

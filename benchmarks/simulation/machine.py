@@ -73,11 +73,19 @@ class Cores:
 
 
 class Thread:
-    """The thread of a process with its event loop: one piece of work at a time, on whichever core is free."""
+    """The thread of a process with its event loop: one piece of work at a time, on whichever core is free.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, cores: Cores) -> None:
+    Args:
+        loop: whose time it is.
+        cores: where it computes.
+        batched: what is left of a piece that had to wait for another one: a turn of the loop looks for messages once for all
+            of its pieces.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cores: Cores, batched: float = 1.0) -> None:
         self._loop = loop
         self._cores = cores
+        self._batched = batched
         self._busy = False
         self._waiting: deque[tuple[float, asyncio.Future[None], float]] = deque()
         self._began = 0.0
@@ -87,7 +95,7 @@ class Thread:
     async def work(self, seconds: float, delay: float = 0.0) -> None:
         """Wait until so much was computed here, and for some seconds more that nobody computes in."""
         over: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append((seconds, over, delay))
+        self._waiting.append((seconds * self._batched if self._busy else seconds, over, delay))
         if not self._busy:
             self._next()
         await over

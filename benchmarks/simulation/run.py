@@ -31,7 +31,8 @@ class Situation:
     Attributes:
         cell: rows, pause, and workers of each process.
         processes: how many.
-        costs: of the side.
+        costs: of the side, of one call at a time.
+        batched: what is left of what a client computes where it has more to do; see `Thread`.
         settings: of the server.
         cores: of the server.
         shared: the processes compute on these, too; else each has a core of its own.
@@ -49,6 +50,7 @@ class Situation:
     cell: Cell
     processes: int
     costs: Costs
+    batched: float = 1.0
     settings: Settings = field(default_factory=Settings)
     cores: int = 2
     shared: bool = True
@@ -93,7 +95,7 @@ async def _play(situation: Situation, loop: virtual.VirtualLoop) -> Played:
     for _ in range(situation.processes):
         own = cores if situation.shared else Cores(loop, 1)
         pool = Pool(server, situation.pool_size or cell.workers, situation.pool_timeout)
-        threads.append(Thread(loop, own))
+        threads.append(Thread(loop, own, situation.batched))
         side = situation.build(Process(server, threads[-1], pool), costs, chance)
         parts.append((side, contention.Meter(loop.time, chance)))
     for number in range(1 + situation.slices):

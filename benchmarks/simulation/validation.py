@@ -80,7 +80,7 @@ def _compare(count: int, measured: Measured) -> dict[str, Any]:
         costs = measured.costs[cell]["sqla_uow" if side == "sqla_uow" else SIDE]
         batched = _batched(measured.slices[calm, side], costs.client)
         situation = Situation(
-            cell=cell, processes=count, costs=costs.of_client(batched), cores=CORES, build=SIDES[side],
+            cell=cell, processes=count, costs=costs, batched=batched, cores=CORES, build=SIDES[side],
             settings=Settings(**measured.tables[cell]._asdict()),
         )  # fmt: skip
         meters = [contention.added(slices) for slices in parts]
