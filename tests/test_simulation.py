@@ -6,6 +6,8 @@ import asyncio
 import functools
 import inspect
 import random
+import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -115,6 +117,22 @@ async def test_a_process_does_one_thing_at_a_time(loop):
     """However many cores there are."""
     thread = Thread(loop, Cores(loop, 8))
     assert await ends(loop, [thread.work(1), thread.work(1, 0.5), thread.work(1)]) == pytest.approx([1, 2.5, 3])
+
+
+@in_virtual_time
+async def test_what_waits_for_its_turn_is_less_to_compute(loop):
+    """A turn of a real loop looks for messages once for all that it does."""
+    thread = Thread(loop, Cores(loop, 8), batched=0.5)
+    assert await ends(loop, [thread.work(1), thread.work(1)]) == pytest.approx([1, 1.5])
+
+
+def test_the_same_work_takes_more_or_less_time():
+    """And on average what was measured."""
+    chance, costs = random.Random(1), replace(COSTS, spread=0.4)
+    drawn = [costs.drawn(1.0, chance) for _ in range(10_000)]
+    assert statistics.mean(drawn) == pytest.approx(1.0, rel=0.02)
+    assert statistics.stdev(drawn) == pytest.approx(0.4, rel=0.05)
+    assert COSTS.drawn(1.0, chance) == 1.0
 
 
 # -- the database

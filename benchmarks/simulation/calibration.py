@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -196,10 +197,10 @@ async def costs(tables: Mapping[str, int], count: int = CALLS) -> dict[str, dict
     for name in SIDES:
         calls = [call for stand in stands.values() for call in _calls(stand.good[name].marks)]
         failures = [pair for stand in stands.values() for pair in _failures(stand.bad[name].marks)]
-        client, delay = _client_costs(calls, failures), _delay(calls)
+        client, delay, spread = _client_costs(calls, failures), _delay(calls), _spread(calls)
         for url, stand in stands.items():
             server = _server_costs(_calls(stand.good[name].marks), _failures(stand.bad[name].marks))
-            found[url][name] = Costs(client=client, server=server, delay=delay)
+            found[url][name] = Costs(client=client, server=server, delay=delay, spread=spread)
     return found
 
 
@@ -239,6 +240,16 @@ def _delay(calls: list[list[Mark]]) -> float:
         for call in calls
     ]  # fmt: skip
     return max(0.0, statistics.mean(left)) / (2 * EXCHANGES)
+
+
+def _spread(calls: list[list[Mark]]) -> float:
+    """Return by how much the time of one piece of work differs between calls.
+
+    What is measured from one moment to the next is three of them, the message, the server's part and the answer; they differ
+    more than their sum.
+    """
+    steps = [[call[step + 1].clock - call[step].clock for call in calls] for step in range(4)]
+    return math.sqrt(3) * statistics.mean(statistics.stdev(times) / statistics.mean(times) for times in steps)
 
 
 def _client(calls: list[list[Mark]], step: int) -> float:

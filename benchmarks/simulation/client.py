@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from benchmarks.simulation.server import DatabaseError, Server, Transaction
 
 if TYPE_CHECKING:
+    import random
+
     from benchmarks.simulation.costs import Costs
     from benchmarks.simulation.machine import Thread
 
@@ -75,10 +77,11 @@ class Pool:
 class Process:
     """What all sessions of a process share."""
 
-    def __init__(self, server: Server, thread: Thread, pool: Pool) -> None:
+    def __init__(self, server: Server, thread: Thread, pool: Pool, chance: random.Random) -> None:
         self.server = server
         self.thread = thread
         self.pool = pool
+        self.chance = chance
 
 
 class Session:
@@ -105,7 +108,7 @@ class Session:
         await self._begin()
         await self._send(self._costs.client.statement)
         self._server.see(self._transaction)
-        await self._server.cores.work(self._costs.server.statement)
+        await self._serve(self._costs.server.statement)
         await self._server.update(self._transaction, key, amount)
         await self._answer(self._costs.client.statement)
 
@@ -114,7 +117,7 @@ class Session:
         await self._begin()
         await self._send(self._costs.client.statement)
         self._server.see(self._transaction)
-        await self._server.cores.work(self._costs.server.statement)
+        await self._serve(self._costs.server.statement)
         await self._server.lock(self._transaction, key)
         await self._answer(self._costs.client.statement)
 
@@ -125,30 +128,30 @@ class Session:
             DatabaseError: 40001; nothing is left to be rolled back.
         """
         await self._send(self._costs.client.end)
-        await self._server.cores.work(self._costs.server.commit)
+        await self._serve(self._costs.server.commit)
         try:
             self._server.commit(self._transaction)
         except DatabaseError:
             await self._answer(0.0)
-            await self._process.thread.work(self._owed + self._costs.client.failure - self._costs.client.end / 2)
+            await self._compute(self._owed + self._costs.client.failure - self._costs.client.end / 2)
             self._process.pool.give_back()
             raise
         await self._answer(self._costs.client.end)
-        await self._process.thread.work(self._owed)
+        await self._compute(self._owed)
         self._process.pool.give_back()
 
     async def roll_back(self) -> None:
         """Roll back after a failure, and give the connection back."""
         if not self._begun:
-            await self._process.thread.work(self._costs.client.failure)
+            await self._compute(self._costs.client.failure)
             return
         await asyncio.sleep(self._costs.delay)  # the answer that was an error
         self._owed = self._costs.client.statement / 2
         await self._send(self._costs.client.failure)
-        await self._server.cores.work(self._costs.server.roll_back)
+        await self._serve(self._costs.server.roll_back)
         self._server.roll_back(self._transaction)
         await self._answer(self._costs.client.failure)
-        await self._process.thread.work(self._owed)
+        await self._compute(self._owed)
         self._process.pool.give_back()
 
     async def _begin(self) -> None:
@@ -159,13 +162,19 @@ class Session:
         messages = 1 if self._transaction.lock_wait is None else 2
         for _ in range(messages):
             await self._send(self._costs.client.begin)
-            await self._server.cores.work(self._costs.server.begin)
+            await self._serve(self._costs.server.begin)
             await self._answer(self._costs.client.begin)
+
+    async def _compute(self, seconds: float, delay: float = 0.0) -> None:
+        await self._process.thread.work(self._costs.drawn(seconds, self._process.chance), delay)
+
+    async def _serve(self, seconds: float) -> None:
+        await self._server.cores.work(self._costs.drawn(seconds, self._process.chance))
 
     async def _send(self, seconds: float) -> None:
         """Compute what was owed and half of what the message costs, and send it."""
         owed, self._owed = self._owed, 0.0
-        await self._process.thread.work(owed + seconds / 2, self._costs.delay)
+        await self._compute(owed + seconds / 2, self._costs.delay)
 
     async def _answer(self, seconds: float) -> None:
         """Get the answer; the other half is computed with what comes next."""

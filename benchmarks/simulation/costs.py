@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import random
 
 __all__ = ["EXCHANGES", "ClientCosts", "Costs", "ServerCosts"]
 
@@ -49,16 +53,29 @@ class Costs:
         client: in its process.
         server: on the server.
         delay: seconds that a message is on its way, there or back.
+        spread: by how much the time for the same piece of work differs, its standard deviation over its mean.  What always
+            took the same would fall into step, and conflicts with it.
     """
 
     client: ClientCosts
     server: ServerCosts
     delay: float
+    spread: float = 0.0
+
+    def drawn(self, seconds: float, chance: random.Random) -> float:
+        """Return how long it takes this time."""
+        if not self.spread:
+            return seconds
+        variance = math.log(1 + self.spread**2)
+        return seconds * chance.lognormvariate(-variance / 2, math.sqrt(variance))
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Costs:
         """Return what `as_dict` has kept."""
-        return cls(client=ClientCosts(**kept["client"]), server=ServerCosts(**kept["server"]), delay=kept["delay"])
+        return cls(
+            client=ClientCosts(**kept["client"]), server=ServerCosts(**kept["server"]), delay=kept["delay"],
+            spread=kept["spread"],
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for ``--json``."""

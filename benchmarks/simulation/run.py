@@ -96,7 +96,7 @@ async def _play(situation: Situation, loop: virtual.VirtualLoop) -> Played:
         own = cores if situation.shared else Cores(loop, 1)
         pool = Pool(server, situation.pool_size or cell.workers, situation.pool_timeout)
         threads.append(Thread(loop, own, situation.batched))
-        side = situation.build(Process(server, threads[-1], pool), costs, chance)
+        side = situation.build(Process(server, threads[-1], pool, chance), costs, chance)
         parts.append((side, contention.Meter(loop.time, chance)))
     for number in range(1 + situation.slices):
         length = situation.length if number else situation.warm_up
