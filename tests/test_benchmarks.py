@@ -62,7 +62,9 @@ def test_only_some_sides_are_compared(tmp_path):
     assert list(json.loads(file.read_text())["figures"]["2/0/2"]) == ["sqla_uow", "full jitter"]
     with pytest.raises(subprocess.CalledProcessError) as caught:
         run(*one_cell, "--sides=ours")
-    assert caught.value.stderr.splitlines()[-1].startswith("benchmarks: no side is called 'ours'; there are sqla_uow, full")
+    assert caught.value.stderr.splitlines()[-1].startswith(
+        "benchmarks: no side is called 'ours'; there are sqla_uow, full"
+    )
 
 
 @pytest.mark.timeout(300)
