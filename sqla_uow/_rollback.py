@@ -129,8 +129,8 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
             session.commit()
         elif not discard:
             if connection is not None and _was_refused(connection):
-                connection.connection.rollback()
-            session.rollback()  # explicitly: not every pool rolls back what close() hands to it
+                connection.connection.rollback()  # nobody else would: not every pool rolls back what it gets
+            session.rollback()
     except Exception as error:
         record(
             logging.WARNING, "ROLLBACK of %s failed (%s); its connection is discarded",
