@@ -11,7 +11,6 @@ import contextlib
 import logging
 import random
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CELLS", "SLICE", "WARM_UP", "Meter", "Outcome", "added", "cells", "measure", "outcome", "prepare", "report"]
 
-SCHEDSTAT = Path("/proc/self/schedstat")
 WARM_UP = 2.0
 SLICE = 1.5
 CELLS = (
@@ -55,11 +53,6 @@ class Outcome(NamedTuple):
     cold: tuple[float, ...] = ()
 
 
-def waited_for_a_core() -> float:
-    """Return the seconds that this process's first thread has waited for one; 0 where the system does not say (Linux does)."""
-    return int(SCHEDSTAT.read_text().split()[1]) / 1e9 if SCHEDSTAT.exists() else 0.0
-
-
 class Meter:
     """What one side has done so far, over all its slices.
 
@@ -73,7 +66,6 @@ class Meter:
         self._chance = chance or random.Random()  # noqa: S311  # no secret
         self.seconds = 0.0
         self.computed = 0.0  # by this process
-        self.waited = 0.0  # seconds in which it could have computed, but the cores had something else to do
         self.latencies: list[float] = []
         self.gave_up = 0
         self.runs = 0
@@ -95,12 +87,11 @@ class Meter:
                 else:
                     gave_up += 1
 
-        started, computed, waited = self._clock(), time.process_time(), waited_for_a_core()
+        started, computed = self._clock(), time.process_time()
         await asyncio.gather(*(worker() for _ in range(cell.workers)))
         if counts:
             self.seconds += self._clock() - started  # to the end of the last call: a stall counts
             self.computed += time.process_time() - computed
-            self.waited += waited_for_a_core() - waited
             self.latencies += latencies
             self.gave_up += gave_up
             self.runs += side.runs
@@ -112,7 +103,6 @@ def added(slices: list[Meter]) -> Meter:
     for one in slices:
         whole.seconds += one.seconds
         whole.computed += one.computed
-        whole.waited += one.waited
         whole.latencies += one.latencies
         whole.gave_up += one.gave_up
         whole.runs += one.runs
@@ -132,17 +122,28 @@ def outcome(meters: list[Meter]) -> Outcome:
     )
 
 
-async def prepare(engine: AsyncEngine, rows: int) -> None:
-    """Fill the table."""
+async def prepare(engine: AsyncEngine, rows: int, beside: int = 0) -> None:
+    """Fill the table, as one that has been in use for a while.
+
+    Args:
+        engine: its database.
+        rows: that will be used.
+        beside: how many more that will not be.
+    """
     async with engine.begin() as connection:
         await connection.execute(text("DROP TABLE IF EXISTS account"))
         await connection.execute(text("CREATE TABLE account (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL)"))
         await connection.execute(
-            text("INSERT INTO account VALUES (:id, 0)"), [{"id": number} for number in range(1, rows + 1)]
+            text("INSERT INTO account VALUES (:id, 0)"), [{"id": number} for number in range(1, rows + beside + 1)]
         )
-        if engine.dialect.name == "postgresql":
-            # else the planner knows nothing of the table and scans it, and SERIALIZABLE takes that for a read of every row
-            await connection.exec_driver_sql("ANALYZE account")
+    if engine.dialect.name == "postgresql":
+        # In a full page a new version has no room: for seconds nearly all updates would write into the index, and SERIALIZABLE
+        # takes that for a write of all its rows.  And the planner must know the table, or it scans it, and SERIALIZABLE takes
+        # that for a read of every row.
+        async with engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await connection.execute(text("UPDATE account SET balance = 0"))
+            await connection.exec_driver_sql("VACUUM ANALYZE account")
 
 
 def measure(url: str, cell: Cell, seconds: float, only: list[str] | None = None) -> dict[str, Outcome]:

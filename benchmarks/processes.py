@@ -106,10 +106,10 @@ def meet_at(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-async def prepare(url: str, cell: Cell) -> None:
-    """Fill the table."""
+async def prepare(url: str, cell: Cell, beside: int = 0) -> None:
+    """Fill the table, which has so many rows beside those of the cell."""
     engine = create_async_engine(url)
-    await contention.prepare(engine, cell.rows)
+    await contention.prepare(engine, cell.rows, beside)
     await engine.dispose()
 
 
@@ -119,7 +119,7 @@ def together(
     """Let the processes run.
 
     Args:
-        places: URLs of databases, and the cell that is measured in each.
+        places: URLs of databases that are prepared, and the cell that is measured in each.
         seconds: for each side of a cell.
         processes: how many.
         with_locks: compare the lock of the database as well.
@@ -127,8 +127,6 @@ def together(
     Returns:
         by cell and side, for each process its slices.
     """
-    for url, cell in places.items():
-        asyncio.run(prepare(url, cell))
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(processes)
     with ProcessPoolExecutor(processes, spawn, meet_at, (barrier,)) as pool:
@@ -139,6 +137,7 @@ def together(
 
 def measure(url: str, cell: Cell, seconds: float, processes: int = PROCESSES) -> dict[str, contention.Outcome]:
     """Measure one cell, and add up what the processes did."""
+    asyncio.run(prepare(url, cell))
     measured = together({url: cell}, seconds, processes)
     return {
         name: contention.outcome([contention.added(slices) for slices in parts])

@@ -1,7 +1,8 @@
 """Write what ``--json`` has kept as a page with a table and a plot for each benchmark.
 
 ``python -m benchmarks.report overhead.json contention.json`` writes ``docs/reference/performance-figures.md`` and
-``docs/images/benchmark-*.svg``; what the simulation has kept is a page of its own, ``simulation-figures.md``.
+``docs/images/benchmark-*.svg``, called after the file; what the simulation has kept is a page of its own,
+``simulation-figures.md``.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def plot(figures: dict[str, dict[str, dict[str, Any]]], key: str, title: str, to
     figure.savefig(to, metadata={"Date": None})
 
 
-def section(name: str, kept: dict[str, Any], docs: Path) -> str:
+def section(file: Path, kept: dict[str, Any], docs: Path) -> str:
     """Return what the page says of one benchmark; draw its plot."""
     about, figures = kept["about"], kept["figures"]
+    name = about["name"]
     parts = [f"## {name}, {about['database']}", f"`{about['command']}`  \n{about['machine']}"]
     if name == "memory":
         return "\n\n".join([*parts, memory(figures)])
@@ -75,7 +77,7 @@ def section(name: str, kept: dict[str, Any], docs: Path) -> str:
         columns, key, title = CONTENTION | (COLD if name == "contention" else {}), "commits", "commits/s"
     elif name == "instructions":
         columns, key, title = INSTRUCTIONS, "instructions", "instructions"
-    picture = f"benchmark-{name}-{about['database']}.svg"
+    picture = f"benchmark-{file.stem}-{about['database']}.svg"
     plot(figures, key, title, docs / "images" / picture)
     parts.append(f"![{name}: {title}](../images/{picture})")
     parts += [sides(what, case, columns) for what, case in figures.items()]
@@ -90,7 +92,7 @@ def write(files: list[Path], docs: Path) -> None:
         if kept["about"]["name"] == "simulation":
             (docs / "reference" / "simulation-figures.md").write_text(simulation.page(kept, docs))
         else:
-            parts.append(section(kept["about"]["name"], kept, docs))
+            parts.append(section(file, kept, docs))
     if len(parts) > 1:
         (docs / "reference" / "performance-figures.md").write_text("\n\n".join(parts) + "\n")
 

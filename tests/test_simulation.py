@@ -126,6 +126,14 @@ async def test_what_waits_for_its_turn_is_less_to_compute(loop):
     assert await ends(loop, [thread.work(1), thread.work(1)]) == pytest.approx([1, 1.5])
 
 
+def test_costs_in_the_middle():
+    """What was measured before and after: a machine's pace drifts."""
+    twice = replace(COSTS, client=replace(COSTS.client, end=9e-4), spread=0.4)
+    middle = Costs.mean([COSTS, twice])
+    assert middle.client.end == pytest.approx(6e-4)
+    assert (middle.client.start, middle.spread) == pytest.approx((1e-4, 0.2))
+
+
 def test_the_same_work_takes_more_or_less_time():
     """And on average what was measured."""
     chance, costs = random.Random(1), replace(COSTS, spread=0.4)

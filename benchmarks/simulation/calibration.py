@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from benchmarks import contention
 from benchmarks.contention_sides import GIVE, RETRIES, TAKE, ByHand, Cell, Side
 from benchmarks.simulation.costs import EXCHANGES, ClientCosts, Costs, ServerCosts
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, transactional
@@ -50,6 +49,11 @@ class Mark(NamedTuple):
     clock: float
 
 
+def _waited_for_a_core() -> float:
+    """Return the seconds that this process's first thread has waited for one."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+
+
 class Probe:
     """Notes the moments of one transaction after the other, on a single connection."""
 
@@ -61,7 +65,7 @@ class Probe:
         """Note one."""
         before, clock = time.process_time(), time.perf_counter()
         computed, waited, _slices = self._stat.read_text().split()
-        together = int(waited) / 1e9 + contention.waited_for_a_core()
+        together = int(waited) / 1e9 + _waited_for_a_core()
         self.marks.append(Mark(before, int(computed) / 1e9, time.process_time(), together, clock))
 
     async def body(self, session: AsyncSession, _cell: object, payer: int, payee: int) -> None:

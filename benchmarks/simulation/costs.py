@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,19 @@ class Costs:
             return seconds
         variance = math.log(1 + self.spread**2)
         return seconds * chance.lognormvariate(-variance / 2, math.sqrt(variance))
+
+    @classmethod
+    def mean(cls, several: list[Costs]) -> Costs:
+        """Return what is in the middle of them."""
+
+        def between(kept: list[dict[str, Any]]) -> dict[str, Any]:
+            return {
+                name: between([one[name] for one in kept]) if isinstance(value, dict)
+                else statistics.mean(one[name] for one in kept)
+                for name, value in kept[0].items()
+            }  # fmt: skip
+
+        return cls.of(between([one.as_dict() for one in several]))
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Costs:

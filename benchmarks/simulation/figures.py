@@ -45,7 +45,7 @@ def page(kept: dict[str, Any], docs: Path) -> str:
 
 def validation(rounds: dict[str, Any]) -> str:
     """Return the table of both; slices are the least and the most of any."""
-    rows = [["processes x cell, side", "measured/s", "slices", "simulated/s", "ratio", "gave up", "attempts", "others"]]
+    rows = [["processes x cell, side", "measured/s", "slices", "simulated/s", "ratio", "gave up", "attempts"]]
     for count, one in rounds.items():
         for which, row in one["outcomes"].items():
             real, model, slices = row["measured"], row["simulated"], row["slices"]
@@ -58,7 +58,6 @@ def validation(rounds: dict[str, Any]) -> str:
                     f"{row['ratio']:.2f}",
                     f"{real['gave_up']:.1%}, {model['gave_up']:.1%}",
                     f"{real['attempts']:.2f}, {model['attempts']:.2f}",
-                    f"{row['others']:.1f}",
                 ]
             )
     return table(rows) + "\n\n" + within(rounds)

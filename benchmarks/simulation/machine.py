@@ -88,9 +88,6 @@ class Thread:
         self._batched = batched
         self._busy = False
         self._waiting: deque[tuple[float, asyncio.Future[None], float]] = deque()
-        self._began = 0.0
-        self.computed = 0.0
-        self.waited = 0.0  # for a core
 
     async def work(self, seconds: float, delay: float = 0.0) -> None:
         """Wait until so much was computed here, and for some seconds more that nobody computes in."""
@@ -103,12 +100,9 @@ class Thread:
     def _next(self) -> None:
         self._busy = True
         seconds, over, delay = self._waiting.popleft()
-        self._began = self._loop.time()
-        self._cores.compute(seconds, lambda: self._end(seconds, over, delay))
+        self._cores.compute(seconds, lambda: self._end(over, delay))
 
-    def _end(self, seconds: float, over: asyncio.Future[None], delay: float) -> None:
-        self.computed += seconds
-        self.waited += self._loop.time() - self._began - seconds
+    def _end(self, over: asyncio.Future[None], delay: float) -> None:
         if self._waiting:
             self._next()
         else:

@@ -72,7 +72,6 @@ class Played(NamedTuple):
     server: Server
     sides: list[Side]
     meters: list[contention.Meter]
-    threads: list[Thread]
 
 
 def simulate(situation: Situation) -> contention.Outcome:
@@ -90,13 +89,12 @@ async def _play(situation: Situation, loop: virtual.VirtualLoop) -> Played:
     cell, costs = situation.cell, situation.costs
     cores = Cores(loop, situation.cores, situation.others)
     server = Server(loop, cores, situation.settings, chance)
-    threads: list[Thread] = []
     parts: list[tuple[Side, contention.Meter]] = []
     for _ in range(situation.processes):
         own = cores if situation.shared else Cores(loop, 1)
         pool = Pool(server, situation.pool_size or cell.workers, situation.pool_timeout)
-        threads.append(Thread(loop, own, situation.batched))
-        side = situation.build(Process(server, threads[-1], pool, chance), costs, chance)
+        process = Process(server, Thread(loop, own, situation.batched), pool, chance)
+        side = situation.build(process, costs, chance)
         parts.append((side, contention.Meter(loop.time, chance)))
     for number in range(1 + situation.slices):
         length = situation.length if number else situation.warm_up
@@ -104,4 +102,4 @@ async def _play(situation: Situation, loop: virtual.VirtualLoop) -> Played:
         if number < situation.slices:
             await asyncio.sleep(situation.pause)
     meters = [meter for _side, meter in parts]
-    return Played(contention.outcome(meters), server, [side for side, _meter in parts], meters, threads)
+    return Played(contention.outcome(meters), server, [side for side, _meter in parts], meters)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
@@ -13,13 +15,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks import contention, processes
 from benchmarks.simulation import calibration
-from benchmarks.simulation.run import Situation, play, simulate
+from benchmarks.simulation.costs import Costs
+from benchmarks.simulation.run import Situation, simulate
 from benchmarks.simulation.server import Settings
 from benchmarks.simulation.sides import SIDES
 
 if TYPE_CHECKING:
     from benchmarks.contention_sides import Cell
-    from benchmarks.simulation.costs import ClientCosts, Costs
+    from benchmarks.simulation.costs import ClientCosts
 
 __all__ = ["CELLS", "PROCESSES", "compare"]
 
@@ -29,8 +32,10 @@ SIDE = "full jitter"
 """Whose costs are those of every loop by hand."""
 SEEDS = (1, 2)
 CORES = os.cpu_count() or 1
-ROUNDS = 3
-"""In which the others on the machine are looked for; the waits for a core are then within a few per cent."""
+STAT = Path("/proc/stat")
+BESIDE = 10_000
+"""Rows that nobody touches.  A table of nothing but a hundred rows is scanned by each statement, until there are so many old
+versions that it no longer is: half-way through."""
 
 
 class Measured(NamedTuple):
@@ -40,13 +45,13 @@ class Measured(NamedTuple):
         costs: of a transaction, by cell and side.
         tables: how the server reads each cell's table.
         slices: of each process, by cell and side.
-        load: runnable threads on the machine, the average over the last minute.
+        others: threads of others that computed on the machine, before this did anything.
     """
 
     costs: dict[Cell, dict[str, Costs]]
     tables: dict[Cell, calibration.Table]
     slices: dict[tuple[Cell, str], list[list[contention.Meter]]]
-    load: float
+    others: float
 
 
 def compare(url: str, cells: str, seconds: float) -> dict[str, Any]:
@@ -56,42 +61,60 @@ def compare(url: str, cells: str, seconds: float) -> dict[str, Any]:
     measured: dict[int, Measured] = {}
     for count in PROCESSES:  # all that is measured first, in as few minutes as can be
         measured[count] = _measure({urls[cell]: cell for cell in wanted}, seconds, count)
-        print(f"{count} processes are measured; load average {measured[count].load:.1f}", flush=True)
+        print(f"{count} processes are measured; {measured[count].others:.1f} threads of others", flush=True)
     print(
         f"{'processes x cell':22}{'':14}{'measured/s':>11}{'slices':>12}{'simulated/s':>12}{'ratio':>7}{'gave up':>15}"
-        f"{'attempts':>12}{'others':>8}"
+        f"{'attempts':>12}"
     )
     return {str(count): _compare(count, one) for count, one in measured.items()}
 
 
+def _others(seconds: float = 2.0) -> float:
+    """Return how many threads compute on this machine while this process waits."""
+    before, started = _computed(), time.perf_counter()
+    time.sleep(seconds)
+    return (_computed() - before) / (time.perf_counter() - started)
+
+
+def _computed() -> float:
+    """Return the seconds that all cores together have computed; ``man 5 proc_stat`` names the columns."""
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, STAT.read_text().split(maxsplit=8)[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def _measure(places: dict[str, Cell], seconds: float, count: int) -> Measured:
+    others = _others()
+    rows = {url: cell.rows for url, cell in places.items()}
+    for url, cell in places.items():
+        asyncio.run(processes.prepare(url, cell, BESIDE))
+    before = asyncio.run(calibration.costs(rows))
     slices = processes.together(places, seconds, count, with_locks=False)
-    costs = asyncio.run(calibration.costs({url: cell.rows for url, cell in places.items()}))
+    after = asyncio.run(calibration.costs(rows))
+    costs = {
+        url: {side: Costs.mean([cost, after[url][side]]) for side, cost in sides.items()}
+        for url, sides in before.items()
+    }
     tables = {cell: asyncio.run(calibration.table(url)) for url, cell in places.items()}
-    return Measured({cell: costs[url] for url, cell in places.items()}, tables, slices, os.getloadavg()[0])
+    return Measured({cell: costs[url] for url, cell in places.items()}, tables, slices, others)
 
 
 def _compare(count: int, measured: Measured) -> dict[str, Any]:
     """Simulate what was measured with so many processes."""
     calm = max(measured.tables, key=lambda cell: cell.rows)
     figures: dict[str, Any] = {}
-    others = 0.0
     for (cell, side), parts in measured.slices.items():
         costs = measured.costs[cell]["sqla_uow" if side == "sqla_uow" else SIDE]
         batched = _batched(measured.slices[calm, side], costs.client)
         situation = Situation(
-            cell=cell, processes=count, costs=costs, batched=batched, cores=CORES, build=SIDES[side],
+            cell=cell, processes=count, costs=costs, batched=batched, cores=CORES, others=measured.others, build=SIDES[side],
             settings=Settings(**measured.tables[cell]._asdict()),
         )  # fmt: skip
         meters = [contention.added(slices) for slices in parts]
-        others = _others(situation, others, _share_waited(meters))
-        row = Row(
-            contention.outcome(meters), _mean(replace(situation, others=others)), _by_slice(parts), others,
-        )  # fmt: skip
+        row = Row(contention.outcome(meters), _mean(situation), _by_slice(parts))
         print(f"{count} x {cell!s:18}{side:14}{row}", flush=True)
-        figures[f"{cell} {side}"] = row.as_dict() | {"waited": _share_waited(meters), "batched": batched}
+        figures[f"{cell} {side}"] = row.as_dict() | {"batched": batched}
     return {
-        "load": measured.load, "outcomes": figures,
+        "others": measured.others, "outcomes": figures,
         "tables": {str(cell): table._asdict() for cell, table in measured.tables.items()},
         "costs": {str(cell): {side: one.as_dict() for side, one in costs.items()} for cell, costs in measured.costs.items()},
     }  # fmt: skip
@@ -103,7 +126,6 @@ class Row(NamedTuple):
     measured: contention.Outcome
     simulated: contention.Outcome
     slices: list[float]
-    others: float
 
     @property
     def ratio(self) -> float:
@@ -114,29 +136,15 @@ class Row(NamedTuple):
         return (
             f"{real.commits:>11.0f}{f'{min(self.slices):.0f}-{max(self.slices):.0f}':>12}{model.commits:>12.0f}"
             f"{self.ratio:>7.2f}{f'{real.gave_up:.1%}/{model.gave_up:.1%}':>15}"
-            f"{f'{real.attempts:.2f}/{model.attempts:.2f}':>12}{self.others:>8.1f}"
+            f"{f'{real.attempts:.2f}/{model.attempts:.2f}':>12}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for ``--json``."""
         return {
             "measured": self.measured._asdict(), "simulated": self.simulated._asdict(), "slices": self.slices,
-            "ratio": self.ratio, "others": self.others,
+            "ratio": self.ratio,
         }  # fmt: skip
-
-
-def _share_waited(meters: list[contention.Meter]) -> float:
-    """Return how long the processes waited for a core for each second that they computed."""
-    return sum(meter.waited for meter in meters) / sum(meter.computed for meter in meters)
-
-
-def _others(situation: Situation, others: float, waited: float) -> float:
-    """Return beside how many threads of others the simulated processes wait as long for a core as the real ones did."""
-    for _ in range(ROUNDS):
-        threads = play(replace(situation, others=others, slices=1)).threads
-        simulated = sum(thread.waited for thread in threads) / sum(thread.computed for thread in threads)
-        others = max(0.0, others + CORES * (waited - simulated))
-    return others
 
 
 def _mean(situation: Situation) -> contention.Outcome:
