@@ -1,7 +1,7 @@
 """Write what ``--json`` has kept as a page with a table and a plot for each benchmark.
 
 ``python -m benchmarks.report overhead.json contention.json`` writes ``docs/reference/performance-figures.md`` and
-``docs/images/benchmark-*.svg``, called after the file; what the simulation has kept is a page of its own,
+``docs/images/benchmark-*.svg``, called after file and database; what the simulation has kept is a page of its own,
 ``simulation-figures.md``.
 """
 
