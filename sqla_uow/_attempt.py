@@ -122,7 +122,7 @@ class Attempt(Generic[S]):
             transaction.on_rollback = attempts.remember
         if self._slot is not None and attempts.gate is not None:
             transaction.slot = self._slot
-            transaction.lock_wait = None if is_last else attempts.gate.lock_wait(attempts.attempt)
+            transaction.lock_wait = None if is_last else attempts.lock_wait(attempts.gate)
         unit = self.unit = UnitOfWork(transaction, attempt=attempts.attempt, is_last_attempt=is_last)
         self._witness = manager._witness(transaction)
         self._place = UnitPlace(manager, unit)

@@ -129,7 +129,8 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
             session.commit()
         elif not discard:
             if connection is not None and _was_refused(connection):
-                connection.connection.rollback()  # nobody else would: not every pool rolls back what it gets
+                # Nobody else would: not every pool rolls back what it gets.
+                connection.dialect.do_rollback(connection.connection)
             session.rollback()
     except Exception as error:
         record(

@@ -10,12 +10,14 @@ import random
 import weakref
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, _contention, current_session, current_unit, errors, transactional
 from sqla_uow._contention import Controller
 from sqla_uow.typing import Contention
 from tests.models import Account
+from tests.statements import statements
 from tests.waiting import until
 
 OFF = RetryPolicy(contention="off")
@@ -424,6 +426,46 @@ async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
     gate._watch()
     assert gate._timer is not None
     await until(lambda: gate._timer is None, seconds=5)
+
+
+def test_while_little_is_known_locks_are_waited_for_as_long_as_those_that_run_may_take():
+    """R10: a quarter of a second at first; then eight times what an undisturbed attempt took, for each that runs."""
+    now = 0.0
+    controller = Controller(lambda: now)
+    assert [controller.lock_wait(1, running) for running in (1, 2)] == [None, 0.25]
+    assert controller.lock_wait(3, 2) == pytest.approx(0.75)
+    controller.committed(now, 0.002, 1, 0)
+    assert controller.lock_wait(1, 2) == pytest.approx(0.032)
+    assert controller.lock_wait(1, 64) == 0.25
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_how_long_a_lock_is_waited_for_is_left_to_chance(db):
+    """R10: two with the same patience would both give way, and meet again."""
+    asked, runs, let_go = [], asyncio.Event(), asyncio.Event()
+
+    def rng(low, high):
+        asked.append((low, high))
+        return low
+
+    manager = UnitOfWorkManager(db.engine(pool_size=2))
+
+    @transactional(using=manager, retries=1, retry=RetryPolicy(rng=rng))
+    async def call(*, waits):
+        await current_session(manager).execute(text("SELECT 1"))
+        if waits:
+            runs.set()
+            await let_go.wait()
+
+    first = asyncio.create_task(call(waits=True))
+    async with asyncio.timeout(5):
+        await runs.wait()
+        sent = statements(manager.engine, lambda statement: "lock_timeout" in statement)
+        await call(waits=False)
+        let_go.set()
+        await first
+    assert asked == [(0.125, 0.25)]
+    assert sent == ["SET LOCAL lock_timeout = '125ms'"]
 
 
 @one_driver
