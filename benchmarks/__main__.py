@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace, url: str, cells: str) -> object:
             url,
             cells,
             arguments.seconds,
-            partial(contention.measure, only=arguments.sides and arguments.sides.split(",")),
+            partial(contention.measure, only=None if arguments.sides is None else arguments.sides.split(",")),
         ),
         "processes": partial(
             contention.report, url, cells, arguments.seconds, partial(processes.measure, processes=arguments.processes)

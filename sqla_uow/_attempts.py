@@ -147,7 +147,7 @@ class Attempts(Generic[S]):
         """Return how long the attempt that begins now should wait for locks, in seconds; None is for ever."""
         longest = gate.lock_wait(self.attempt)
         # Two that wait for each other began at the same time: with the same patience both would go, and meet again.
-        return None if longest is None else self.policy.rng(longest / 2, longest)
+        return None if longest is None else max(longest / 2, self.policy.rng(longest / 2, longest))
 
     def _fields(self, failure: Failure) -> dict[str, Any]:
         """Return what a record says of a failed run."""

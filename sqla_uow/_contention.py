@@ -35,9 +35,7 @@ TROUBLE = 0.2
 """Share of the time in aborted attempts from which narrower widths are tried."""
 COLLAPSE = 0.5
 """Share from which the search begins with one call at a time, the only width that is sure not to stall."""
-CALM = 0.05
-"""Share below which what was learned of wider widths may be over."""
-CROWDED = (CALM, 0.1)
+CROWDED = (0.05, 0.1)
 """Share of the time in aborted attempts while one call runs at a time, from which there must be other processes: they are
 noticed above the second, and forgotten below the first."""
 CROWDING = 0.8
@@ -54,9 +52,6 @@ second, and of narrower ones."""
 SEARCH_SECONDS = (0.2, 10.0)
 """Bounds of the time between two tries."""
 EPOCH_COMMITS = 16
-HALF_DONE = 0.5
-"""What an attempt that runs across the border of an epoch counts on each side, of a commit.  An epoch is about two commits for
-each that runs, so without it a wider width, with more that run at its end than at its beginning, would always seem slow."""
 SHORTEST_EPOCH = 1e-6  # s; a clock may be too coarse, or stand still in a test
 EPOCH_SECONDS = 0.5
 """How long a width is measured at most before it is judged."""
@@ -85,7 +80,7 @@ class _Rate(NamedTuple):
     seconds: float = 0.0  # the weight of the evidence
     at: float = 0.0
 
-    def then(self, commits: float, seconds: float, now: float) -> _Rate:
+    def then(self, commits: int, seconds: float, now: float) -> _Rate:
         weight = self.seconds * math.exp((self.at - now) / MEMORY_SECONDS)
         return _Rate((self.goodput * weight + commits) / (weight + seconds), weight + seconds, now)
 
@@ -121,8 +116,7 @@ class Controller:
         self._clean_since = clock()  # nothing runs any more that a wider width had let in
         self._narrowed = False
         self._first = False  # nothing that counts has ended yet
-        self._running = 0
-        self._begin_epoch(clock(), 0.0)
+        self._begin_epoch(clock())
 
     def lock_wait(self, attempt: int, running: int) -> float | None:
         """Return how long an attempt that begins now should wait for a lock, in seconds; None is for ever.
@@ -168,16 +162,8 @@ class Controller:
 
     # -- epochs: a width is judged by what happened while it was in force
 
-    def _begin_epoch(self, now: float, carried: float) -> None:
-        """Begin to count.
-
-        Args:
-            now: when.
-            carried: commits' worth of work on attempts that run across this moment: more than none where what is done for
-                them from now on will not be counted with them, less where some was done before and will be.
-        """
+    def _begin_epoch(self, now: float) -> None:
         self._since = now
-        self._carried = carried
         self._done = 0
         self._useful = self._wasted = 0.0
         self._contended = self._held_back = False
@@ -197,14 +183,13 @@ class Controller:
         if began < self._clean_since:
             return False
         if self._first or (self._idle_since is not None and began - self._idle_since > EPOCH_SECONDS):
-            self._begin_epoch(began, self._carried if self._first else 0.0)
             self._first = False
+            self._begin_epoch(began)
         self._idle_since = None
         return True
 
     def _count(self, commits: int, running: int, waiting: int) -> None:
         self._done += commits
-        self._running = running
         if running == 0 and waiting == 0:
             self._idle_since = self._clock()
         self._peak = max(self._peak, running + 1)
@@ -215,8 +200,7 @@ class Controller:
         elapsed = max(now - self._since, SHORTEST_EPOCH)
         if self._done >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
             self.wasted_share = self._wasted / ((self._wasted + self._useful) or 1.0)
-            across = self._carried + HALF_DONE * running if self.wasted_share < CALM else 0.0
-            self._judge(now, elapsed, self._done + across)
+            self._judge(now, elapsed)
 
     def _patience(self) -> float:
         """Return the seconds after which an epoch is judged in any case."""
@@ -224,9 +208,11 @@ class Controller:
             return EPOCH_SECONDS
         return min(EPOCH_SECONDS, TRY_PATIENCE * EPOCH_COMMITS / known)
 
-    def _judge(self, now: float, elapsed: float, done: float) -> None:
-        share, peak, held_back, contended = self.wasted_share, self._peak, self._held_back, self._contended
-        self._begin_epoch(now, -HALF_DONE * self._running)
+    def _judge(self, now: float, elapsed: float) -> None:
+        share, done, peak, held_back, contended = (
+            self.wasted_share, self._done, self._peak, self._held_back, self._contended,
+        )  # fmt: skip
+        self._begin_epoch(now)
         if self.opening:
             if contended and share >= TROUBLE:
                 self.opening = False
@@ -235,8 +221,10 @@ class Controller:
         self._measured[self._rung] = self._measured[self._rung].then(done, elapsed, now)
         lost = self._lost[self._rung]
         self._lost[self._rung] += NEWEST * (share - lost)
-        if lost >= CALM > self._lost[self._rung] and self._rung < FREE:
-            self._next_try = now  # a try that was dear, and put the next one off, might not be so any more
+        if self.crowded and lost >= CROWDED[0] > self._lost[self._rung]:
+            self._next_try = (
+                now  # the others have gone; because of them the last try was dear, and put the next one off
+            )
         self.crowded = self._lost[0] >= CROWDED[not self.crowded]
         if self._rung != self._best:
             self._compare(now, elapsed, done, share, held_back=held_back)
@@ -271,7 +259,7 @@ class Controller:
             self._downwards = False
             self._try(best + 1)
 
-    def _compare(self, now: float, elapsed: float, done: float, share: float, *, held_back: bool) -> None:
+    def _compare(self, now: float, elapsed: float, done: int, share: float, *, held_back: bool) -> None:
         """Go on in the same direction while that brings more; else go back, and wait as long as the try was dear."""
         rung, best = self._rung, self._best
         brought, known = done / elapsed, self._measured[best].goodput
@@ -322,7 +310,6 @@ class Controller:
             self._changed_at = self._clean_since = self._clock()
             self._narrowed = width < self.width
             self._first = True
-            self._carried = 0.0 if self._narrowed else HALF_DONE * self._running
         self._rung = rung
         self.width = width
 

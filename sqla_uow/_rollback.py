@@ -128,9 +128,8 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
         if keeps and not discard:
             session.commit()
         elif not discard:
-            if connection is not None and _was_refused(connection):
-                # Nobody else would: not every pool rolls back what it gets.
-                connection.dialect.do_rollback(connection.connection)
+            if connection is not None:
+                _undo_refused(connection)
             session.rollback()
     except Exception as error:
         record(
@@ -147,10 +146,19 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
         session.close()
 
 
-def _was_refused(connection: Connection) -> bool:
-    """Say whether SQLAlchemy takes a transaction for ended though its COMMIT failed: SQLite then keeps it open."""
+def _undo_refused(connection: Connection) -> None:
+    """Roll back where SQLAlchemy takes a transaction for ended though its COMMIT failed: SQLite keeps it open.
+
+    Nobody else would: not every pool rolls back what it gets.
+    """
     transaction = None if connection.closed or connection.invalidated else connection.get_transaction()
-    return transaction is not None and not transaction.is_active
+    if transaction is None or transaction.is_active:
+        return
+    try:
+        connection.dialect.do_rollback(connection.connection)
+    except BaseException:  # also cut off at its time limit
+        connection.invalidate()
+        raise
 
 
 async def discard_connection(unit: UnitOfWork[Any]) -> None:

@@ -249,10 +249,10 @@ def _delay(calls: list[list[Mark]]) -> float:
 def _spread(calls: list[list[Mark]]) -> float:
     """Return by how much the time of one piece of work differs between calls.
 
-    What is measured from one moment to the next is three of them, the message, the server's part and the answer; they differ
-    more than their sum.
+    A statement and COMMIT are three of them each, the message, the server's part and the answer, which differ more than their
+    sum.
     """
-    steps = [[call[step + 1].clock - call[step].clock for call in calls] for step in range(4)]
+    steps = [[call[step + 1].clock - call[step].clock for call in calls] for step in (2, 3)]
     return math.sqrt(3) * statistics.mean(statistics.stdev(times) / statistics.mean(times) for times in steps)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,9 +70,15 @@ class Costs:
         variance = math.log(1 + self.spread**2)
         return seconds * chance.lognormvariate(-variance / 2, math.sqrt(variance))
 
+    def of_client(self, times: float) -> Costs:
+        """Return the same where a client computes so many times as much."""
+        return replace(
+            self, client=ClientCosts(**{name: seconds * times for name, seconds in asdict(self.client).items()})
+        )
+
     @classmethod
     def mean(cls, several: list[Costs]) -> Costs:
-        """Return what is in the middle of them."""
+        """Return the mean of each figure."""
 
         def between(kept: list[dict[str, Any]]) -> dict[str, Any]:
             return {

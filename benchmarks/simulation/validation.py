@@ -30,6 +30,8 @@ PROCESSES = (1, 2, 4)
 CELLS = "10/0/8,100/0/8,1000/0/8,10000/0/8"
 SIDE = "full jitter"
 """Whose costs are those of every loop by hand."""
+ALONE = "one at a time"
+"""The side whose calls share no turn of the loop."""
 SEEDS = (1, 2)
 CORES = os.cpu_count() or 1
 STAT = Path("/proc/stat")
@@ -78,8 +80,8 @@ def _others(seconds: float = 2.0) -> float:
 
 def _computed() -> float:
     """Return the seconds that all cores together have computed; ``man 5 proc_stat`` names the columns."""
-    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, STAT.read_text().split(maxsplit=8)[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _iowait, irq, softirq, stolen = map(int, STAT.read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def _measure(places: dict[str, Cell], seconds: float, count: int) -> Measured:
@@ -102,17 +104,19 @@ def _compare(count: int, measured: Measured) -> dict[str, Any]:
     """Simulate what was measured with so many processes."""
     calm = max(measured.tables, key=lambda cell: cell.rows)
     figures: dict[str, Any] = {}
+    # A process that calls without a pause computes a little less for each than one that is watched at every message.
+    unwatched = _computed_of(measured.slices[calm, ALONE], measured.costs[calm][SIDE].client)
     for (cell, side), parts in measured.slices.items():
         costs = measured.costs[cell]["sqla_uow" if side == "sqla_uow" else SIDE]
-        batched = _batched(measured.slices[calm, side], costs.client)
+        batched = _computed_of(measured.slices[calm, side], costs.client) / unwatched
         situation = Situation(
-            cell=cell, processes=count, costs=costs, batched=batched, cores=CORES, others=measured.others, build=SIDES[side],
+            cell=cell, processes=count, costs=costs.of_client(unwatched), batched=batched, cores=CORES, others=measured.others, build=SIDES[side],
             settings=Settings(**measured.tables[cell]._asdict()),
         )  # fmt: skip
         meters = [contention.added(slices) for slices in parts]
         row = Row(contention.outcome(meters), _mean(situation), _by_slice(parts))
         print(f"{count} x {cell!s:18}{side:14}{row}", flush=True)
-        figures[f"{cell} {side}"] = row.as_dict() | {"batched": batched}
+        figures[f"{cell} {side}"] = row.as_dict() | {"unwatched": unwatched, "batched": batched}
     return {
         "others": measured.others, "outcomes": figures,
         "tables": {str(cell): table._asdict() for cell, table in measured.tables.items()},
@@ -164,8 +168,8 @@ async def _databases(url: str, cells: list[Cell]) -> dict[Cell, str]:
     return made
 
 
-def _batched(parts: list[list[contention.Meter]], client: ClientCosts) -> float:
-    """Return what a client computes for a transaction with other workers beside it, of what it does with one worker."""
+def _computed_of(parts: list[list[contention.Meter]], client: ClientCosts) -> float:
+    """Return what the processes computed for a transaction, as a share of what it costs by the calibration."""
     meters = [contention.added(slices) for slices in parts]
     each = sum(meter.computed for meter in meters) / sum(meter.runs for meter in meters)
     return each / (client.start + client.begin + 2 * client.statement + client.end)

@@ -26,13 +26,12 @@ OFF = RetryPolicy(contention="off")
 class Simulation:
     """So many workers call one function without a pause; an attempt beside others is in a conflict now and then."""
 
-    def __init__(self, workers, conflicts, *, stall=0.0, others=0, shared=False, seed=1):
+    def __init__(self, workers, conflicts, *, stall=0.0, others=0, seed=1):
         self.now = 0.0
         self.controller = Controller(lambda: self.now)
         self.conflicts = conflicts  # probability for each other attempt that runs
         self.stall = stall  # seconds that a conflict takes
         self.others = others  # attempts that run in other processes
-        self.shared = shared  # one core for all of them: more at once bring no more
         self.outside = 0.0  # probability of a conflict with what is not this function's
         self.waiting = workers
         self.paused = False  # nobody calls any more
@@ -61,7 +60,7 @@ class Simulation:
             self.waiting -= 1
             beside = (1 - self.conflicts) ** (len(self._ends) + self.others) * (1 - self.outside)
             conflict = self._random.random() > beside
-            seconds = 0.002 * (1 + len(self._ends) * self.shared) + (self.stall if conflict else 0.0)
+            seconds = 0.002 + (self.stall if conflict else 0.0)
             heapq.heappush(self._ends, (self.now + seconds, next(self._numbers), self.now, conflict))
 
 
@@ -117,16 +116,6 @@ def test_after_a_burst_the_full_width_is_back(contended):
     assert simulation.controller.width >= 32
 
 
-def test_where_more_at_once_bring_neither_more_nor_less_nobody_waits():
-    """R10: those who are half done when a wider width is judged are no loss; the try would else always fail."""
-    simulation = Simulation(workers=32, conflicts=0.9, stall=0.02, shared=True)
-    simulation.run(5.0)
-    assert simulation.controller.width == 1
-    simulation.conflicts = 0.0
-    simulation.run(3.0)
-    assert simulation.controller.width == float("inf")
-
-
 def test_with_other_processes_in_the_way_no_call_runs_beside_another():
     """R10: with conflicts in every tenth pair, more at once bring more here, but only by taking it from the others."""
     crowded = fixed(8, 0.1)
@@ -138,7 +127,7 @@ def test_with_other_processes_in_the_way_no_call_runs_beside_another():
     assert (simulation.controller.crowded, simulation.controller.width) == (True, 1)
 
 
-@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("seed", range(20))
 def test_when_the_other_processes_are_gone_the_full_width_is_back(seed):
     """R10: also where the last try was dear because of them, and the next one is seconds away."""
     simulation = Simulation(workers=8, conflicts=0.1, stall=0.02, others=3, seed=seed)

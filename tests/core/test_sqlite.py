@@ -14,6 +14,7 @@ from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util import await_only
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._turns import Turns
@@ -493,6 +494,25 @@ async def test_a_refused_commit_is_rolled_back(db):
         await connection.execute(ADD, {"id": 7})
         await connection.commit()
     assert (await db.rows("SELECT id FROM account"), await db.rows("SELECT * FROM child")) == ([(7,)], [])
+
+
+async def test_a_refused_commit_whose_rollback_hangs(db, monkeypatch, caplog):
+    """D3: its connection is discarded, and the pool is whole."""
+    monkeypatch.setattr("sqla_uow._rollback.ROLLBACK_SECONDS", 0.1)
+    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=1)
+    event.listen(engine.sync_engine, "connect", _check_foreign_keys)
+    await db.run("CREATE TABLE child (parent int REFERENCES account (id) DEFERRABLE INITIALLY DEFERRED)")
+    manager, hangs = UnitOfWorkManager(engine), asyncio.Event()
+    with pytest.raises(IntegrityError, match="FOREIGN KEY"):
+        async with manager.begin() as unit:
+            await unit.session.execute(text("INSERT INTO child VALUES (99)"))
+            # replaced, because a file does not make SQLite's own ROLLBACK wait
+            monkeypatch.setattr(engine.dialect, "do_rollback", lambda _connection: await_only(hangs.wait()))
+    monkeypatch.undo()
+    assert "its connection is discarded" in caplog.text
+    assert engine.pool.checkedout() == 0
+    async with manager.begin() as unit:
+        assert await unit.session.scalar(text("SELECT count(*) FROM child")) == 0
 
 
 def _check_foreign_keys(dbapi_connection, _record):
