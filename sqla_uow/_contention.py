@@ -125,9 +125,8 @@ class Controller:
         """
         if (running <= 1 and not self.crowded) or (self._rung == FREE and not self.opening):
             return None
-        if self.opening:  # each of those that run may have to wait for all others, for their turn to compute as well
-            known = max(SHORTEST_LOCK_WAIT, 8 * self._typical * running) if self._typical else OPENING_LOCK_WAIT
-            return attempt * min(OPENING_LOCK_WAIT, known)
+        if self.opening:
+            return attempt * OPENING_LOCK_WAIT
         return attempt * (FOREIGN_LOCK_WAIT if self.crowded else max(SHORTEST_LOCK_WAIT, 8 * self._typical))
 
     def committed(self, began: float, seconds: float, running: int, waiting: int) -> None:

@@ -417,17 +417,6 @@ async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
     await until(lambda: gate._timer is None, seconds=5)
 
 
-def test_while_little_is_known_locks_are_waited_for_as_long_as_those_that_run_may_take():
-    """R10: a quarter of a second at first; then eight times what an undisturbed attempt took, for each that runs."""
-    now = 0.0
-    controller = Controller(lambda: now)
-    assert [controller.lock_wait(1, running) for running in (1, 2)] == [None, 0.25]
-    assert controller.lock_wait(3, 2) == pytest.approx(0.75)
-    controller.committed(now, 0.002, 1, 0)
-    assert controller.lock_wait(1, 2) == pytest.approx(0.032)
-    assert controller.lock_wait(1, 64) == 0.25
-
-
 @pytest.mark.drivers("asyncpg", "psycopg")
 async def test_how_long_a_lock_is_waited_for_is_left_to_chance(db):
     """R10: two with the same patience would both give way, and meet again."""
