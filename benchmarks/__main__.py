@@ -54,8 +54,9 @@ def about(name: str, database_name: str) -> dict[str, str]:
     names = [*DEPENDENCIES, *transaction_peers.PEERS, *web_peers.PEERS]
     versions = ", ".join(f"{one} {installed[one]}" for one in dict.fromkeys(names) if one in installed)
     said = sys.argv[1:]
-    if "--json" in said:  # where to is nobody else's business
-        del said[said.index("--json") : said.index("--json") + 2]
+    for option in ("--json", "--costs"):  # where somebody's files are is nobody else's business
+        if option in said:
+            del said[said.index(option) : said.index(option) + 2]
     today = datetime.now(UTC).date()
     return {
         "name": name,
