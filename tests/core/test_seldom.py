@@ -523,6 +523,34 @@ async def test_a_statement_that_cannot_be_stopped(db, manager, monkeypatch, capl
     assert manager.engine.pool.checkedout() == 0
 
 
+@pytest.mark.drivers("sqlite")
+async def test_a_read_session_that_is_closed_twice(manager):
+    """S7: who gives way may find it closed by another task after its wait."""
+    with manager.activate():
+        async with manager.scope() as scope:
+            await current_session().execute(select(Note))
+            await asyncio.gather(scope.end_reading(), scope.end_reading())
+            assert manager.engine.pool.checkedout() == 0
+            assert (await current_session().execute(select(Note))).all() == []
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_stream_that_is_closed_inside_somebody_elses_scope(manager):
+    """S3: the scope there is left as it is."""
+
+    async def stream():
+        async with manager.scope():
+            yield
+
+    begun = stream()
+    await asyncio.create_task(anext(begun))
+    with manager.activate():
+        async with manager.scope():
+            session = current_session()
+            await begun.aclose()
+            assert current_session() is session
+
+
 async def test_trouble_in_discarding_a_connection(db, manager, monkeypatch, caplog):
     """D4: a listener that fails when the objects are let go changes nothing about an unknown COMMIT."""
     note = Note(text="unknown")  # kept alive: nobody would be told of what is collected
