@@ -200,7 +200,7 @@ def report(
     url: str,
     which: str,
     seconds: float,
-    measured: Callable[[str, Cell, float], dict[str, Outcome]] = measure,
+    measured: Callable[[str, Cell, float], dict[str, Outcome]],
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Measure the cells, print a line for each side as soon as it is known, and return the figures."""
     figures = {}

@@ -221,9 +221,8 @@ class Controller:
         lost = self._lost[self._rung]
         self._lost[self._rung] += NEWEST * (share - lost)
         if self.crowded and lost >= CROWDED[0] > self._lost[self._rung]:
-            self._next_try = (
-                now  # the others have gone; because of them the last try was dear, and put the next one off
-            )
+            # The others have gone; because of them the last try was dear, and put the next one off.
+            self._next_try = now
         self.crowded = self._lost[0] >= CROWDED[not self.crowded]
         if self._rung != self._best:
             self._compare(now, elapsed, done, share, held_back=held_back)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Table", "costs", "table"]
 
+OWN_STAT = Path("/proc/self/schedstat")
 CALLS = 400
 WARM_UP_CALLS = 100
 CONFLICT = text("DO $$ BEGIN RAISE EXCEPTION SQLSTATE '40001'; END $$")
@@ -49,9 +50,10 @@ class Mark(NamedTuple):
     clock: float
 
 
-def _waited_for_a_core() -> float:
-    """Return the seconds that this process's first thread has waited for one."""
-    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+def _accounts(schedstat: Path) -> tuple[float, float]:
+    """Return the seconds that a process's first thread has computed, and waited for a core."""
+    computed, waited, _slices = schedstat.read_text().split()
+    return int(computed) / 1e9, int(waited) / 1e9
 
 
 class Probe:
@@ -64,9 +66,8 @@ class Probe:
     def mark(self) -> None:
         """Note one."""
         before, clock = time.process_time(), time.perf_counter()
-        computed, waited, _slices = self._stat.read_text().split()
-        together = int(waited) / 1e9 + _waited_for_a_core()
-        self.marks.append(Mark(before, int(computed) / 1e9, time.process_time(), together, clock))
+        (server, its_wait), (_computed, own_wait) = _accounts(self._stat), _accounts(OWN_STAT)
+        self.marks.append(Mark(before, server, time.process_time(), its_wait + own_wait, clock))
 
     async def body(self, session: AsyncSession, _cell: object, payer: int, payee: int) -> None:
         """Do a transfer."""

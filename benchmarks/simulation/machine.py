@@ -32,12 +32,10 @@ class Cores:
         self._pieces: list[tuple[float, int, Callable[[], object]]] = []  # with what each will have got at its end
         self._numbers = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
-        self.computed = 0.0
 
     def compute(self, seconds: float, then: Callable[[], object]) -> None:
         """Compute for so long, and call `then`."""
         self._catch_up()
-        self.computed += seconds
         heapq.heappush(self._pieces, (self._each + seconds, next(self._numbers), then))
         self._set_timer()
 

@@ -110,8 +110,8 @@ def _compare(count: int, measured: Measured) -> dict[str, Any]:
         costs = measured.costs[cell]["sqla_uow" if side == "sqla_uow" else SIDE]
         batched = _computed_of(measured.slices[calm, side], costs.client) / unwatched
         situation = Situation(
-            cell=cell, processes=count, costs=costs.of_client(unwatched), batched=batched, cores=CORES, others=measured.others, build=SIDES[side],
-            settings=Settings(**measured.tables[cell]._asdict()),
+            cell=cell, processes=count, costs=costs.of_client(unwatched), batched=batched, cores=CORES,
+            others=measured.others, build=SIDES[side], settings=Settings(**measured.tables[cell]._asdict()),
         )  # fmt: skip
         meters = [contention.added(slices) for slices in parts]
         row = Row(contention.outcome(meters), _mean(situation), _by_slice(parts))

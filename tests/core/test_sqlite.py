@@ -482,9 +482,7 @@ async def test_a_memory_database_has_one_user_at_a_time(engine):
 
 async def test_a_refused_commit_is_rolled_back(db):
     """D3: SQLite keeps a transaction open whose COMMIT it refuses, and not every pool rolls back what it gets."""
-    engine = db.engine(pool_size=1, max_overflow=0, pool_reset_on_return=None)
-    event.listen(engine.sync_engine, "connect", _check_foreign_keys)
-    await db.run("CREATE TABLE child (parent int REFERENCES account (id) DEFERRABLE INITIALLY DEFERRED)")
+    engine = await _engine_that_refuses(db, pool_reset_on_return=None)
     manager = UnitOfWorkManager(engine)
     with assert_no_leaks(engine), pytest.raises(IntegrityError, match="FOREIGN KEY"):
         async with manager.begin() as unit:
@@ -499,9 +497,7 @@ async def test_a_refused_commit_is_rolled_back(db):
 async def test_a_refused_commit_whose_rollback_hangs(db, monkeypatch, caplog):
     """D3: its connection is discarded, and the pool is whole."""
     monkeypatch.setattr("sqla_uow._rollback.ROLLBACK_SECONDS", 0.1)
-    engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=1)
-    event.listen(engine.sync_engine, "connect", _check_foreign_keys)
-    await db.run("CREATE TABLE child (parent int REFERENCES account (id) DEFERRABLE INITIALLY DEFERRED)")
+    engine = await _engine_that_refuses(db, pool_timeout=1)
     manager, hangs = UnitOfWorkManager(engine), asyncio.Event()
     with pytest.raises(IntegrityError, match="FOREIGN KEY"):
         async with manager.begin() as unit:
@@ -513,6 +509,14 @@ async def test_a_refused_commit_whose_rollback_hangs(db, monkeypatch, caplog):
     assert engine.pool.checkedout() == 0
     async with manager.begin() as unit:
         assert await unit.session.scalar(text("SELECT count(*) FROM child")) == 0
+
+
+async def _engine_that_refuses(db, **pool):
+    """Return an engine on one connection: a `child` without its account is refused at COMMIT."""
+    engine = db.engine(pool_size=1, max_overflow=0, **pool)
+    event.listen(engine.sync_engine, "connect", _check_foreign_keys)
+    await db.run("CREATE TABLE child (parent int REFERENCES account (id) DEFERRABLE INITIALLY DEFERRED)")
+    return engine
 
 
 def _check_foreign_keys(dbapi_connection, _record):

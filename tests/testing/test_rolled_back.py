@@ -326,23 +326,17 @@ async def test_deferred_constraints_are_checked_at_commit(db):
     assert await db.scalar("SELECT count(*) FROM child") == 0
 
 
-async def test_an_application_that_disposes_of_the_engine(db):
+async def _past_the_engine(engine):
+    await greenlet_spawn(engine.pool.dispose)
+
+
+@pytest.mark.parametrize("dispose", [AsyncEngine.dispose, _past_the_engine], ids=["engine", "pool"])
+async def test_an_application_that_disposes_of_its_connections(db, dispose):
     """A shutdown in a test ends no transaction, and connects to nothing that would be committed."""
     async with rolled_back(db.engine()) as engine:
         with UnitOfWorkManager(engine).activate():
             await write("one")
-            await engine.dispose()
-            await write("two")
-            assert await read() == ["one", "two"]
-    assert await left(db) == 0
-
-
-async def test_an_application_that_disposes_of_the_pool(db):
-    """Past the engine: what its pool closes is the test's connection, which stays."""
-    async with rolled_back(db.engine()) as engine:
-        with UnitOfWorkManager(engine).activate():
-            await write("one")
-            await greenlet_spawn(engine.pool.dispose)
+            await dispose(engine)
             await write("two")
             assert await read() == ["one", "two"]
     assert await left(db) == 0
