@@ -54,6 +54,8 @@ _ENDED_BEFORE = frozenset({"25P03", "25P04"})
 async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> None:
     """Do what may still fail before COMMIT: hooks, checks, flush."""
     transaction = unit._transaction
+    if transaction.stream is not None:
+        transaction.leave_stream()
     hooks = transaction.hooks.before_commit
     while hooks:
         await hooks.pop(0).run()

@@ -1,8 +1,9 @@
 """The connection of a unit and the engine that makes it: what SQLAlchemy tells of statements, savepoints and errors.
 
-The listeners are on the class of the units' connections, so they cost nobody else anything; only ``handle_error`` has to be
-on the engine's dialect.  That takes a few private names of SQLAlchemy's events and connections, alike in 2.0.58 and 2.1.9:
-the tests of bindings listen to engines, classes and single connections.
+The listeners are on the class of the units' connections, so they cost nobody else anything.  Errors and COMMIT are no
+listeners of ours: one of the user that raises would keep those behind it from being told.  That takes a few private names of
+SQLAlchemy's events and connections, alike in 2.0.58 and 2.1.9: the tests of bindings listen to engines, classes and single
+connections.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import functools
+import logging
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,19 +19,23 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
+from sqla_uow._driver import CommitAnswer, State, begin_now, is_fit, raw_connection, state_of, watch
 from sqla_uow._isolation import limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
+from sqla_uow._records import record
 from sqla_uow._settle import settle
+from sqla_uow._streams import open_stream
 from sqla_uow._transaction import Phase, Transaction
-from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
+from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
-    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.engine.characteristics import ConnectionCharacteristic
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
@@ -62,10 +68,103 @@ class UnitConnection(Connection):
 
     def _set_up(self, engine: UnitEngine) -> None:
         """Do what ``execution_options(isolation_level=...)`` would, which looks each up anew: that costs a fortieth of a unit."""
-        lent: Any = self.connection
+        lent: Any = self._dbapi_connection
         for characteristic, value in engine.settings:
             characteristic.set_characteristic(engine.dialect, lent.dbapi_connection, value)
         lent._connection_record.finalize_callback.append(engine.reset)
+
+    @property
+    def connection(self) -> PoolProxiedConnection:
+        """The connection of the pool, by which everybody comes to the driver's own: nobody tells what is sent on that."""
+        unit = self.unit
+        if (
+            unit.phase.is_active
+            and not unit.raw_taken
+            and unit.damage.mark is None
+            and self._dbapi_connection is not None
+        ):
+            self._hand_out(unit)
+        return super().connection
+
+    @property
+    def info(self) -> dict[Any, Any]:
+        """What belongs to the connection in the pool; to look it up is not to take it."""
+        return super().connection.info
+
+    def _hand_out(self, unit: Transaction) -> None:
+        unit.raw_taken = True
+        unit.wrote = unit.wrote or not unit.read_only
+        driver, raw = self.dialect.driver, raw_connection(self)
+        try:
+            begin_now(self)
+        except BaseException as error:
+            unit.damage.add(error, failure=classify(error) if isinstance(error, Exception) else None, hard=True)
+            self.invalidate(error)
+            raise
+        unit.was_open = unit.was_open or state_of(driver, raw) is State.OPEN
+        unit.unwatch = watch(driver, raw, unit)
+
+    def _commit_impl(self) -> None:
+        """Send COMMIT when all listeners have been heard, if the driver says that there is something to commit.
+
+        Raises:
+            RollbackOnlyError: it would be, or was, a ROLLBACK.
+        """
+        unit = self.unit
+        unit.before_commit()
+        if self._has_events or self.engine._has_events:
+            self.dispatch.commit(self)
+        if self._echo:
+            self._log_info("COMMIT")
+        unit.check_sound()  # a listener may have sent what failed
+        unit.close_left_stream()
+        driver = self.dialect.driver
+        if not self.invalidated:
+            unit.hear(state_of(driver, raw_connection(self)))
+        unit.sending_commit()
+        answer = None if self.invalidated else CommitAnswer.listen(self)
+        try:
+            self.engine.dialect.do_commit(super().connection)
+        except BaseException as error:
+            self._handle_dbapi_exception(error, None, None, None, None)
+        if answer is not None and answer.is_rollback:
+            unit.answered_by_rollback()
+
+    def _handle_dbapi_exception(  # noqa: PLR0917  # SQLAlchemy's signature
+        self,
+        e: BaseException,
+        statement: Any,
+        parameters: Any,
+        cursor: Any,
+        context: Any,
+        is_sub_exec: bool = False,  # noqa: FBT001, FBT002  # likewise
+    ) -> NoReturn:
+        """Tell the unit of an error, whatever the listeners of ``handle_error`` make of it."""
+        unit = self.unit
+        if isinstance(e, UnitOfWorkError) or self._reentrant_error:
+            super()._handle_dbapi_exception(e, statement, parameters, cursor, context, is_sub_exec)
+        # It comes without its statement where rows were being fetched.
+        fetching = statement is None and context is not None
+        sent = fetching or getattr(context, "sent_by_unit", False)
+        if isinstance(e, OSError) and not isinstance(e, TimeoutError) and (sent or statement is None):
+            self._is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
+        # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend it on as it is.
+        undone = statement is None and context is None and unit.phase in (Phase.ACTIVE, Phase.ENDING)
+        if isinstance(e, asyncio.CancelledError) and unit.phase is not Phase.SENT and not self.invalidated:
+            settle(self, getattr(context, "cursor", None))
+        try:
+            super()._handle_dbapi_exception(e, statement, parameters, cursor, context, is_sub_exec)
+        except BaseException as shown:
+            explain(shown, self.dialect.driver)
+            if undone and not self.invalidated:
+                self.invalidate(e)
+                if isinstance(shown, DBAPIError):
+                    shown.connection_invalidated = True
+            unit.failed(e, shown, lost=self.invalidated, sent=sent)
+            failure = classify(e) if unit.read_only and isinstance(e, Exception) else None
+            if failure is not None and failure.kind is Kind.READ_ONLY:
+                raise ReadOnlyError(unit.read_only_message("a write was sent")) from e
+            raise
 
 
 class UnitEngine(OptionEngine):
@@ -163,6 +262,7 @@ def _before_cursor_execute(
     # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
     writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
     unit.before_statement(writes=writes)
+    context.sent_by_unit = True
     if writes:
         unit.wrote = True
     else:
@@ -219,45 +319,17 @@ def _after_cursor_execute(
     _cursor: Any,
     _statement: str,
     _parameters: Any,
-    _context: Any,
+    context: Any,
     _many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> None:
     connection.unit.after_statement()
-
-
-def _handle_error(context: ExceptionContext) -> None:
-    connection = context.connection
-    if not isinstance(connection, UnitConnection):
-        return
-    unit = connection.unit
-    error = context.original_exception
-    if isinstance(error, UnitOfWorkError):
-        return
-    # It comes without its statement where rows were being fetched.
-    fetching = context.statement is None and context.execution_context is not None
-    sent = fetching or unit.owner.in_flight is not None
-    # With a statement that was not sent it is one of a column type or of another listener.
-    if isinstance(error, OSError) and not isinstance(error, TimeoutError) and (sent or context.statement is None):
-        context.is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
-    if context.statement is None and not fetching and unit.phase in (Phase.ACTIVE, Phase.ENDING):
-        # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend it on as it is.
-        context.is_disconnect = True
-        context.invalidate_pool_on_disconnect = False
-    if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
-        settle(connection, getattr(context.execution_context, "cursor", None))
-    explain(context.sqlalchemy_exception, connection.dialect.driver)
-    unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)
-    failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
-    if failure is not None and failure.kind is Kind.READ_ONLY:
-        raise ReadOnlyError(unit.read_only_message("a write was sent"))
-
-
-def _commit(connection: UnitConnection) -> None:
-    connection.unit.before_commit()
+    if context._is_server_side:
+        context.cursor_fetch_strategy = open_stream(connection.unit, context)
 
 
 def _rollback(connection: UnitConnection) -> None:
     connection.unit.before_rollback(sys.exception())
+    connection.unit.close_left_stream()
 
 
 def _savepoint(connection: UnitConnection, _name: str | None) -> None:
@@ -267,6 +339,7 @@ def _savepoint(connection: UnitConnection, _name: str | None) -> None:
 def _rollback_savepoint(connection: UnitConnection, name: str, _context: None) -> None:
     unit = connection.unit
     unit.check_not_ending()
+    unit.end_stream()
     unit.damage.roll_back(name)
     unit.damage.leave(name)
     unit.rolling_back_to_savepoint = True
@@ -284,7 +357,6 @@ def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetS
 _LISTENERS: dict[str, Callable[..., Any]] = {
     "before_cursor_execute": _before_cursor_execute,
     "after_cursor_execute": _after_cursor_execute,
-    "commit": _commit,
     "rollback": _rollback,
     "savepoint": _savepoint,
     "rollback_savepoint": _rollback_savepoint,
@@ -308,12 +380,33 @@ def _listen_to_one(event_key: Any, **options: Any) -> None:
 _dispatch._listen = _listen_to_one
 
 
-def install(engine: Engine) -> None:
+@functools.cache
+def _returned(driver: str) -> Callable[[Any, ConnectionPoolEntry], None]:
+    """Return the listener for connections that come back into a pool; one for each driver, so that none listens twice."""
+
+    def returned(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
+        if dbapi_connection is not None and not is_fit(driver, entry.driver_connection):
+            entry.invalidate(PropagationError("a connection came back inside a transaction"))
+            record(
+                logging.WARNING,
+                "a connection came back to the pool inside a transaction, and is discarded; end the transaction before it is "
+                "returned, and let no other task go on with it",
+            )  # fmt: skip
+
+    return returned
+
+
+def install(engine: Engine, *, shared: bool) -> None:
     """Listen for what is told to no connection's class, once for each engine and its copies.
 
     `event.listen` itself ignores the same listener on the same target.  Asking `event.contains` first does not: it knows
     targets by id(), and a new pool that got the id of a collected one was left without its listener.
+
+    Args:
+        engine: of the units.
+        shared: its pool lends one connection to several users at once, or one that is inside a transaction of somebody else.
     """
-    event.listen(engine.dialect, "handle_error", _handle_error)
+    if not shared:
+        event.listen(engine.pool, "checkin", _returned(engine.dialect.driver))
     if engine.dialect.name == "sqlite":
         event.listen(engine.pool, "reset", _reset)

@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 
 from sqla_uow._budget import Budget
 from sqla_uow._connection import UnitEngine, install
+from sqla_uow._driver import raw_connection
 from sqla_uow._isolation import check_honoured, engine_options
 from sqla_uow._lazy_loads import watching
 from sqla_uow._servers import COCKROACHDB, Distributed, distributed, family_of
@@ -71,7 +72,7 @@ class Database(Generic[S]):
         self._session_class = watching(unit_session_class(_sync_class(self._maker)), lazy_loads)
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
         self._make(self.engine)
-        install(self.sync_engine)
+        install(self.sync_engine, shared=self.within is not None or isinstance(self.pool, StaticPool))
         # Of the pool, as managers share it through copies of their engine.
         self.budget: Budget = _budgets.setdefault(self.pool, Budget(time.monotonic()))
 
@@ -174,7 +175,7 @@ class Database(Generic[S]):
         """Say whether the driver still believes in its connection; if not, nothing we send can arrive."""
         if connection is None or connection.closed or connection.invalidated:
             return False
-        raw: Any = connection.connection.driver_connection
+        raw: Any = raw_connection(connection)
         if hasattr(raw, "is_closed"):  # asyncpg
             return not raw.is_closed()
         return not getattr(raw, "closed", False)

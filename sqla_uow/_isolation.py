@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import text
 
+from sqla_uow._driver import raw_connection
 from sqla_uow.typing import IsolationLevel
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _open_sqlite(connection: Connection, *, read_only: bool, seconds: float | No
 
 def begin_sqlite(connection: Connection, *, read_only: bool = False) -> None:
     """Begin a transaction: by itself the driver begins none before DDL or a SELECT."""
-    raw: Any = connection.connection.driver_connection
+    raw: Any = raw_connection(connection)
     if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken; two would be an error
         # IMMEDIATE: a writer that began as a reader fails with SQLITE_BUSY_SNAPSHOT, and waiting never helps it.
         connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

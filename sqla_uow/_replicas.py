@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._classify import Kind, classify
+from sqla_uow._driver import raw_connection
 from sqla_uow._positions import NOWHERE, UNKNOWN, Position, from_gtid, from_lsn, has_reached, later
 from sqla_uow._records import record
 
@@ -87,7 +88,7 @@ DRIVERS = tuple(_ASK)
 
 async def _ask(connection: Connection, family: str, questions: dict[str, str]) -> Position:
     async with asyncio.timeout(ANSWER_SECONDS):
-        answer = await _ASK[connection.dialect.driver](connection.connection.driver_connection, questions[family])
+        answer = await _ASK[connection.dialect.driver](raw_connection(connection), questions[family])
     if not answer:
         raise NoPositionError("it takes part in no replication")
     return _READ[family](answer)

@@ -123,6 +123,7 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
     # A read session has nothing to undo, and a rollback would expire what was read in it.
     keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
     transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
+    transaction.end_stream()
     connection = transaction.connection
     try:
         if keeps and not discard:
@@ -143,6 +144,7 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
                 settle(connection, None)
             connection.invalidate()
     finally:
+        transaction.close_left_stream()
         session.close()
 
 
@@ -154,8 +156,9 @@ def _undo_refused(connection: Connection) -> None:
     transaction = None if connection.closed or connection.invalidated else connection.get_transaction()
     if transaction is None or transaction.is_active:
         return
+    lent: Any = connection._dbapi_connection
     try:
-        connection.dialect.do_rollback(connection.connection)
+        connection.dialect.do_rollback(lent)
     except BaseException:  # also cut off at its time limit
         connection.invalidate()
         raise
@@ -195,6 +198,9 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
         transaction.slot.free(committed=committed)
     transaction.give_back_turn()
     transaction.phase = Phase.ENDED
+    if transaction.unwatch is not None:
+        transaction.unwatch()
+        transaction.unwatch = None
     transaction.closer = None
     transaction.connection = None
     transaction.engine = None

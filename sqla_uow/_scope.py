@@ -20,7 +20,7 @@ from sqla_uow._shield import shielded
 from sqla_uow._tasks import check_loop, pop, push
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow._unit import UnitOfWork
-from sqla_uow.errors import NoUnitError, PropagationError
+from sqla_uow.errors import NoUnitError, PropagationError, RollbackOnlyError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -119,6 +119,8 @@ class Scope:
             return
         transaction, session = reader._transaction, reader._session
         transaction.owner.check()
+        if transaction.stream is not None:
+            transaction.check_no_stream("a transactional function was called")
         self.refuse_unsaved()
         if session is not None and transaction.connection is not None:
             if transaction.damage.mark is not None:
@@ -132,7 +134,7 @@ class Scope:
                 await self.end_reading()
                 if outcome.cancelled is not None:
                     raise outcome.cancelled
-                if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError)):
+                if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError, RollbackOnlyError)):
                     raise error
                 record(
                     logging.INFO, "the read session could not end its transaction (%s); it is closed", type(error).__name__,
@@ -198,6 +200,7 @@ class Scope:
 def _commit_reading(session: Session, transaction: Transaction) -> None:
     """Commit, not roll back: a rollback expires the objects, and reading them would need the connection."""
     transaction.end_here(Phase.COMMITTING)
+    transaction.end_stream()
     session.commit()
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sqla_uow._driver import raw_connection
+
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Dialect
 
@@ -60,7 +62,7 @@ def distributed(connection: Connection) -> Distributed | None:
     if connection.dialect.name != "postgresql":
         return None
     # YugabyteDB is reached by PostgreSQL's own dialect, and says who it is when a connection is made.
-    return YUGABYTEDB if _YUGABYTE in _version(connection.connection.driver_connection) else None
+    return YUGABYTEDB if _YUGABYTE in _version(raw_connection(connection)) else None
 
 
 def _version(raw: Any) -> str:

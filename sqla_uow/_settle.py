@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from sqla_uow._driver import raw_connection
 from sqla_uow._records import record
 from sqla_uow._shield import shielded
 
@@ -37,7 +38,7 @@ _CANCEL = "sqla_uow.cancel"
 def remember(connection: Connection) -> None:
     """Keep what a cancel request needs: psycopg 3.3 forgets it when it is interrupted again, as anyio does."""
     if connection.dialect.driver == "psycopg" and _CANCEL not in connection.info:
-        raw: Any = connection.connection.driver_connection
+        raw: Any = raw_connection(connection)
         try:
             connection.info[_CANCEL] = raw.pgconn.cancel_conn()
         except raw.NotSupportedError:  # libpq before 17; its way to cancel would block the loop
@@ -52,10 +53,10 @@ def settle(connection: Connection, cursor: Any) -> None:
         cursor: what the statement was sent with, None where there was no cursor yet.
     """
     driver = connection.dialect.driver
-    raw: Any = connection.connection.driver_connection
     work = _STOP.get(driver)
     if work is None:
         return
+    raw: Any = raw_connection(connection)
     outcome = await_only(shielded(lambda: work(raw, connection, cursor), limit=SETTLE_SECONDS))
     if outcome.stop():
         record(
@@ -79,7 +80,7 @@ def cut(connection: Connection | None) -> bool:
     """
     if connection is None or connection.closed or connection.invalidated:
         return False
-    raw: Any = connection.connection.driver_connection
+    raw: Any = raw_connection(connection)
     if connection.dialect.driver == "asyncpg":
         raw.terminate()
         return True

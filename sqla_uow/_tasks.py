@@ -267,7 +267,7 @@ class Owner:
         frame = _here(task)
         lost = self._lost
         if lost and any(one in lost for one in frame.tasks()):
-            raise self._refuse(
+            raise self.refuse(
                 f"{self.name} was taken back by the task that started {_named(task)}; "
                 "finish the child before its parent goes on, or give it a unit of its own with propagation='requires_new'"
             )
@@ -283,12 +283,13 @@ class Owner:
         return task
 
     def _sibling(self, task: Task, other: Task, why: str) -> TaskBoundaryError:
-        return self._refuse(
+        return self.refuse(
             f"{self.name} was used by {_named(task)} while {_named(other)} uses it and {why}; "
             "await one after the other, or give each task its own unit with propagation='requires_new'"
         )
 
-    def _refuse(self, message: str) -> TaskBoundaryError:
+    def refuse(self, message: str) -> TaskBoundaryError:
+        """Doom the unit, because two tasks use it, and return the error to raise."""
         error = TaskBoundaryError(message)
         self._damage.add(error, hard=True)
         return error

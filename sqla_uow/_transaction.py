@@ -12,6 +12,7 @@ from greenlet import getcurrent
 
 from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
+from sqla_uow._driver import State
 from sqla_uow._hooks import Hooks
 from sqla_uow._isolation import is_weaker_or_same
 from sqla_uow._tasks import Owner
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from sqla_uow._instances import Tainted
     from sqla_uow._observing import Times
     from sqla_uow._replicas import LastWrite, Replica, Replicas
+    from sqla_uow._streams import Stream
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
@@ -104,15 +106,19 @@ class Transaction:
         "owner",
         "pending_savepoint",
         "phase",
+        "raw_taken",
         "read_only",
         "replica",
         "replicas",
         "rolling_back_to_savepoint",
         "scope_read",
         "slot",
+        "stream",
         "tainted",
         "times",
+        "unwatch",
         "versions",
+        "was_open",
         "wrote",
     )
 
@@ -154,6 +160,10 @@ class Transaction:
         self.slot: Slot | None = None
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
         self.wrote: bool = False
+        self.raw_taken: bool = False  # the driver's own connection, by user code
+        self.unwatch: Callable[[], object] | None = None  # ends the watch on it
+        self.was_open: bool = False  # the driver has said so
+        self.stream: Stream | None = None  # whose rows are being read
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint: bool = False
         self.replicas: Replicas | None = None  # where it may read
@@ -312,7 +322,11 @@ class Transaction:
         owner = self.owner
         if self.phase.is_active and self.damage.mark is None and not self.rolling_back_to_savepoint:
             owner.check()
+            if self.stream is not None:
+                self.check_no_stream("a statement was sent")
+                self.close_left_stream()
         elif (self.phase.is_ending and self.is_ending_here()) or self.rolling_back_to_savepoint:
+            self.close_left_stream()
             return
         else:
             self.check_usable()
@@ -374,6 +388,7 @@ class Transaction:
         """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
         if not self.phase.is_open:
             return
+        self.end_stream()
         failure = classify(cause) if isinstance(cause, Exception) else None
         if cause is None or (failure is None and self.damage.mark is None):
             self.damage.add(cause, hard=True, reason="its transaction was rolled back inside the body")
@@ -390,8 +405,104 @@ class Transaction:
             self.damage.add(error, hard=True)
             raise error
         self.check_sound()
+
+    def sending_commit(self) -> None:
+        """COMMIT is handed to the driver now; its answer may be lost from here on."""
         if self.database.is_open(self.connection):
             self.phase = Phase.SENT
+
+    def hear(self, state: State | None) -> None:
+        """Take the driver's word on the transaction that is to be committed.
+
+        Raises:
+            RollbackOnlyError: there is nothing to commit any more.
+        """
+        if state is State.FAILED:
+            self.damage.add(None, hard=True, reason="a statement in it failed on the driver's own connection")
+        elif state is State.NONE and self.was_open:
+            self.damage.add(None, hard=True, reason="its transaction was ended on the driver's own connection")
+        self.check_sound()
+
+    def answered_by_rollback(self) -> None:
+        """The server has rolled back instead.
+
+        Raises:
+            RollbackOnlyError: always.
+        """
+        self.phase = Phase.COMMITTING  # the outcome is known
+        self.damage.add(
+            None,
+            hard=True,
+            reason="the server answered its COMMIT by ROLLBACK, because a statement had failed on the driver's own connection",
+        )
+        self.check_sound()
+
+    def begin_raw(self) -> object:
+        """A statement is about to be sent by the driver's own connection; of its own ones SQLAlchemy has told."""
+        return self.owner.hold() or _NOBODY if self.owner.in_flight is None and self.phase.is_open else None
+
+    def end_raw(self, begun: Any) -> None:
+        if begun is not None:
+            self.owner.let_go(None if begun is _NOBODY else begun)
+
+    def raw_failed(self, error: BaseException) -> None:
+        """A statement failed on the driver's own connection; of its own ones SQLAlchemy will tell."""
+        if self.owner.in_flight is None and (self.phase.is_active or self.phase is Phase.COMMITTING):
+            failure = classify(error) if isinstance(error, Exception) else None
+            self.damage.add(error, failure=failure, hard=failure is not None and failure.kind in HARD)
+
+    # -- streams
+
+    def check_no_stream(self, what: str) -> None:
+        """Refuse what would cut off a stream that is being read: MariaDB's drivers then drop its rows without an error.
+
+        Raises:
+            PropagationError: it is this task's own.
+            TaskBoundaryError: another task reads it.
+        """
+        stream = self.stream
+        if stream is None or stream.is_left() or stream.is_reading_here(self.database.family):
+            return
+        reader = stream.other_reader()
+        by = "" if reader is None else f" by task {reader.get_name()!r}"
+        message = (
+            f"{what} in {self.name} while the rows of {stream.name} are still being read{by}; read it to its end or close it "
+            "first, or read by pages"
+        )
+        if reader is not None:
+            raise self.owner.refuse(message)
+        error = PropagationError(message)
+        if not self.scope_read:  # it has nothing to lose
+            self.damage.add(error)
+        raise error
+
+    def close_left_stream(self) -> None:
+        """Close a stream that was left in the middle, before something else is sent; in SQLAlchemy's greenlet."""
+        stream = self.stream
+        if stream is None or not stream.is_left():
+            return
+        try:
+            stream.close()
+        except Exception as error:
+            if self.connection is None or self.connection.invalidated:
+                return  # nothing is left to close but the driver's own object, which would warn that it was not
+            self.damage.add(error, failure=classify(error), hard=True)
+            raise
+
+    def end_stream(self) -> None:
+        """Let nobody read on what the end of its savepoint, or of the transaction, cuts off."""
+        if self.stream is not None:
+            self.stream.is_over = True
+
+    def leave_stream(self) -> None:
+        """The body has returned: nobody reads on a stream that it left in the middle.
+
+        Raises:
+            TaskBoundaryError: but for another task, which still does.
+        """
+        if self.stream is not None and self.stream.other_reader() is not None:
+            self.check_no_stream("the end was reached")
+        self.end_stream()
 
     # -- read-only
 
@@ -433,6 +544,9 @@ class Transaction:
         default = self.database.default_isolation()
         if default is not None and not is_weaker_or_same(isolation, default):
             raise IsolationConflictError(_stronger(who, isolation, f"{default}, the default of the database"))
+
+
+_NOBODY = object()
 
 
 def _stronger(who: str, asked: str, given: str) -> str:

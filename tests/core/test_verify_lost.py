@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from sqla_uow import Status, _verify
+from sqla_uow import Status, UnitOfWorkManager, _verify, current_session, transactional
 from sqla_uow.errors import AmbiguousCommitError
 from tests.waiting import until
 
@@ -41,6 +41,28 @@ async def test_a_lost_answer_is_found_out(wire, applied):
     await wire.add_one(ambiguous_commit="verify")
     assert lost.fired
     assert await has_added_once(wire, applied=applied)
+
+
+@APPLIED
+async def test_what_was_sent_on_the_drivers_own_connection(wire, applied):
+    """It counts as written, though SQLAlchemy never saw it; else the outcome could not be asked for."""
+
+    @transactional(using=UnitOfWorkManager(wire.engine, ambiguous_commit="verify"), retries=1)
+    async def add_one():
+        connection = await current_session().connection()
+        raw = (await connection.get_raw_connection()).driver_connection
+        sql = "UPDATE account SET balance = balance + 1"
+        if hasattr(raw, "execute"):
+            await raw.execute(sql)
+        else:
+            async with raw.cursor() as cursor:
+                await cursor.execute(sql)
+
+    lost = wire.on_commit("cut", applied=applied)
+    await add_one()
+    assert lost.fired
+    await wire.until_left()
+    assert await wire.balance() == 1
 
 
 @APPLIED

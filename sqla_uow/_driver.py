@@ -1,0 +1,179 @@
+"""What the driver knows of the transaction on its connection; nothing here costs a round trip.
+
+SQLAlchemy believes that it alone uses a connection.  Users and other libraries take the driver's own, so the driver is asked
+before COMMIT, and by the pool.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy.util import await_only
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sqlalchemy.engine import Connection
+
+__all__ = ["CommitAnswer", "RawCalls", "State", "begin_now", "is_fit", "raw_connection", "state_of", "watch"]
+
+
+class State(enum.Enum):
+    """Where the driver says that its transaction stands."""
+
+    NONE = "none"
+    OPEN = "open"
+    FAILED = "failed"  # PostgreSQL would answer COMMIT by ROLLBACK
+
+
+def raw_connection(connection: Connection) -> Any:
+    """Return the driver's own connection, without the note that it is taken; see `UnitConnection.connection`."""
+    lent: Any = connection._dbapi_connection
+    if lent is None:  # lost, or closed
+        return None
+    return connection.dialect.get_driver_connection(lent.dbapi_connection)
+
+
+def state_of(driver: str, raw: Any) -> State | None:
+    """Ask the driver; None where it cannot tell, or where its connection is gone."""
+    ask = _ASK.get(driver)
+    return None if ask is None or raw is None else ask(raw)
+
+
+def _asyncpg(raw: Any) -> State | None:
+    if raw.is_closed():
+        return None
+    return State.OPEN if raw.is_in_transaction() else State.NONE
+
+
+_PSYCOPG = {
+    0: State.NONE,
+    1: State.OPEN,
+    2: State.OPEN,
+    3: State.FAILED,
+}  # libpq's PGTransactionStatusType; 4 is unknown
+
+
+def _psycopg(raw: Any) -> State | None:
+    return _PSYCOPG.get(raw.pgconn.transaction_status)
+
+
+_SERVER_STATUS_IN_TRANS = 1
+
+
+def _mysql(raw: Any) -> State | None:
+    return State.OPEN if (raw.server_status or 0) & _SERVER_STATUS_IN_TRANS else State.NONE
+
+
+def _aiosqlite(raw: Any) -> State | None:
+    try:
+        return State.OPEN if raw.in_transaction else State.NONE
+    except ValueError:  # closed
+        return None
+
+
+def is_fit(driver: str, raw: Any) -> bool:
+    """Say whether the next user of the connection can begin a transaction on it."""
+    if state_of(driver, raw) in (State.OPEN, State.FAILED):
+        return False
+    # What asyncpg remembers of a BEGIN that was refused keeps every later one from beginning.
+    return driver != "asyncpg" or raw._top_xact is None
+
+
+_ASK: dict[str, Callable[[Any], State | None]] = {
+    "asyncpg": _asyncpg,
+    "psycopg": _psycopg,
+    "asyncmy": _mysql,
+    "aiomysql": _mysql,
+    "aiosqlite": _aiosqlite,
+}
+
+
+def begin_now(connection: Connection) -> None:
+    """Have asyncpg begin: SQLAlchemy's adapter does so with its own first statement only, the other drivers with any.
+
+    What goes over the driver's own connection before, COPY say, would be outside the transaction.
+    """
+    lent: Any = connection._dbapi_connection
+    if connection.dialect.driver == "asyncpg" and not raw_connection(connection).is_in_transaction():
+        await_only(lent.dbapi_connection._start_transaction())
+
+
+class CommitAnswer:
+    """asyncpg's connection as its transaction sees it at COMMIT: keeps the server's answer, which the transaction drops."""
+
+    tag: str | None = None
+
+    def __init__(self, raw: Any) -> None:
+        self.__dict__["_raw"] = raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._raw, name, value)
+
+    async def execute(self, query: str) -> str:
+        tag: str = await self._raw.execute(query)
+        self.__dict__["tag"] = tag
+        return tag
+
+    @classmethod
+    def listen(cls, connection: Connection) -> CommitAnswer | None:
+        """Have the answer to the COMMIT that is about to be sent kept; None where there is nothing to listen to."""
+        if connection.dialect.driver != "asyncpg":
+            return None
+        lent: Any = connection._dbapi_connection
+        transaction = getattr(lent.dbapi_connection, "_transaction", None)
+        if transaction is None:
+            return None
+        answer = cls(transaction._connection)
+        transaction._connection = answer
+        return answer
+
+    @property
+    def is_rollback(self) -> bool:
+        return self.tag == "ROLLBACK"
+
+
+class RawCalls(Protocol):
+    """Who is told of statements on the driver's own connection."""
+
+    def begin_raw(self) -> object: ...
+
+    def raw_failed(self, error: BaseException) -> None: ...
+
+    def end_raw(self, begun: object) -> None: ...
+
+
+def watch(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object] | None:
+    """Have statements on the driver's own connection told, where its transaction does not remember their failures.
+
+    PostgreSQL fails the whole transaction, which the driver knows.  MariaDB and SQLite undo the statement only.
+
+    Args:
+        driver: its name.
+        raw: its connection.
+        calls: is told.
+
+    Returns:
+        what ends it; None where the driver's word is enough.
+    """
+    name = {"asyncmy": "query", "aiomysql": "query", "aiosqlite": "_execute"}.get(driver)
+    if name is None:
+        return None
+    send: Callable[..., Awaitable[Any]] = getattr(raw, name)  # every statement of every cursor comes by it
+
+    async def sending(*args: Any, **kwargs: Any) -> Any:
+        begun = calls.begin_raw()
+        try:
+            return await send(*args, **kwargs)
+        except Exception as error:
+            calls.raw_failed(error)
+            raise
+        finally:
+            calls.end_raw(begun)
+
+    setattr(raw, name, sending)
+    return lambda: vars(raw).pop(name, None)
