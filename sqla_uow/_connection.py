@@ -112,7 +112,8 @@ class UnitEngine(OptionEngine):
             connection = (
                 None if transaction.replicas is None else self._connect_to_replica(transaction.replicas, transaction)
             )
-            connection = connection or UnitConnection(self, transaction)
+            if connection is None:
+                connection = self._connect(transaction)
             if not transaction.phase.is_open:  # it has ended meanwhile
                 connection.close()
                 transaction.check_usable()
@@ -125,6 +126,13 @@ class UnitEngine(OptionEngine):
                 times.connection_seconds = times.clock() - began
         transaction.owner.leave()
         return connection
+
+    def _connect(self, transaction: Transaction) -> Connection:
+        database = transaction.database
+        if database.has_connected:
+            return UnitConnection(self, transaction)
+        with database.first_alone(transaction.owner.loop):
+            return UnitConnection(self, transaction)
 
     def _connect_to_replica(self, replicas: Replicas, transaction: Transaction) -> Connection | None:
         def connect(database: Database[Any]) -> Connection:

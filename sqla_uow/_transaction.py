@@ -245,6 +245,7 @@ class Transaction:
     def before_connect(self) -> None:
         """Refuse to wait for a connection that can only come from this very task."""
         self.owner.enter()
+        self.database.check_loop(self.owner.loop, who=self.name)
         if not self.enclosing:
             return
         capacity = self.database.capacity()
