@@ -20,6 +20,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
+from sqla_uow._driver_state import Ended
 from sqla_uow._isolation import limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
 from sqla_uow._settle import settle
@@ -172,15 +173,16 @@ def _before_cursor_execute(
     writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
     unit.before_statement(writes=writes)
     if writes:
-        unit.wrote = True
+        unit.wrote = unit.wrote_rows = True
     else:
         does = _does(statement.lstrip()[:_OPENING])
         if does is _CONTROL and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
             unit.refuse_control(statement.split(maxsplit=1)[0].upper())
         if unit.pending_savepoint is not None:
             unit.pending_savepoint = statement.rpartition(" ")[2]
-        elif does is _SOMETHING and not unit.wrote and not _selects(context):
+        elif does is _SOMETHING and not (unit.wrote_rows and unit.database.family != "mysql") and not _selects(context):
             unit.wrote = True
+            _note_rows(unit, statement)
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
@@ -191,6 +193,53 @@ _ENDS = re.compile(
     r"(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
     re.IGNORECASE,
 )
+
+
+# Before these MariaDB commits what is open: https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
+_COMMITS_FIRST = re.compile(
+    r"(?:ALTER|ANALYZE\s+(?:\w+\s+)?TABLE|CACHE\s+INDEX|CHANGE|CHECK\s+TABLE|CREATE|DROP|FLUSH|GRANT|INSTALL|LOAD\s+INDEX|"
+    r"OPTIMIZE|RENAME|REPAIR|RESET|REVOKE|SET\s+PASSWORD|SHUTDOWN|START|STOP|TRUNCATE|UNINSTALL)\b",
+    re.IGNORECASE,
+)
+# These outlive the unit besides, on its connection.
+_OUTLIVES = re.compile(
+    r"(?:LOCK\s+TABLES?|UNLOCK\s+TABLES?|XA|SET\s+(?:SESSION\s+|LOCAL\s+|@@(?:SESSION\.|LOCAL\.)?)?AUTOCOMMIT)\b",
+    re.IGNORECASE,
+)
+_NO_ROWS = re.compile(
+    r"(?:(?:CREATE|DROP)\s+(?:OR\s+REPLACE\s+)?TEMPORARY|DESC|DESCRIBE|DROP\s+PREPARE|EXPLAIN|SET(?!\s+(?:STATEMENT|PASSWORD)\b)|USE)\b",
+    re.IGNORECASE,
+)
+
+
+class _Rows(enum.Enum):
+    """What a statement that is no query does to the rows that a unit on MariaDB has written."""
+
+    OUTLIVES = "commits them, and leaves something behind"
+    COMMITS = "commits them"
+    NONE = "nothing"
+    WRITES = "may write others"
+
+
+@functools.lru_cache(maxsize=512)
+def _rows(opening: str) -> _Rows:
+    if _OUTLIVES.match(opening) is not None:
+        return _Rows.OUTLIVES
+    if _NO_ROWS.match(opening) is not None:
+        return _Rows.NONE
+    return _Rows.WRITES if _COMMITS_FIRST.match(opening) is None else _Rows.COMMITS
+
+
+def _note_rows(unit: Transaction, statement: str) -> None:
+    """Note that a unit has rows that a rollback would take back; refuse what would commit them on MariaDB."""
+    if unit.database.family == "mysql":
+        statement = statement.lstrip()
+        rows = _rows(statement[:_OPENING])
+        if rows is _Rows.OUTLIVES or (rows is _Rows.COMMITS and unit.wrote_rows):
+            unit.refuse_implicit_commit(" ".join(statement.split(maxsplit=2)[:2]).upper())
+        if rows is not _Rows.WRITES:
+            return
+    unit.wrote_rows = True
 
 
 _READING = ("SELECT", "BEGIN", "PRAGMA", "SET TRANS", "SHOW", "SAVEPOINT", "RELEASE", "ROLLBACK")
@@ -225,12 +274,33 @@ def _selects(context: Any) -> bool:
 def _after_cursor_execute(
     connection: UnitConnection,
     _cursor: Any,
-    _statement: str,
+    statement: str,
     _parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> None:
-    connection.unit.after_statement()
+    unit = connection.unit
+    unit.after_statement()
+    how = None if unit.watch is None else unit.watch(unit.wrote_rows)
+    if how is not None and (how is not Ended.MAYBE or _ends_in_its_tail(statement)):
+        _ended(connection, unit, how)
+
+
+def _ends_in_its_tail(statement: str) -> bool:
+    """Say whether a text that the server has taken for several statements may end the transaction behind the first."""
+    for part in statement.split(";")[1:]:
+        opening = part.lstrip()[:_OPENING]
+        if _does(opening) is _CONTROL or _rows(opening) in (_Rows.OUTLIVES, _Rows.COMMITS):
+            return True
+    return False
+
+
+def _ended(connection: UnitConnection, unit: Transaction, how: Ended) -> None:
+    """Make the end that nobody could see before known, and leave nothing of it to the next user of the connection."""
+    if how is Ended.AUTOCOMMIT:
+        adapted: Any = connection.connection.dbapi_connection
+        adapted.autocommit(False)  # noqa: FBT003  # the driver's signature
+    unit.ended_by_statement(how)
 
 
 def _handle_error(context: ExceptionContext) -> None:

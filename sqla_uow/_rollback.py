@@ -197,6 +197,7 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
     transaction.phase = Phase.ENDED
     transaction.closer = None
     transaction.connection = None
+    transaction.watch = None
     transaction.engine = None
     transaction.enclosing = ()
     transaction.owner.release()
