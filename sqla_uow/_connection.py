@@ -20,7 +20,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
-from sqla_uow._driver_state import Ended
+from sqla_uow._driver_state import Ended, in_transaction
 from sqla_uow._isolation import limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
 from sqla_uow._settle import settle
@@ -64,19 +64,22 @@ class UnitConnection(Connection):
     def _set_up(self, engine: UnitEngine) -> None:
         """Do what ``execution_options(isolation_level=...)`` would, which looks each up anew: that costs a fortieth of a unit."""
         lent: Any = self.connection
-        for characteristic, value in engine.settings:
-            characteristic.set_characteristic(engine.dialect, lent.dbapi_connection, value)
-        lent._connection_record.finalize_callback.append(engine.reset)
+        adapted, dialect = lent.dbapi_connection, engine.dialect
+        lent._connection_record.finalize_callback.append(_restoring(dialect.driver, lent, engine))
+        for name, characteristic, value in engine.settings:
+            # In a transaction that a listener has begun it is too late for the driver, but not for `opening`.
+            if name != "postgresql_readonly" or not in_transaction(self):
+                characteristic.set_characteristic(dialect, adapted, value)
 
 
 class UnitEngine(OptionEngine):
     """The engine as units see it: tells the unit when connecting begins, fails or is done."""
 
     unit: Transaction | None = None
-    settings: tuple[tuple[ConnectionCharacteristic, Any], ...] = ()
+    settings: tuple[tuple[str, ConnectionCharacteristic, Any], ...] = ()
     """What each connection of it is set to: an isolation level, or that it only reads."""
     reset: Callable[[Any], None]
-    """Sets it back on its way into the pool."""
+    """Sets it to SQLAlchemy's defaults on its way into the pool, where the driver does not say what was before."""
 
     def update_execution_options(self, **options: Any) -> None:
         # SQLAlchemy's dialects note the settings among them in a listener on the engine.  That one would have to be joined
@@ -85,7 +88,7 @@ class UnitEngine(OptionEngine):
         self._execution_options = self._execution_options.union(options)
         dialect: Any = self.dialect  # its interface lacks what every dialect has
         known = dialect.connection_characteristics
-        self.settings = tuple((known[name], value) for name, value in options.items())
+        self.settings = tuple((name, known[name], value) for name, value in options.items())
         self.reset = functools.partial(dialect._reset_characteristics, options)
 
     def of(self, transaction: Transaction) -> UnitEngine:
@@ -149,6 +152,35 @@ class UnitEngine(OptionEngine):
             return connection
         finally:
             self._become(transaction.database.unit_engine(transaction))
+
+
+def _restoring(driver: str, lent: Any, engine: UnitEngine) -> Callable[[Any], None]:
+    """Return what sets a connection back to what it is now: SQLAlchemy would say READ WRITE, say, where nothing was said.
+
+    A hot standby refuses that, and a role that only reads by default would write.
+    """
+    adapted, raw = lent.dbapi_connection, lent.driver_connection
+    if driver == "psycopg":
+        before = raw.isolation_level, raw.read_only
+
+        def restore(adapted: Any) -> None:
+            if raw.closed:
+                return
+            if raw.isolation_level != before[0]:
+                adapted.set_isolation_level(before[0])
+            if raw.read_only != before[1]:
+                adapted.set_read_only(before[1])
+
+        return restore
+    if driver == "asyncpg":
+        level, only_reads = adapted.isolation_level, adapted.readonly
+
+        def restore_asyncpg(adapted: Any) -> None:
+            adapted.set_isolation_level(level)
+            adapted.readonly = only_reads
+
+        return restore_asyncpg
+    return engine.reset
 
 
 def _take_turn(transaction: Transaction) -> None:
@@ -323,11 +355,21 @@ def _handle_error(context: ExceptionContext) -> None:
         context.invalidate_pool_on_disconnect = False
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
+    if context.statement is not None and _was_refused_begin(connection):
+        # asyncpg believes in that transaction for ever, and refuses the next.
+        connection.connection.invalidate(soft=True)
     explain(context.sqlalchemy_exception, connection.dialect.driver)
     unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:
         raise ReadOnlyError(unit.read_only_message("a write was sent"))
+
+
+def _was_refused_begin(connection: UnitConnection) -> bool:
+    if connection.dialect.driver != "asyncpg" or connection.closed or connection.invalidated:
+        return False
+    raw: Any = connection.connection.driver_connection
+    return not raw.is_closed() and not raw.is_in_transaction()
 
 
 def _commit(connection: UnitConnection) -> None:

@@ -17,7 +17,7 @@ from typing_extensions import TypeVar
 
 from sqla_uow._budget import Budget
 from sqla_uow._connection import UnitEngine, install
-from sqla_uow._isolation import check_honoured, engine_options
+from sqla_uow._isolation import check_honoured, engine_options, is_weaker_or_same
 from sqla_uow._lazy_loads import watching
 from sqla_uow._servers import COCKROACHDB, Distributed, distributed, family_of
 from sqla_uow._session import UnitSession, unit_session_class
@@ -222,6 +222,11 @@ class Database(Generic[S]):
             return self._configured
         # Set by the first connection to what the server says, so a server's own configuration counts.
         return getattr(self.sync_engine.dialect, "default_isolation_level", None)
+
+    def keeps_snapshot(self, isolation: IsolationLevel | None) -> bool:
+        """Say whether all statements of a unit at this level see what its first one has seen."""
+        level = isolation or self.default_isolation()
+        return level is not None and not is_weaker_or_same(level, "READ COMMITTED")
 
     def is_open(self, connection: Connection | None) -> bool:
         """Say whether the driver still believes in its connection; if not, nothing we send can arrive."""

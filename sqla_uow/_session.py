@@ -225,6 +225,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         read_only=unit.read_only,
         seconds=seconds,
         lock_wait=unit.lock_wait,
+        keeps_snapshot=database.keeps_snapshot(unit.isolation),
         server=database.server,
     )
     unit.watch = watch(connection)
