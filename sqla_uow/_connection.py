@@ -23,14 +23,15 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
-from sqla_uow._driver import CommitAnswer, State, begin_now, is_fit, raw_connection, state_of, watch
+from sqla_uow._driver import CommitAnswer, begin_now, raw_connection, tell_raw_calls
+from sqla_uow._driver_state import Ended, State, in_transaction, is_fit, state_of
 from sqla_uow._isolation import limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
 from sqla_uow._records import record
 from sqla_uow._settle import settle
 from sqla_uow._streams import open_stream
 from sqla_uow._transaction import Phase, Transaction
-from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
+from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,9 +70,12 @@ class UnitConnection(Connection):
     def _set_up(self, engine: UnitEngine) -> None:
         """Do what ``execution_options(isolation_level=...)`` would, which looks each up anew: that costs a fortieth of a unit."""
         lent: Any = self._dbapi_connection
-        for characteristic, value in engine.settings:
-            characteristic.set_characteristic(engine.dialect, lent.dbapi_connection, value)
-        lent._connection_record.finalize_callback.append(engine.reset)
+        adapted, dialect = lent.dbapi_connection, engine.dialect
+        lent._connection_record.finalize_callback.append(_restoring(dialect.driver, lent, engine))
+        for name, characteristic, value in engine.settings:
+            # In a transaction that a listener has begun it is too late for the driver, but not for `opening`.
+            if name != "postgresql_readonly" or not in_transaction(self):
+                characteristic.set_characteristic(dialect, adapted, value)
 
     @property
     def connection(self) -> PoolProxiedConnection:
@@ -102,7 +106,7 @@ class UnitConnection(Connection):
             self.invalidate(error)
             raise
         unit.was_open = unit.was_open or state_of(driver, raw) is State.OPEN
-        unit.unwatch = watch(driver, raw, unit)
+        unit.unwatch = tell_raw_calls(driver, raw, unit)
 
     def _commit_impl(self) -> None:
         """Send COMMIT when all listeners have been heard, if the driver says that there is something to commit.
@@ -171,10 +175,10 @@ class UnitEngine(OptionEngine):
     """The engine as units see it: tells the unit when connecting begins, fails or is done."""
 
     unit: Transaction | None = None
-    settings: tuple[tuple[ConnectionCharacteristic, Any], ...] = ()
+    settings: tuple[tuple[str, ConnectionCharacteristic, Any], ...] = ()
     """What each connection of it is set to: an isolation level, or that it only reads."""
     reset: Callable[[Any], None]
-    """Sets it back on its way into the pool."""
+    """Sets it to SQLAlchemy's defaults on its way into the pool, where the driver does not say what was before."""
 
     def update_execution_options(self, **options: Any) -> None:
         # SQLAlchemy's dialects note the settings among them in a listener on the engine.  That one would have to be joined
@@ -183,7 +187,7 @@ class UnitEngine(OptionEngine):
         self._execution_options = self._execution_options.union(options)
         dialect: Any = self.dialect  # its interface lacks what every dialect has
         known = dialect.connection_characteristics
-        self.settings = tuple((known[name], value) for name, value in options.items())
+        self.settings = tuple((name, known[name], value) for name, value in options.items())
         self.reset = functools.partial(dialect._reset_characteristics, options)
 
     def of(self, transaction: Transaction) -> UnitEngine:
@@ -211,7 +215,8 @@ class UnitEngine(OptionEngine):
             connection = (
                 None if transaction.replicas is None else self._connect_to_replica(transaction.replicas, transaction)
             )
-            connection = connection or UnitConnection(self, transaction)
+            if connection is None:
+                connection = self._connect(transaction)
             if not transaction.phase.is_open:  # it has ended meanwhile
                 connection.close()
                 transaction.check_usable()
@@ -224,6 +229,13 @@ class UnitEngine(OptionEngine):
                 times.connection_seconds = times.clock() - began
         transaction.owner.leave()
         return connection
+
+    def _connect(self, transaction: Transaction) -> Connection:
+        database = transaction.database
+        if database.has_connected:
+            return UnitConnection(self, transaction)
+        with database.first_alone(transaction.owner.loop):
+            return UnitConnection(self, transaction)
 
     def _connect_to_replica(self, replicas: Replicas, transaction: Transaction) -> Connection | None:
         def connect(database: Database[Any]) -> Connection:
@@ -239,6 +251,35 @@ class UnitEngine(OptionEngine):
             return connection
         finally:
             self._become(transaction.database.unit_engine(transaction))
+
+
+def _restoring(driver: str, lent: Any, engine: UnitEngine) -> Callable[[Any], None]:
+    """Return what sets a connection back to what it is now: SQLAlchemy would say READ WRITE, say, where nothing was said.
+
+    A hot standby refuses that, and a role that only reads by default would write.
+    """
+    adapted, raw = lent.dbapi_connection, lent.driver_connection
+    if driver == "psycopg":
+        before = raw.isolation_level, raw.read_only
+
+        def restore(adapted: Any) -> None:
+            if raw.closed:
+                return
+            if raw.isolation_level != before[0]:
+                adapted.set_isolation_level(before[0])
+            if raw.read_only != before[1]:
+                adapted.set_read_only(before[1])
+
+        return restore
+    if driver == "asyncpg":
+        level, only_reads = adapted.isolation_level, adapted.readonly
+
+        def restore_asyncpg(adapted: Any) -> None:
+            adapted.set_isolation_level(level)
+            adapted.readonly = only_reads
+
+        return restore_asyncpg
+    return engine.reset
 
 
 def _take_turn(transaction: Transaction) -> None:
@@ -264,15 +305,16 @@ def _before_cursor_execute(
     unit.before_statement(writes=writes)
     context.sent_by_unit = True
     if writes:
-        unit.wrote = True
+        unit.wrote = unit.wrote_rows = True
     else:
         does = _does(statement.lstrip()[:_OPENING])
         if does is _CONTROL and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
             unit.refuse_control(statement.split(maxsplit=1)[0].upper())
         if unit.pending_savepoint is not None:
             unit.pending_savepoint = statement.rpartition(" ")[2]
-        elif does is _SOMETHING and not unit.wrote and not _selects(context):
+        elif does is _SOMETHING and not (unit.wrote_rows and unit.database.family != "mysql") and not _selects(context):
             unit.wrote = True
+            _note_rows(unit, statement)
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
@@ -283,6 +325,53 @@ _ENDS = re.compile(
     r"(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
     re.IGNORECASE,
 )
+
+
+# Before these MariaDB commits what is open: https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
+_COMMITS_FIRST = re.compile(
+    r"(?:ALTER|ANALYZE\s+(?:\w+\s+)?TABLE|CACHE\s+INDEX|CHANGE|CHECK\s+TABLE|CREATE|DROP|FLUSH|GRANT|INSTALL|LOAD\s+INDEX|"
+    r"OPTIMIZE|RENAME|REPAIR|RESET|REVOKE|SET\s+PASSWORD|SHUTDOWN|START|STOP|TRUNCATE|UNINSTALL)\b",
+    re.IGNORECASE,
+)
+# These outlive the unit besides, on its connection.
+_OUTLIVES = re.compile(
+    r"(?:LOCK\s+TABLES?|UNLOCK\s+TABLES?|XA|SET\s+(?:SESSION\s+|LOCAL\s+|@@(?:SESSION\.|LOCAL\.)?)?AUTOCOMMIT)\b",
+    re.IGNORECASE,
+)
+_NO_ROWS = re.compile(
+    r"(?:(?:CREATE|DROP)\s+(?:OR\s+REPLACE\s+)?TEMPORARY|DESC|DESCRIBE|DROP\s+PREPARE|EXPLAIN|SET(?!\s+(?:STATEMENT|PASSWORD)\b)|USE)\b",
+    re.IGNORECASE,
+)
+
+
+class _Rows(enum.Enum):
+    """What a statement that is no query does to the rows that a unit on MariaDB has written."""
+
+    OUTLIVES = "commits them, and leaves something behind"
+    COMMITS = "commits them"
+    NONE = "nothing"
+    WRITES = "may write others"
+
+
+@functools.lru_cache(maxsize=512)
+def _rows(opening: str) -> _Rows:
+    if _OUTLIVES.match(opening) is not None:
+        return _Rows.OUTLIVES
+    if _NO_ROWS.match(opening) is not None:
+        return _Rows.NONE
+    return _Rows.WRITES if _COMMITS_FIRST.match(opening) is None else _Rows.COMMITS
+
+
+def _note_rows(unit: Transaction, statement: str) -> None:
+    """Note that a unit has rows that a rollback would take back; refuse what would commit them on MariaDB."""
+    if unit.database.family == "mysql":
+        statement = statement.lstrip()
+        rows = _rows(statement[:_OPENING])
+        if rows is _Rows.OUTLIVES or (rows is _Rows.COMMITS and unit.wrote_rows):
+            unit.refuse_implicit_commit(" ".join(statement.split(maxsplit=2)[:2]).upper())
+        if rows is not _Rows.WRITES:
+            return
+    unit.wrote_rows = True
 
 
 _READING = ("SELECT", "BEGIN", "PRAGMA", "SET TRANS", "SHOW", "SAVEPOINT", "RELEASE", "ROLLBACK")
@@ -317,14 +406,35 @@ def _selects(context: Any) -> bool:
 def _after_cursor_execute(
     connection: UnitConnection,
     _cursor: Any,
-    _statement: str,
+    statement: str,
     _parameters: Any,
     context: Any,
     _many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> None:
-    connection.unit.after_statement()
+    unit = connection.unit
+    unit.after_statement()
     if context._is_server_side:
-        context.cursor_fetch_strategy = open_stream(connection.unit, context)
+        context.cursor_fetch_strategy = open_stream(unit, context)
+    how = None if unit.watch is None else unit.watch(unit.wrote_rows)
+    if how is not None and (how is not Ended.MAYBE or _ends_in_its_tail(statement)):
+        _ended(connection, unit, how)
+
+
+def _ends_in_its_tail(statement: str) -> bool:
+    """Say whether a text that the server has taken for several statements may end the transaction behind the first."""
+    for part in statement.split(";")[1:]:
+        opening = part.lstrip()[:_OPENING]
+        if _does(opening) is _CONTROL or _rows(opening) in (_Rows.OUTLIVES, _Rows.COMMITS):
+            return True
+    return False
+
+
+def _ended(connection: UnitConnection, unit: Transaction, how: Ended) -> None:
+    """Make the end that nobody could see before known, and leave nothing of it to the next user of the connection."""
+    if how is Ended.AUTOCOMMIT:
+        lent: Any = connection._dbapi_connection
+        lent.dbapi_connection.autocommit(False)  # noqa: FBT003  # the driver's signature
+    unit.ended_by_statement(how)
 
 
 def _rollback(connection: UnitConnection) -> None:
@@ -385,8 +495,11 @@ def _returned(driver: str) -> Callable[[Any, ConnectionPoolEntry], None]:
     """Return the listener for connections that come back into a pool; one for each driver, so that none listens twice."""
 
     def returned(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
-        if dbapi_connection is not None and not is_fit(driver, entry.driver_connection):
-            entry.invalidate(PropagationError("a connection came back inside a transaction"))
+        raw = None if dbapi_connection is None else entry.driver_connection
+        if raw is None or is_fit(driver, raw):
+            return
+        entry.invalidate()
+        if state_of(driver, raw) is not State.NONE:
             record(
                 logging.WARNING,
                 "a connection came back to the pool inside a transaction, and is discarded; end the transaction before it is "

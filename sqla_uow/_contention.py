@@ -20,7 +20,7 @@ from sqla_uow.typing import Contention
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-__all__ = ["UNKNOWN", "Controller", "Gate", "Slot"]
+__all__ = ["UNKNOWN", "Controller", "Gate", "Slot", "together"]
 
 
 FIRST_WIDTH = 2
@@ -354,10 +354,6 @@ class Gate:
         self._moved = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def is_of(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Say whether this gate is for calls of that loop."""
-        return self._loop is loop
-
     def state(self) -> Contention:
         """Return what users see of it."""
         width = self._controller.width
@@ -474,3 +470,15 @@ class Gate:
 def _too_late(turn: asyncio.Future[bool]) -> None:
     if not turn.done():
         turn.set_result(False)
+
+
+def together(states: list[Contention]) -> Contention:
+    """Return what users see of one function whose calls run in several event loops."""
+    if len(states) == 1:
+        return states[0]
+    return Contention(
+        None if any(state.width is None for state in states) else sum(state.width or 0 for state in states),
+        sum(state.running for state in states),
+        sum(state.waiting for state in states),
+        max(state.wasted for state in states),
+    )

@@ -77,7 +77,7 @@ def surroundings(manager: UnitOfWorkManager[Any]) -> tuple[Scope | None, bool, t
                 transactions += (unit._transaction,)
                 inside = inside or (scope is None and place.manager is manager)
         elif isinstance(place, ScopePlace) and not place.closed:
-            if scope is None and place.manager is manager:
+            if scope is None and place.manager is manager and place.scope.is_of_this_loop():
                 scope = place.scope
             elif place.scope.reader is not None:
                 transactions += (place.scope.reader._transaction,)  # holds a connection, and will not give way to us

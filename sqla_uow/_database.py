@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.util import await_only
 from typing_extensions import TypeVar
 
 from sqla_uow._budget import Budget
 from sqla_uow._connection import UnitEngine, install
 from sqla_uow._driver import raw_connection
-from sqla_uow._isolation import check_honoured, engine_options
+from sqla_uow._isolation import check_honoured, engine_options, is_weaker_or_same
 from sqla_uow._lazy_loads import watching
 from sqla_uow._servers import COCKROACHDB, Distributed, distributed, family_of
 from sqla_uow._session import UnitSession, unit_session_class
 from sqla_uow._turns import Turns
+from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.pool import Pool
 
@@ -37,6 +43,11 @@ WITHIN = "sqla_uow_within"
 
 _budgets: weakref.WeakKeyDictionary[Pool, Budget] = weakref.WeakKeyDictionary()
 _turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
+_owners: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
+FIRST_LOOK_SECONDS = 0.002
+"""Pause between two looks whether another event loop has made the first connection."""
+_BOUND_TO_LOOP = ("asyncpg", "asyncmy", "aiomysql")
+"""Drivers whose connections work in the event loop only in which they were made."""
 
 
 class Database(Generic[S]):
@@ -71,6 +82,9 @@ class Database(Generic[S]):
         self.within: str | None = self.sync_engine.get_execution_options().get(WITHIN)
         self._session_class = watching(unit_session_class(_sync_class(self._maker)), lazy_loads)
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
+        self.has_connected: bool = False
+        self._first: dict[str, asyncio.AbstractEventLoop] = {}
+        self._home: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[Pool]] | None = None
         self._make(self.engine)
         install(self.sync_engine, shared=self.within is not None or isinstance(self.pool, StaticPool))
         # Of the pool, as managers share it through copies of their engine.
@@ -116,6 +130,45 @@ class Database(Generic[S]):
             options = engine_options(self.family, transaction.isolation, read_only=transaction.read_only)
             engine = self._engines[key] = AsyncEngine(UnitEngine(self.sync_engine, options))
         return engine
+
+    def check_loop(self, loop: asyncio.AbstractEventLoop, *, who: str) -> None:
+        """Refuse to take a connection that belongs to another event loop, as most drivers' do, out of the pool.
+
+        Of a loop that is closed they are of no use any more, so new ones are made.
+
+        Raises:
+            TaskBoundaryError: the pool is another loop's.
+        """
+        pool = self.pool
+        if self._home is not None and self._home[0]() is loop and self._home[1]() is pool:
+            return
+        if self.driver in _BOUND_TO_LOOP and not isinstance(pool, NullPool):
+            owner = _owners.get(pool)
+            other = None if owner is None else owner()
+            if other is not None and other is not loop and not other.is_closed():
+                raise TaskBoundaryError(
+                    f"{who} runs in another event loop than the one whose connections the engine's pool keeps; give each "
+                    "loop an engine and a manager of its own, or make the engine with poolclass=NullPool"
+                )
+            if owner is not None and other is not loop:
+                self.sync_engine.dispose(close=False)
+                pool = self.pool
+            _owners[pool] = weakref.ref(loop)
+        self._home = weakref.ref(loop), weakref.ref(pool)
+
+    @contextmanager
+    def first_alone(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        """Let one event loop make the engine's first connections; in SQLAlchemy's greenlet.
+
+        SQLAlchemy learns what server it is with the first one, under a lock of asyncio that only one loop can wait for.
+        """
+        while not self.has_connected and self._first.setdefault("loop", loop) is not loop:
+            await_only(asyncio.sleep(FIRST_LOOK_SECONDS))
+        try:
+            yield
+            self.has_connected = True
+        finally:
+            self._first.clear()
 
     def maker_over(self, engine: AsyncEngine) -> async_sessionmaker[S]:
         """Return a maker of the same sessions over another engine."""
@@ -170,6 +223,11 @@ class Database(Generic[S]):
             return self._configured
         # Set by the first connection to what the server says, so a server's own configuration counts.
         return getattr(self.sync_engine.dialect, "default_isolation_level", None)
+
+    def keeps_snapshot(self, isolation: IsolationLevel | None) -> bool:
+        """Say whether all statements of a unit at this level see what its first one has seen."""
+        level = isolation or self.default_isolation()
+        return level is not None and not is_weaker_or_same(level, "READ COMMITTED")
 
     def is_open(self, connection: Connection | None) -> bool:
         """Say whether the driver still believes in its connection; if not, nothing we send can arrive."""

@@ -1,12 +1,7 @@
-"""What the driver knows of the transaction on its connection; nothing here costs a round trip.
-
-SQLAlchemy believes that it alone uses a connection.  Users and other libraries take the driver's own, so the driver is asked
-before COMMIT, and by the pool.
-"""
+"""The driver's own connection, which users and other libraries take: what is sent there SQLAlchemy tells nobody."""
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.util import await_only
@@ -16,15 +11,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-__all__ = ["CommitAnswer", "RawCalls", "State", "begin_now", "is_fit", "raw_connection", "state_of", "watch"]
-
-
-class State(enum.Enum):
-    """Where the driver says that its transaction stands."""
-
-    NONE = "none"
-    OPEN = "open"
-    FAILED = "failed"  # PostgreSQL would answer COMMIT by ROLLBACK
+__all__ = ["CommitAnswer", "RawCalls", "begin_now", "raw_connection", "tell_raw_calls"]
 
 
 def raw_connection(connection: Connection) -> Any:
@@ -33,61 +20,6 @@ def raw_connection(connection: Connection) -> Any:
     if lent is None:  # lost, or closed
         return None
     return connection.dialect.get_driver_connection(lent.dbapi_connection)
-
-
-def state_of(driver: str, raw: Any) -> State | None:
-    """Ask the driver; None where it cannot tell, or where its connection is gone."""
-    ask = _ASK.get(driver)
-    return None if ask is None or raw is None else ask(raw)
-
-
-def _asyncpg(raw: Any) -> State | None:
-    if raw.is_closed():
-        return None
-    return State.OPEN if raw.is_in_transaction() else State.NONE
-
-
-_PSYCOPG = {
-    0: State.NONE,
-    1: State.OPEN,
-    2: State.OPEN,
-    3: State.FAILED,
-}  # libpq's PGTransactionStatusType; 4 is unknown
-
-
-def _psycopg(raw: Any) -> State | None:
-    return _PSYCOPG.get(raw.pgconn.transaction_status)
-
-
-_SERVER_STATUS_IN_TRANS = 1
-
-
-def _mysql(raw: Any) -> State | None:
-    return State.OPEN if (raw.server_status or 0) & _SERVER_STATUS_IN_TRANS else State.NONE
-
-
-def _aiosqlite(raw: Any) -> State | None:
-    try:
-        return State.OPEN if raw.in_transaction else State.NONE
-    except ValueError:  # closed
-        return None
-
-
-def is_fit(driver: str, raw: Any) -> bool:
-    """Say whether the next user of the connection can begin a transaction on it."""
-    if state_of(driver, raw) in (State.OPEN, State.FAILED):
-        return False
-    # What asyncpg remembers of a BEGIN that was refused keeps every later one from beginning.
-    return driver != "asyncpg" or raw._top_xact is None
-
-
-_ASK: dict[str, Callable[[Any], State | None]] = {
-    "asyncpg": _asyncpg,
-    "psycopg": _psycopg,
-    "asyncmy": _mysql,
-    "aiomysql": _mysql,
-    "aiosqlite": _aiosqlite,
-}
 
 
 def begin_now(connection: Connection) -> None:
@@ -147,7 +79,7 @@ class RawCalls(Protocol):
     def end_raw(self, begun: object) -> None: ...
 
 
-def watch(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object] | None:
+def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object] | None:
     """Have statements on the driver's own connection told, where its transaction does not remember their failures.
 
     PostgreSQL fails the whole transaction, which the driver knows.  MariaDB and SQLite undo the statement only.

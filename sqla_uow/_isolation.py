@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any, get_args
 
 from sqlalchemy import text
+from sqlalchemy.util import await_only
 
 from sqla_uow._driver import raw_connection
+from sqla_uow._driver_state import in_transaction
 from sqla_uow.typing import IsolationLevel
 
 if TYPE_CHECKING:
+    from sqlalchemy import TextClause
     from sqlalchemy.engine import Connection
 
     from sqla_uow._servers import Distributed
@@ -25,6 +29,7 @@ __all__ = [
     "milliseconds",
     "opening",
     "restore_sqlite",
+    "send_at_once",
 ]
 
 LEVELS: tuple[IsolationLevel, ...] = get_args(IsolationLevel)
@@ -39,11 +44,6 @@ _OFFERED: dict[str, tuple[IsolationLevel, ...]] = {
     "sqlite": ("SERIALIZABLE",),
 }
 _TRANSACTION_TIMEOUT_SINCE = (17,)  # PostgreSQL: transaction_timeout
-# Bound, not written in: asyncpg would prepare each new text, a second round trip, and forget a statement of the user.
-_STATEMENT_TIMEOUT = text("SELECT set_config('statement_timeout', :statement, true)")
-_BOTH_TIMEOUTS = text(
-    "SELECT set_config('statement_timeout', :statement, true), set_config('transaction_timeout', :late, true)"
-)
 _LIMITABLE = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
 
 
@@ -115,6 +115,7 @@ def opening(
     read_only: bool,
     seconds: float | None,
     lock_wait: float | None = None,
+    keeps_snapshot: bool = False,
     server: Distributed | None = None,
 ) -> None:
     """Send what this transaction needs before its first statement.
@@ -126,17 +127,17 @@ def opening(
         read_only: have the database refuse writes.
         seconds: what is left of the deadline, for the server to enforce as well.
         lock_wait: how long to wait for a lock, on PostgreSQL: it looks for deadlocks only after a second (deadlock_timeout).
+        keeps_snapshot: the first query decides what all see, so that must be one of the body's.
         server: which one speaks as PostgreSQL does, if it is another.  It looks for deadlocks at once.
     """
     if family == "postgresql" and server is not None:
         if seconds is not None:  # set_config() for a transaction is not in its documentation
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{milliseconds(seconds)}'")
     elif family == "postgresql":
-        if seconds is not None:
-            _limit_postgresql(connection, seconds)
-        if lock_wait is not None:
-            # SET, unlike SELECT set_config(), does not take the snapshot.
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{milliseconds(lock_wait)}'")
+        if read_only and in_transaction(connection):  # a listener has sent SQL, so BEGIN as well
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        if seconds is not None or lock_wait is not None:
+            _limit_postgresql(connection, _limits(connection, seconds, lock_wait), keeps_snapshot=keeps_snapshot)
     elif family == "mysql":
         parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
         parts += ["READ ONLY"] if read_only else []
@@ -151,21 +152,96 @@ def milliseconds(seconds: float) -> str:
     return f"{max(1, round(seconds * 1000))}ms"
 
 
-def _limit_postgresql(connection: Connection, seconds: float) -> None:
-    limits = {"statement": milliseconds(seconds)}
-    settings = _STATEMENT_TIMEOUT
-    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:
-        # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
-        limits["late"] = milliseconds(seconds + 1)
-        settings = _BOTH_TIMEOUTS
-    connection.execute(settings, limits)
+def _limits(connection: Connection, seconds: float | None, lock_wait: float | None) -> dict[str, int]:
+    """Return PostgreSQL's settings for a deadline and for the wait for locks, in milliseconds."""
+    limits: dict[str, int] = {}
+    if seconds is not None:
+        limits["statement_timeout"] = max(1, round(seconds * 1000))
+        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:
+            # statement_timeout starts anew with each statement; this one ends the transaction if all else fails.
+            limits["transaction_timeout"] = max(1, round((seconds + 1) * 1000))
+    if lock_wait is not None:
+        limits["lock_timeout"] = max(1, round(lock_wait * 1000))
+    return limits
+
+
+def _limit_postgresql(connection: Connection, limits: dict[str, int], *, keeps_snapshot: bool) -> None:
+    """Set limits for the transaction, but where the server's own are stricter, in one round trip."""
+    if not keeps_snapshot:
+        connection.execute(_lowering(tuple(limits)), limits)
+        return
+    # SET, unlike SELECT, takes no snapshot; nor does it compute.
+    own = _own_limits(connection)
+    for name, ours in limits.items():
+        if name not in own:
+            own[name] = _in_milliseconds(str(connection.exec_driver_sql(f"SHOW {name}").scalar_one()))
+        if 0 < own[name] < ours:
+            limits[name] = own[name]
+    send_at_once(connection, "; ".join(f"SET LOCAL {name} = {value}" for name, value in limits.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _lowering(names: tuple[str, ...]) -> TextClause:
+    # Bound, not written in: asyncpg would prepare each new text, a second round trip, and forget a statement of the user.
+    return text(
+        "SELECT "  # noqa: S608  # the names are ours
+        + ", ".join(
+            f"set_config('{name}', CASE WHEN extract(epoch FROM CAST(current_setting('{name}') AS interval)) * 1000 "
+            f"BETWEEN 0.1 AND CAST(:{name} AS integer) THEN current_setting('{name}') "
+            f"ELSE CAST(CAST(:{name} AS integer) AS text) END, true)"
+            for name in names
+        )
+    )
+
+
+_OWN_LIMITS = "sqla_uow.limits"
+_UNITS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def _own_limits(connection: Connection) -> dict[str, int]:
+    """Return what is known of the limits that a connection has by itself; asked once, as it costs a round trip each."""
+    own: dict[str, int] = connection.info.setdefault(_OWN_LIMITS, {})
+    return own
+
+
+def _in_milliseconds(shown: str) -> int:
+    """Read a time as PostgreSQL's SHOW writes it: "300ms", "5s", "0"."""
+    number = shown.rstrip("abcdefghijklmnopqrstuvwxyz")
+    return int(number) * _UNITS.get(shown[len(number) :], 1)
+
+
+def send_at_once(connection: Any, sql: str) -> None:
+    """Send what returns nothing in one round trip: asyncpg would prepare it first."""
+    if connection.dialect.driver != "asyncpg":
+        connection.exec_driver_sql(sql)
+        return
+    lent: Any = connection._dbapi_connection
+    connection.unit.before_statement(writes=False)
+    try:
+        await_only(_send_asyncpg(lent.dbapi_connection, lent.driver_connection, sql))
+    except Exception as error:  # as those of a cursor are handled; there is no public way
+        connection._handle_dbapi_exception(error, sql, None, None, None)
+    connection.unit.after_statement()
+
+
+async def _send_asyncpg(adapted: Any, raw: Any, sql: str) -> None:
+    async with adapted._execute_mutex:
+        if not raw.is_in_transaction():
+            await adapted._start_transaction()  # as its cursors do before the first statement
+        try:
+            await raw.execute(sql)
+        except Exception as error:
+            adapted._handle_exception(error)
 
 
 def limit_statement(statement: str, seconds: float) -> str:
     """Give MariaDB what is left of the deadline with the statement itself: no round trip, nothing to set back."""
     if _LIMITABLE.match(statement) is None:
         return statement
-    return f"SET STATEMENT max_statement_time={max(seconds, 0.001):.3f} FOR {statement}"
+    ours, server = f"{max(seconds, 0.001):.3f}", "@@max_statement_time"  # where it has a stricter limit, that stays
+    return (
+        f"SET STATEMENT max_statement_time=IF({server} BETWEEN 0.000001 AND {ours}, {server}, {ours}) FOR {statement}"
+    )
 
 
 _BUSY_KEY = "sqla_uow.busy_timeout"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
 from sqla_uow._attempts import Attempts, LoopedAttempts
-from sqla_uow._contention import UNKNOWN, Gate
+from sqla_uow._contention import UNKNOWN, Gate, together
 from sqla_uow._context import last_write_of, locate
 from sqla_uow._counts import Counts, name_of
 from sqla_uow._database import Database
@@ -21,6 +20,7 @@ from sqla_uow._isolation import check_level
 from sqla_uow._joining import Joined, Nested, join
 from sqla_uow._observing import check_observers
 from sqla_uow._options import Options, block_options, check_name, check_policy, check_retries, check_timeout
+from sqla_uow._per_loop import PerLoop
 from sqla_uow._places import ManagerPlace
 from sqla_uow._positions import from_text
 from sqla_uow._replicas import DRIVERS, LastWrite, Replicas
@@ -112,7 +112,7 @@ class UnitOfWorkManager(Generic[S]):
         self._retries = retries
         self._timeout = timeout
         self._retry = retry
-        self._gates: WeakKeyDictionary[object, Gate] = WeakKeyDictionary()
+        self._gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
         self._replica_engines = _engines(replicas, replica_wait, who)
         self._replicas = (
             _replicas_of(self._database, self._replica_engines, replica_wait, who) if self._replica_engines else None
@@ -244,24 +244,29 @@ class UnitOfWorkManager(Generic[S]):
             function: one that `transactional` has decorated, or one with an `attempts` loop in it.
         """
         key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None)
-        gate = self._gates.get(key) if key is not None else None
-        return UNKNOWN if gate is None else gate.state()
+        gates = [gates[key] for gates in self._gates.everywhere() if key is not None and key in gates]
+        return UNKNOWN if not gates else together([gate.state() for gate in gates])
 
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
 
         It is a snapshot; the difference of two is what happened between them.  Calls of all threads count.
         """
-        keys = [ref() for ref in self._gates.keyrefs()]  # at once, as another thread may make one meanwhile
-        gates = [(key, self._gates.get(key)) for key in keys if key is not None]
-        contention = [(name_of(key), gate.state()) for key, gate in gates if gate is not None]
+        states: dict[object, list[Contention]] = {}
+        for gates in self._gates.everywhere():
+            keys = [ref() for ref in gates.keyrefs()]  # at once, as another thread may make one meanwhile
+            for key in keys:
+                if key is not None and (gate := gates.get(key)) is not None:
+                    states.setdefault(key, []).append(gate.state())
+        contention = [(name_of(key), together(several)) for key, several in states.items()]
         return self._counts.snapshot(self._database.pool, self._database.capacity(), contention)
 
     def _gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
-        """Return where the calls of one function wait for their turn."""
-        gate = self._gates.get(key)
-        if gate is None or not gate.is_of(asyncio.get_running_loop()):
-            gate = self._gates[key] = Gate(who, clock)
+        """Return where the calls of one function wait for their turn, those of this event loop."""
+        gates = self._gates.here()
+        gate = gates.get(key)
+        if gate is None:
+            gate = gates[key] = Gate(who, clock)
         return gate
 
     def _enter(self, options: Options) -> Attempt[S] | Joined[S] | Nested[S]:

@@ -203,6 +203,7 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
         transaction.unwatch = None
     transaction.closer = None
     transaction.connection = None
+    transaction.watch = None
     transaction.engine = None
     transaction.enclosing = ()
     transaction.owner.release()

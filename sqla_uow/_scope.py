@@ -17,7 +17,7 @@ from sqla_uow._records import record
 from sqla_uow._rollback import roll_back
 from sqla_uow._session import refuse_changes
 from sqla_uow._shield import shielded
-from sqla_uow._tasks import check_loop, pop, push
+from sqla_uow._tasks import check_loop, pop, push, running_task
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow._unit import UnitOfWork
 from sqla_uow.errors import NoUnitError, PropagationError, RollbackOnlyError
@@ -60,6 +60,11 @@ class Scope:
         self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
         self._giving_way: asyncio.Lock | None = None
+
+    def is_of_this_loop(self) -> bool:
+        """Say whether the running event loop is its own: to another one its read session is somebody else's."""
+        task = running_task()
+        return task is not None and task.get_loop() is self._loop
 
     def read_unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one where there is none."""

@@ -16,6 +16,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow._classify import classify
 from sqla_uow._connection import UnitEngine
+from sqla_uow._driver_state import watch
 from sqla_uow._instances import check_attach, check_merge, describe
 from sqla_uow._isolation import opening
 from sqla_uow._load_advice import NO_WAITING, refusal
@@ -224,8 +225,10 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         read_only=unit.read_only,
         seconds=seconds,
         lock_wait=unit.lock_wait,
+        keeps_snapshot=database.keeps_snapshot(unit.isolation),
         server=database.server,
     )
+    unit.watch = watch(connection)
     try:
         database.check_honoured(connection, unit.isolation, who=unit.name)
     except ValueError as error:  # else a body that catches it would go on at the other level

@@ -176,14 +176,14 @@ def _descends(task: Task, frame: Frame, ancestor: Task) -> bool:
 class Owner:
     """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
 
-    __slots__ = ("_damage", "_frame", "_held", "_loop", "_lost", "idle", "in_flight", "last", "name")
+    __slots__ = ("_damage", "_frame", "_held", "_lost", "idle", "in_flight", "last", "loop", "name")
 
     def __init__(self, name: str, damage: Damage) -> None:
         task = running_task()
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
         self.name: str = name
-        self._loop = task.get_loop()
+        self.loop = task.get_loop()
         self.last: Task | None = task
         self._frame = _here(task)
         self._lost: weakref.WeakSet[Task] | None = None
@@ -240,7 +240,7 @@ class Owner:
         busy = self.busy()
         if busy is None or busy is running_task():
             return None
-        self.idle = self._loop.create_future()
+        self.idle = self.loop.create_future()
         return self.idle
 
     def is_free(self) -> bool:
@@ -257,7 +257,7 @@ class Owner:
 
     def _admit(self) -> Task:
         try:
-            task = check_loop(self.name, self._loop)
+            task = check_loop(self.name, self.loop)
         except TaskBoundaryError as error:
             self._damage.add(error, hard=True)
             raise

@@ -12,7 +12,7 @@ from greenlet import getcurrent
 
 from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
-from sqla_uow._driver import State
+from sqla_uow._driver_state import Ended, State, in_autocommit
 from sqla_uow._hooks import Hooks
 from sqla_uow._isolation import is_weaker_or_same
 from sqla_uow._tasks import Owner
@@ -119,7 +119,9 @@ class Transaction:
         "unwatch",
         "versions",
         "was_open",
+        "watch",
         "wrote",
+        "wrote_rows",
     )
 
     def __init__(
@@ -164,6 +166,8 @@ class Transaction:
         self.unwatch: Callable[[], object] | None = None  # ends the watch on it
         self.was_open: bool = False  # the driver has said so
         self.stream: Stream | None = None  # whose rows are being read
+        self.wrote_rows: bool = False  # since MariaDB has committed, as DDL makes it
+        self.watch: Callable[[bool], Ended | None] | None = None
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint: bool = False
         self.replicas: Replicas | None = None  # where it may read
@@ -255,6 +259,7 @@ class Transaction:
     def before_connect(self) -> None:
         """Refuse to wait for a connection that can only come from this very task."""
         self.owner.enter()
+        self.database.check_loop(self.owner.loop, who=self.name)
         if not self.enclosing:
             return
         capacity = self.database.capacity()
@@ -308,6 +313,13 @@ class Transaction:
             )
             self.damage.add(error, hard=True)
             raise error
+        if in_autocommit(connection):
+            error = IsolationConflictError(
+                f"the connection of {self.name} is in autocommit, where nothing can be rolled back; leave autocommit out of "
+                "connect_args, and of what listens to connect and checkout"
+            )
+            self.damage.add(error, hard=True)
+            raise error
         if self.phase is Phase.NEW:  # at the end of a unit a connection changes nothing
             self.phase = Phase.ACTIVE
         if self._required is not None:
@@ -340,6 +352,30 @@ class Transaction:
         error = PropagationError(
             f"{word} was sent as SQL inside {self.name}, which begins and ends its transaction itself; leave it to the unit, "
             "call doom() to roll back, or use propagation='nested' for a part"
+        )
+        self.damage.add(error, hard=True)
+        raise error
+
+    def refuse_implicit_commit(self, word: str) -> NoReturn:
+        """Refuse SQL before which MariaDB commits what is open."""
+        self.owner.leave()
+        error = PropagationError(
+            f"{word} was sent inside {self.name}, which has written: MariaDB commits that first, and no rollback could take "
+            "it back; send it outside the unit, before or after"
+        )
+        self.damage.add(error, hard=True)
+        raise error
+
+    def ended_by_statement(self, how: Ended) -> NoReturn:
+        """Raise because a statement has ended the transaction, which could not be seen before."""
+        self.watch = None
+        if how is Ended.AUTOCOMMIT:
+            what = "switched its connection to autocommit, so what it sends is committed"
+        else:
+            what = "ended its transaction, so what was sent before is committed"
+        error = PropagationError(
+            f"a statement in {self.name} {what} and cannot be rolled back; leave COMMIT and the like to the unit, and "
+            "procedures that commit outside"
         )
         self.damage.add(error, hard=True)
         raise error

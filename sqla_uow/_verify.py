@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqla_uow._classify import Kind, classify, code_of
+from sqla_uow._per_loop import PerLoop
 from sqla_uow._records import record
 from sqla_uow.typing import Status
 
@@ -62,11 +63,11 @@ _SURVIVED = text(
 class Notary:
     """What verification needs per manager: whether the marker table is there, and which markers are free."""
 
-    __slots__ = ("_database", "_lock", "free", "ready")
+    __slots__ = ("_database", "_locks", "free", "ready")
 
     def __init__(self, database: Database[Any]) -> None:
         self._database = database
-        self._lock: asyncio.Lock | None = None
+        self._locks = PerLoop(asyncio.Lock)
         self.ready = False
         self.free: list[str] = []
 
@@ -78,9 +79,7 @@ class Notary:
         """Make the marker table where it is needed and missing."""
         if self.ready or not self._database.makes_tables_apart():
             return
-        if self._lock is None:
-            self._lock = asyncio.Lock()
-        async with self._lock:
+        async with self._locks.here():
             if not self.ready:
                 # On a connection of its own, as MariaDB's DDL commits whatever is open, say; and not one of the pool, where
                 # units that wait for this table may hold them all.

@@ -301,7 +301,7 @@ class Queue:
 
     async def waiting(self, count):
         """Wait until so many writers stand in line."""
-        await until(lambda: len(self.turns._lock._waiters or ()) == count)
+        await until(lambda: len(self.turns._lines.here().lock._waiters or ()) == count)
 
 
 async def test_writers_are_let_in_first_come_first_served(db):
@@ -339,7 +339,7 @@ async def test_a_cancelled_waiter_leaves_the_line(db, monkeypatch):
     await last
     assert (early.cancelled(), late.cancelled()) == (True, True)
     assert queue.order == [0, 3]
-    assert not queue.turns._lock.locked()
+    assert not queue.turns.is_taken()
 
 
 async def test_a_waiters_deadline_counts_in_the_line(db):
@@ -402,7 +402,7 @@ async def test_a_turn_is_never_lost(db, trouble):
         await fail()
     if trouble == "busy":
         other.execute("ROLLBACK")
-    assert not queue.turns._lock.locked()
+    assert not queue.turns.is_taken()
     await asyncio.wait_for(queue.writer(2), 5)
     assert await db.rows("SELECT id FROM account") == [(2,)]
     other.close()
@@ -447,7 +447,7 @@ async def test_writers_cancelled_anywhere_leave_the_line_in_order(db):
     committed = [key for (key,) in await db.rows("SELECT id FROM account ORDER BY id")]
     assert set(through) <= set(committed) <= set(queue.order)
     assert queue.order == sorted(queue.order)
-    assert not queue.turns._lock.locked()
+    assert not queue.turns.is_taken()
     assert queue.engine.pool.checkedout() == 0
 
 
@@ -456,9 +456,9 @@ async def test_an_engine_may_go_from_one_loop_to_the_next(engine):
     """P5: a turn that a closed loop took with it blocks nobody in the next one."""
     manager = UnitOfWorkManager(engine)
     turns = manager._database.turns()
-    await turns.take(object(), ())
     await asyncio.to_thread(asyncio.run, asyncio.wait_for(turns.take(object(), ()), 5))
-    assert turns.holder is not None
+    await asyncio.wait_for(turns.take(object(), ()), 2)
+    assert turns.is_taken()
 
 
 @pytest.mark.parametrize("engine", ["memory"], indirect=True)
@@ -474,7 +474,7 @@ async def test_a_memory_database_has_one_user_at_a_time(engine):
     async with manager.begin() as writer:
         await writer.session.execute(WRITE, {"balance": 9})
         task = asyncio.create_task(reader(), context=contextvars.Context())
-        await until(lambda: manager._database.turns()._lock._waiters)
+        await until(lambda: manager._database.turns()._lines.here().lock._waiters)
         assert seen == []
     await task
     assert seen == [9]
