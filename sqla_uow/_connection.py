@@ -149,7 +149,7 @@ class UnitConnection(Connection):
             super()._handle_dbapi_exception(e, statement, parameters, cursor, context, is_sub_exec)
         # It comes without its statement where rows were being fetched.
         fetching = statement is None and context is not None
-        sent = fetching or getattr(context, "sent_by_unit", False)
+        sent = fetching or getattr(context, "sent_by_unit", context is None and unit.owner.in_flight is not None)
         if isinstance(e, OSError) and not isinstance(e, TimeoutError) and (sent or statement is None):
             self._is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
         # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend it on as it is.
