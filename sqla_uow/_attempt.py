@@ -16,6 +16,7 @@ from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._commit import commit, prepare
 from sqla_uow._context import last_write_of
 from sqla_uow._places import UnitPlace
+from sqla_uow._predicates import ask
 from sqla_uow._records import record
 from sqla_uow._rollback import Ended, roll_back
 from sqla_uow._tasks import pop, push
@@ -152,6 +153,10 @@ class Attempt(Generic[S]):
             try:
                 final = not await self._retry(unit, ended, sys._getframe(1))
             except BaseException as raised:
+                if (
+                    raised.__context__ is None and raised is not ended.error
+                ):  # of a predicate: say what it was asked about
+                    raised.__context__ = ended.error
                 outcome = raised
                 raise
             if not final:
@@ -289,7 +294,7 @@ class Attempt(Generic[S]):
         refused = transaction.connect_failure
         if refused is not None and refused.retryable and id(refused.error) in links:
             return refused
-        if options.retry_on is not None and options.retry_on(error):
+        if options.retry_on is not None and ask(options.retry_on, f"retry_on of {options.who}", error):
             return Failure(Kind.CHOSEN, None, error)
         return None
 

@@ -79,7 +79,7 @@ def transactional(
             function that knows better: an allocator of keys that wants to try another one after a unique violation.
 
     Raises:
-        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type.
+        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type, or an async `retry_on`.
         ValueError: at decoration, or at the call for what depends on the database: an option that cannot be.
 
     Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
