@@ -67,6 +67,20 @@ class UnitConnection(Connection):
             characteristic.set_characteristic(engine.dialect, lent.dbapi_connection, value)
         lent._connection_record.finalize_callback.append(engine.reset)
 
+    def _commit_impl(self) -> None:
+        # As SQLAlchemy does, but for what is noted once all listeners have been heard: one of them may veto.
+        unit = self.unit
+        unit.before_commit()
+        if self._has_events or self.engine._has_events:
+            self.dispatch.commit(self)
+        if self._echo:
+            self._log_info("COMMIT")
+        unit.sending_commit()
+        try:
+            self.engine.dialect.do_commit(self.connection)
+        except BaseException as error:
+            self._handle_dbapi_exception(error, None, None, None, None)
+
 
 class UnitEngine(OptionEngine):
     """The engine as units see it: tells the unit when connecting begins, fails or is done."""
@@ -252,10 +266,6 @@ def _handle_error(context: ExceptionContext) -> None:
         raise ReadOnlyError(unit.read_only_message("a write was sent"))
 
 
-def _commit(connection: UnitConnection) -> None:
-    connection.unit.before_commit()
-
-
 def _rollback(connection: UnitConnection) -> None:
     connection.unit.before_rollback(sys.exception())
 
@@ -284,7 +294,6 @@ def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetS
 _LISTENERS: dict[str, Callable[..., Any]] = {
     "before_cursor_execute": _before_cursor_execute,
     "after_cursor_execute": _after_cursor_execute,
-    "commit": _commit,
     "rollback": _rollback,
     "savepoint": _savepoint,
     "rollback_savepoint": _rollback_savepoint,

@@ -85,7 +85,9 @@ async def _in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, An
 async def _stop(unit: UnitOfWork[Any]) -> None:
     """Do all that may fail before COMMIT, and then not commit."""
     await unit.session.flush()
-    raise _InVain
+    if not unit._transaction.hooks.before_commit:
+        raise _InVain
+    unit.before_commit(_stop, unit)  # behind those that the flush has registered
 
 
 class _InVain(Exception):  # noqa: N818  # nobody sees it

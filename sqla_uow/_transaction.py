@@ -381,7 +381,7 @@ class Transaction:
             self.damage.add(cause, hard=True, failure=failure)
 
     def before_commit(self) -> None:
-        """The engine is about to send COMMIT: only ours, only a sound one."""
+        """COMMIT was asked for: only ours, only a sound one."""
         if self.phase is not Phase.COMMITTING or not self.is_ending_here():
             error = PropagationError(
                 f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
@@ -390,6 +390,9 @@ class Transaction:
             self.damage.add(error, hard=True)
             raise error
         self.check_sound()
+
+    def sending_commit(self) -> None:
+        """COMMIT is being handed to the driver: from here on its outcome may be unknown."""
         if self.database.is_open(self.connection):
             self.phase = Phase.SENT
 

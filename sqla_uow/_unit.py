@@ -88,7 +88,7 @@ class UnitOfWork(Generic[S]):
             TypeError: `hook` cannot be called.
         """
         hooks = self._transaction.hooks.after_commit
-        if being_run() is not hooks:  # a hook of this unit may register further ones
+        if being_run("after_commit") is not hooks:  # a hook of this unit may register further ones
             hooks = self._open_hooks().after_commit
         hooks.append(Hook.of(hook, args, kwargs))
 
@@ -104,10 +104,17 @@ class UnitOfWork(Generic[S]):
             NoUnitError: the unit has ended.
             TypeError: `hook` cannot be called.
         """
-        self._open_hooks().before_commit.append(Hook.of(hook, args, kwargs))
+        hooks = self._open_hooks()
+        if self._transaction.phase.is_ending:  # it would be forgotten: its COMMIT, or its ROLLBACK, is on the way
+            raise NoUnitError(
+                f"{self._transaction.name} is ending and runs no more before_commit hooks; register it before"
+            )
+        hooks.before_commit.append(Hook.of(hook, args, kwargs))
 
     def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
+
+        A hook may register further ones, which run after those that wait already.
 
         Args:
             hook: sync or async; what it returns is ignored.
@@ -118,7 +125,10 @@ class UnitOfWork(Generic[S]):
             NoUnitError: the unit has ended.
             TypeError: `hook` cannot be called.
         """
-        self._open_hooks().after_rollback.append(Hook.of(hook, args, kwargs))
+        hooks = self._transaction.hooks.after_rollback
+        if being_run("after_rollback") is not hooks:
+            hooks = self._open_hooks().after_rollback
+        hooks.append(Hook.of(hook, args, kwargs))
 
     def doom(self, reason: str | None = None) -> None:
         """Roll back at the end; SQL is refused from now on.
