@@ -286,7 +286,7 @@ class Attempt(Generic[S]):
         links = {id(link) for link in chained}
         mark = transaction.damage.mark
         if mark is not None and mark.failure is not None and mark.failure.retryable:
-            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)
+            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE_PLAN)
             # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
             aftermath = any(isinstance(link, PendingRollbackError) for link in chained)
             if forced or aftermath or id(mark.cause) in links or id(mark.failure.error) in links:

@@ -257,6 +257,7 @@ def _handle_error(context: ExceptionContext) -> None:
         # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend it on as it is.
         context.is_disconnect = True
         context.invalidate_pool_on_disconnect = False
+    _let_go_of_stale_plans(context, error, connection.dialect.driver)
     if isinstance(error, asyncio.CancelledError) and unit.phase is not Phase.SENT and not connection.invalidated:
         settle(connection, getattr(context.execution_context, "cursor", None))
     explain(context.sqlalchemy_exception, connection.dialect.driver)
@@ -264,6 +265,20 @@ def _handle_error(context: ExceptionContext) -> None:
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:
         raise ReadOnlyError(unit.read_only_message("a write was sent"))
+
+
+def _let_go_of_stale_plans(context: ExceptionContext, error: BaseException, driver: str) -> None:
+    """Have the pool renew what was prepared before a migration, so that a call meets it once, not once a connection.
+
+    SQLAlchemy does so itself for the plans of asyncpg.  Of what a pooler has forgotten only this connection is given up:
+    where that is a matter of settings, all would be, again and again.
+    """
+    failure = classify(error) if isinstance(error, Exception) else None
+    if failure is None or failure.kind is not Kind.STALE_PLAN:
+        return
+    if not (driver == "asyncpg" and failure.code in ("0A000", "XX000")):
+        context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = failure.code not in ("26000", "42P05")
 
 
 def _rollback(connection: UnitConnection) -> None:
