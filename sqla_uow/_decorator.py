@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
+from sqla_uow._arguments import NOTHING, find_used, keep, leaves_all
 from sqla_uow._attempts import Attempts, rehearsals
 from sqla_uow._context import locate
 from sqla_uow._isolation import check_level
@@ -141,6 +142,9 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
             async with join(unit, options):
                 return await function(*args, **kwargs)
         attempts = Attempts(manager, options)
+        if attempts.retries or rehearsals:
+            used = None if leaves_all(args, kwargs) else find_used(args, kwargs)
+            attempts.called = function, args, kwargs, await keep(used) if used else NOTHING
         for rehearse in rehearsals:
             await rehearse(attempts, functools.partial(function, *args, **kwargs))
         result: Any = None

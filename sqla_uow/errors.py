@@ -188,7 +188,10 @@ class TransactionTimeoutError(UnitOfWorkError, TimeoutError):
 
 
 class InstanceReuseError(UnitOfWorkError, RuntimeError):
-    """An ORM object that a failed attempt attached or loaded was put into the next attempt's session."""
+    """An ORM object that a failed attempt attached or loaded was put into the next attempt's session.
+
+    Or the next attempt was to be given an argument that a failed one has used up: a generator, a file that cannot be rewound.
+    """
 
 
 class AmbiguousCommitError(UnitOfWorkError):
