@@ -26,6 +26,7 @@ from sqla_uow.errors import (
     AfterCommitError,
     AmbiguousCommitError,
     PropagationError,
+    RollbackOnlyError,
     StaleVersionError,
     TransactionTimeoutError,
     UnitOfWorkError,
@@ -294,9 +295,23 @@ class Attempt(Generic[S]):
         refused = transaction.connect_failure
         if refused is not None and refused.retryable and id(refused.error) in links:
             return refused
+        if self._was_chosen(transaction, error, links):
+            return Failure(Kind.CHOSEN, None, error)
         if options.retry_on is not None and ask(options.retry_on, f"retry_on of {options.who}", error):
             return Failure(Kind.CHOSEN, None, error)
         return None
+
+    def _was_chosen(self, transaction: Transaction, error: Exception, links: set[int]) -> bool:
+        """Say whether a joined call has said to retry what this unit ends with."""
+        chosen, mark = transaction.chosen, transaction.damage.mark
+        if chosen is None or id(chosen) in links:
+            return chosen is not None
+        # The outer function has swallowed it; what dooms the unit may be what it came from.
+        return (
+            isinstance(error, RollbackOnlyError)
+            and mark is not None
+            and any(one is mark.cause for one in chain(chosen))
+        )
 
 
 def _is_timeout(error: Exception) -> bool:

@@ -28,7 +28,7 @@ from sqla_uow._rollback import (
     roll_back,
     wait_briefly,
 )
-from sqla_uow._session import has_changes
+from sqla_uow._session import has_changes, wait_for_locks
 from sqla_uow._settle import cut
 from sqla_uow._shield import Shielded, shielded
 from sqla_uow._transaction import Phase, Transaction
@@ -38,6 +38,7 @@ from sqla_uow.typing import Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
     from sqla_uow._unit import UnitOfWork
@@ -69,15 +70,8 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
             transaction.check_sound()
         if guard is not None:
             guard()
-        session = unit._session
-        if session is not None and has_changes(session.sync_session):
-            await session.flush()
-            if hooks or has_changes(session.sync_session):  # of listeners
-                continue
-        if session is not None and transaction.versions is not None and not transaction.read_only:
-            await session.run_sync(transaction.versions.check_unwritten)
-            if hooks or has_changes(session.sync_session):
-                continue
+        if unit._session is not None and not await _is_settled(unit._session, transaction):
+            continue
         transaction.owner.check()
         # In the same step of the loop: from here on another task's statement would run under COMMIT.
         transaction.seal(Phase.COMMITTING)
@@ -86,6 +80,22 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
         f"the end of {transaction.name} made more work {ROUNDS} times over: {_unfinished(hooks)}; let hooks and listeners "
         "come to an end, or do their work in the body"
     )
+
+
+async def _is_settled(session: AsyncSession, transaction: Transaction) -> bool:
+    """Flush and check; say whether no listener has made more work by that."""
+    sync_session, hooks = session.sync_session, transaction.hooks.before_commit
+    if has_changes(sync_session):
+        await session.flush()
+        if hooks or has_changes(sync_session):
+            return False
+    if transaction.versions is not None and not transaction.read_only:
+        await session.run_sync(transaction.versions.check_unwritten)
+        if hooks or has_changes(sync_session):
+            return False
+    if transaction.lifts_lock_wait:
+        await session.run_sync(wait_for_locks)  # COMMIT may check constraints
+    return True
 
 
 def _unfinished(hooks: list[Hook]) -> str:

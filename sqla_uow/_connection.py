@@ -20,7 +20,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
-from sqla_uow._isolation import limit_statement, restore_sqlite
+from sqla_uow._isolation import lift_lock_wait, limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
 from sqla_uow._settle import settle
 from sqla_uow._transaction import Phase, Transaction
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sqla_uow._database import Database
     from sqla_uow._replicas import Replicas
 
-__all__ = ["UnitConnection", "UnitEngine", "install"]
+__all__ = ["UnitConnection", "UnitEngine", "install", "lift"]
 
 
 class UnitConnection(Connection):
@@ -174,6 +174,8 @@ def _before_cursor_execute(
     many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> tuple[str, Any]:
     unit = connection.unit
+    if unit.lifts_lock_wait and unit.is_calm() and not unit.rolling_back_to_savepoint:
+        lift(connection)
     # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
     writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
     unit.before_statement(writes=writes)
@@ -190,6 +192,15 @@ def _before_cursor_execute(
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
+
+
+def lift(connection: UnitConnection) -> None:
+    """Lift the limit of an attempt that has become the last; another statement may be about to be sent."""
+    unit = connection.unit
+    pending, wrote = unit.pending_savepoint, unit.wrote
+    unit.lifts_lock_wait, unit.pending_savepoint = False, None
+    lift_lock_wait(connection)
+    unit.lifted_lock_wait, unit.pending_savepoint, unit.wrote = True, pending, wrote
 
 
 # SQLite's BEGIN is ours, or the user's own recipe; MariaDB's commits what is open, but for its BEGIN NOT ATOMIC blocks.
@@ -295,6 +306,7 @@ def _rollback_savepoint(connection: UnitConnection, name: str, _context: None) -
     unit.damage.roll_back(name)
     unit.damage.leave(name)
     unit.rolling_back_to_savepoint = True
+    unit.lifts_lock_wait = unit.lifts_lock_wait or unit.lifted_lock_wait  # SET LOCAL is undone as well
 
 
 def _release_savepoint(connection: UnitConnection, name: str, _context: None) -> None:

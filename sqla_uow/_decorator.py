@@ -78,6 +78,7 @@ def transactional(
         retry: how long to wait between attempts; None is the manager's.
         retry_on: called with the exception where nothing says that it can be retried; return True to retry.  For one
             function that knows better: an allocator of keys that wants to try another one after a unique violation.
+            Where the function joins a unit, the owner of that retries.
 
     Raises:
         TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type, or an async `retry_on`.

@@ -20,6 +20,7 @@ __all__ = [
     "check_level",
     "engine_options",
     "is_weaker_or_same",
+    "lift_lock_wait",
     "limit_statement",
     "milliseconds",
     "opening",
@@ -148,6 +149,12 @@ def opening(
 def milliseconds(seconds: float) -> str:
     """Spell a time limit for PostgreSQL, where 0 would be none."""
     return f"{max(1, round(seconds * 1000))}ms"
+
+
+def lift_lock_wait(connection: Connection) -> None:
+    """Let the transaction wait for locks as long as its connection does by itself, as far as that is known."""
+    own = connection.info.get("sqla_uow.limits", {}).get("lock_timeout")
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {'DEFAULT' if own is None else int(own)}")
 
 
 def _limit_postgresql(connection: Connection, seconds: float) -> None:

@@ -85,6 +85,7 @@ class Transaction:
         "__weakref__",
         "_required",
         "attached",
+        "chosen",
         "clock",
         "closer",
         "connect_failure",
@@ -98,6 +99,8 @@ class Transaction:
         "isolation",
         "joined",
         "last_write",
+        "lifted_lock_wait",
+        "lifts_lock_wait",
         "lock_wait",
         "name",
         "on_rollback",
@@ -153,6 +156,9 @@ class Transaction:
         self.joined: int = 0
         self.slot: Slot | None = None
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
+        self.lifts_lock_wait: bool = False  # with the next statement
+        self.lifted_lock_wait: bool = False
+        self.chosen: BaseException | None = None  # an error that the `retry_on` of a joined call has said to retry
         self.wrote: bool = False
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint: bool = False
@@ -272,6 +278,14 @@ class Transaction:
             self.connect_failure = classify(error, connecting=True)
             # A failed statement like any other: swallowed, it must not end in a commit of the rest.
             self.damage.add(error, failure=self.connect_failure)
+
+    def wait_for_locks(self) -> None:
+        """Wait for locks as the last attempt does, from the next statement on."""
+        if self.lock_wait is None:
+            return
+        self.lock_wait = None
+        told = self.connection is not None and self.database.family == "postgresql" and self.database.server is None
+        self.lifts_lock_wait = told
 
     def give_back_turn(self) -> None:
         turns = self.database.turns()

@@ -30,18 +30,30 @@ class UnitOfWork(Generic[S]):
 
     Attributes:
         attempt: which run of the body this is, from 1.
-        is_last_attempt: whether a retryable failure of this one will reach the caller.  Set it to True in a body that has
-            done what cannot be done again.
     """
 
-    __slots__ = ("__weakref__", "_final", "_session", "_transaction", "attempt", "is_last_attempt")
+    __slots__ = ("__weakref__", "_final", "_is_last", "_session", "_transaction", "attempt")
 
     def __init__(self, transaction: Transaction, *, attempt: int = 1, is_last_attempt: bool = True) -> None:
         self._transaction = transaction
         self._session: S | None = None
         self._final: Status | None = None
         self.attempt: int = attempt
-        self.is_last_attempt: bool = is_last_attempt
+        self._is_last: bool = is_last_attempt
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether a retryable failure of this attempt will reach the caller.
+
+        Set it to True in a body that has done what cannot be done again; it then waits for locks as a last attempt does.
+        """
+        return self._is_last
+
+    @is_last_attempt.setter
+    def is_last_attempt(self, is_last: bool) -> None:
+        self._is_last = is_last
+        if is_last:
+            self._transaction.wait_for_locks()
 
     @property
     def session(self) -> S:
