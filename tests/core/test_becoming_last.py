@@ -31,13 +31,14 @@ async def held(db):
         )
         return bool(await db.rows(query))
 
+    async def waited_or(gone):
+        return gone.done() or await waited()
+
     async def hold(gone):
         async with db.outside() as other:
             await other.execute(text(LOCK))
             locked.set()
-            while not gone.done() and not await waited():
-                await asyncio.sleep(0.02)
-            locked.clear()
+            await until(lambda: waited_or(gone))
 
     return locked, hold
 
