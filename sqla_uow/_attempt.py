@@ -16,6 +16,7 @@ from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._commit import commit, prepare
 from sqla_uow._context import last_write_of
 from sqla_uow._places import UnitPlace
+from sqla_uow._predicates import ask
 from sqla_uow._records import record
 from sqla_uow._rollback import Ended, roll_back
 from sqla_uow._tasks import pop, push
@@ -25,6 +26,7 @@ from sqla_uow.errors import (
     AfterCommitError,
     AmbiguousCommitError,
     PropagationError,
+    RollbackOnlyError,
     StaleVersionError,
     TransactionTimeoutError,
     UnitOfWorkError,
@@ -152,6 +154,10 @@ class Attempt(Generic[S]):
             try:
                 final = not await self._retry(unit, ended, sys._getframe(1))
             except BaseException as raised:
+                if (
+                    raised.__context__ is None and raised is not ended.error
+                ):  # of a predicate: say what it was asked about
+                    raised.__context__ = ended.error
                 outcome = raised
                 raise
             if not final:
@@ -281,7 +287,7 @@ class Attempt(Generic[S]):
         links = {id(link) for link in chained}
         mark = transaction.damage.mark
         if mark is not None and mark.failure is not None and mark.failure.retryable:
-            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)
+            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE_PLAN)
             # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
             aftermath = any(isinstance(link, PendingRollbackError) for link in chained)
             if forced or aftermath or id(mark.cause) in links or id(mark.failure.error) in links:
@@ -289,9 +295,23 @@ class Attempt(Generic[S]):
         refused = transaction.connect_failure
         if refused is not None and refused.retryable and id(refused.error) in links:
             return refused
-        if options.retry_on is not None and options.retry_on(error):
+        if self._was_chosen(transaction, error, links):
+            return Failure(Kind.CHOSEN, None, error)
+        if options.retry_on is not None and ask(options.retry_on, f"retry_on of {options.who}", error):
             return Failure(Kind.CHOSEN, None, error)
         return None
+
+    def _was_chosen(self, transaction: Transaction, error: Exception, links: set[int]) -> bool:
+        """Say whether a joined call has said to retry what this unit ends with."""
+        chosen, mark = transaction.chosen, transaction.damage.mark
+        if chosen is None or id(chosen) in links:
+            return chosen is not None
+        # The outer function has swallowed it; what dooms the unit may be what it came from.
+        return (
+            isinstance(error, RollbackOnlyError)
+            and mark is not None
+            and any(one is mark.cause for one in chain(chosen))
+        )
 
 
 def _is_timeout(error: Exception) -> bool:

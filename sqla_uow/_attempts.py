@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
+from sqla_uow._arguments import Called, renew
 from sqla_uow._attempt import Attempt
 from sqla_uow._classify import Failure, Kind
 from sqla_uow._context import surroundings
@@ -17,7 +18,13 @@ from sqla_uow._instances import Tainted, taint
 from sqla_uow._loops import Loop, leads_back, loop_of
 from sqla_uow._observing import Times, tell_attempt, tell_outcome, tell_retry
 from sqla_uow._records import record
-from sqla_uow.errors import ConflictError, RollbackOnlyError, StaleVersionError, TransactionTimeoutError
+from sqla_uow.errors import (
+    ConflictError,
+    InstanceReuseError,
+    RollbackOnlyError,
+    StaleVersionError,
+    TransactionTimeoutError,
+)
 from sqla_uow.events import Call
 from sqla_uow.typing import Status
 
@@ -50,7 +57,7 @@ class Attempts(Generic[S]):
     """As many runs as the retries allow, or one that commits: `next` as long as there are `more`."""
 
     __slots__ = (
-        "attempt", "call", "deadline", "enclosing", "function", "gate", "given_up", "manager", "more", "observers",
+        "attempt", "call", "called", "deadline", "enclosing", "function", "gate", "given_up", "manager", "more", "observers",
         "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout", "times",
     )  # fmt: skip
 
@@ -73,6 +80,7 @@ class Attempts(Generic[S]):
         self.function = function or options  # whose calls take turns with this one
         self.gate: Gate | None = None
         self.given_up: Failure | None = None
+        self.called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
         self.observers = manager._observers
         if self.scope is not None and self.scope.observers:
             self.observers += self.scope.observers
@@ -116,11 +124,17 @@ class Attempts(Generic[S]):
 
         Raises:
             ConflictError: there is none.
+            InstanceReuseError: it would miss what this one has used up of the arguments.
             TransactionTimeoutError: the wait would cross the deadline.
         """
         is_last = is_last or self.attempt > self.retries
         if is_last or not self.will_go_on(frame):
             raise self.gave_up(failure, is_last=is_last) from error
+        if self.called is not None:
+            try:
+                await renew(Called._make(self.called), self.attempt)
+            except InstanceReuseError as refused:
+                raise refused from error
         wait = self.policy.delay(self.attempt - 1)
         if failure.kind in (Kind.NOT_STARTED, Kind.LOST):
             soonest = self.manager._database.budget.reserve(time.monotonic(), patience=self.policy.cap)

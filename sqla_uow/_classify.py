@@ -1,5 +1,8 @@
 """What an error means: retry, never retry, or not ours.  Decided by the driver's code, never by text or wrapper class.
 
+Some codes need a second look: PostgreSQL's 0A000 is permanent as a rule, but not where a plan has been overtaken by a
+migration.  The name of the server's function that raised it tells, which no translation changes.
+
 Where each driver keeps its code (measured, see the driver table in the docs): asyncpg and psycopg in ``sqlstate``;
 asyncmy, aiomysql and PyMySQL as an int in ``args[0]``; sqlite3 in ``sqlite_errorcode``; oracledb in ``args[0].code``;
 pyodbc as the SQLSTATE in ``args[0]``.
@@ -35,6 +38,7 @@ class Kind(enum.Enum):
     STALE = "stale version"
     NOT_STARTED = "not started"
     LOST = "lost connection"
+    STALE_PLAN = "stale plan"
     AMBIGUOUS = "ambiguous"
     READ_ONLY = "read only"
     SERVER_TIMEOUT = "server timeout"
@@ -43,9 +47,9 @@ class Kind(enum.Enum):
 
 
 RETRYABLE = frozenset(
-    {Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE, Kind.NOT_STARTED, Kind.LOST, Kind.CHOSEN},
+    {Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE, Kind.NOT_STARTED, Kind.LOST, Kind.STALE_PLAN, Kind.CHOSEN},
 )
-HARD = frozenset({Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.LOST})
+HARD = frozenset({Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.LOST, Kind.STALE_PLAN})
 """No savepoint brings the transaction back from these."""
 
 
@@ -77,9 +81,19 @@ _SQLSTATES = {
     "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, but for the DDL in it
     "57P03": Kind.NOT_STARTED,
     "53300": Kind.NOT_STARTED,
+    "26000": Kind.STALE_PLAN,  # the prepared statement is gone: a pooler gave us another session of the server
+    "42P05": Kind.STALE_PLAN,  # or is there already, of somebody else
     "25006": Kind.READ_ONLY,
     "57014": Kind.SERVER_TIMEOUT,
 }
+# What was prepared before a migration: the plan gives other columns now; the type of a parameter was dropped and made anew.
+_STALE_IF_RAISED_BY = {
+    "0A000": frozenset({"RevalidateCachedQuery"}),
+    "XX000": frozenset(
+        {"getTypeInputInfo", "getTypeBinaryInputInfo", "getTypeOutputInfo", "getTypeBinaryOutputInfo"},
+    ),
+}
+_OUTDATED = "OutdatedSchemaCacheError"  # asyncpg's own: a composite type has other attributes than it remembers
 # MariaDB: https://mariadb.com/kb/en/mariadb-error-code-reference/.  1020's SQLSTATE is HY000, so errno decides.
 _ERRNOS = {
     1213: Kind.CONFLICT,
@@ -103,8 +117,12 @@ _SQLITE = {5: Kind.CONFLICT, 6: Kind.CONFLICT, 8: Kind.READ_ONLY}
 _ORACLE = {8177: Kind.CONFLICT, 60: Kind.CONFLICT}
 _MSSQL = {1205: Kind.CONFLICT, 3960: Kind.CONFLICT}
 # Not 08P01, though a startup parameter that is not supported has it: with PgBouncer, so has a server that is away or full.
+_ADAPTER = "sqlalchemy.dialects.postgresql.asyncpg"
+"""Whose errors have no code where asyncpg's own, behind them, has one: InvalidCachedStatementError."""
 _CONNECT_PERMANENT_STATES = frozenset({"28P01", "28000", "3D000"})
 _CONNECT_PERMANENT_ERRNOS = frozenset({1044, 1045, 1049, 1698})
+# Of drivers, without a code: what was asked of them cannot be, today or tomorrow.
+_MISTAKES = frozenset({"ProgrammingError", "NotSupportedError", "DataError", "ClientConfigurationError"})
 
 
 def code_of(error: BaseException) -> str | int | None:
@@ -144,6 +162,9 @@ def classify(error: BaseException, *, connecting: bool = False) -> Failure | Non
         invalidated = error.connection_invalidated
         error = error.orig or error
     code = code_of(error)
+    if code is None and isinstance(error.__cause__, Exception) and type(error).__module__ == _ADAPTER:
+        error = error.__cause__
+        code = code_of(error)
     if connecting:
         return _classify_connect(error, code)
     kind = _kind(error, code)
@@ -155,7 +176,7 @@ def classify(error: BaseException, *, connecting: bool = False) -> Failure | Non
 
 def _kind(error: BaseException, code: str | int | None) -> Kind | None:
     if code is None:
-        return None
+        return Kind.STALE_PLAN if type(error).__name__ == _OUTDATED else None
     if hasattr(error, "sqlite_errorcode") and isinstance(code, int):
         return _SQLITE.get(code & 0xFF, Kind.PERMANENT)
     if isinstance(code, int):
@@ -163,16 +184,30 @@ def _kind(error: BaseException, code: str | int | None) -> Kind | None:
         return (_MSSQL if module.startswith("pymssql") else _ERRNOS).get(code, Kind.PERMANENT)
     if code.startswith("ORA-"):
         return _ORACLE.get(int(code[4:]), Kind.PERMANENT)
-    if code in _SQLSTATES:
-        return _SQLSTATES[code]
-    return Kind.LOST if code.startswith("08") else Kind.PERMANENT
+    if code in _STALE_IF_RAISED_BY and _raised_by(error) in _STALE_IF_RAISED_BY[code]:
+        return Kind.STALE_PLAN
+    return _SQLSTATES.get(code, Kind.LOST if code.startswith("08") else Kind.PERMANENT)
+
+
+def _raised_by(error: BaseException) -> str | None:
+    """Return the name of the function in PostgreSQL that raised it: a field of its message, as the code is."""
+    for one, name in (
+        (getattr(error, "diag", None), "source_function"),  # psycopg
+        (error, "server_source_function"),  # asyncpg
+        (error.__cause__, "server_source_function"),  # SQLAlchemy's error around it
+    ):
+        function = getattr(one, name, None)
+        if isinstance(function, str):
+            return function
+    return None
 
 
 def _classify_connect(error: BaseException, code: str | int | None) -> Failure | None:
     spelled = _spelled(error, code)
     if isinstance(error, Exception) and code is None:
         # psycopg gives no SQLSTATE at connect and asyncpg raises plain OSError; programming errors stay what they are.
-        refused = isinstance(error, OSError) or hasattr(error, "sqlstate") or _is_operational(error)
+        of_driver = hasattr(error, "sqlstate") or _is_a(error, frozenset({"OperationalError", "InterfaceError"}))
+        refused = isinstance(error, OSError) or (of_driver and not _is_a(error, _MISTAKES))
         return Failure(Kind.NOT_STARTED, None, error) if refused else None
     permanent = code in _CONNECT_PERMANENT_STATES or code in _CONNECT_PERMANENT_ERRNOS
     kind = _kind(error, code)
@@ -181,8 +216,8 @@ def _classify_connect(error: BaseException, code: str | int | None) -> Failure |
     return Failure(Kind.CONFLICT if kind is Kind.CONFLICT else Kind.NOT_STARTED, spelled, error)
 
 
-def _is_operational(error: BaseException) -> bool:
-    return any(base.__name__ in ("OperationalError", "InterfaceError") for base in type(error).__mro__)
+def _is_a(error: BaseException, names: frozenset[str]) -> bool:
+    return any(base.__name__ in names for base in type(error).__mro__)
 
 
 def _spelled(error: BaseException, code: str | int | None) -> str | None:

@@ -13,9 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow._classify import Failure, Kind, classify
-from sqla_uow._hooks import Hook, run_after_commit, run_after_rollback
+from sqla_uow._hooks import ROUNDS, Hook, HookOutcome, run_after_commit, run_after_rollback
 from sqla_uow._records import record
 from sqla_uow._rollback import (
     Ended,
@@ -27,16 +28,17 @@ from sqla_uow._rollback import (
     roll_back,
     wait_briefly,
 )
-from sqla_uow._session import has_changes
+from sqla_uow._session import has_changes, wait_for_locks
 from sqla_uow._settle import cut
 from sqla_uow._shield import Shielded, shielded
 from sqla_uow._transaction import Phase, Transaction
-from sqla_uow.errors import AfterCommitError, AmbiguousCommitError
+from sqla_uow.errors import AfterCommitError, AmbiguousCommitError, RollbackOnlyError
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
     from sqla_uow._unit import UnitOfWork
@@ -52,25 +54,54 @@ _ENDED_BEFORE = frozenset({"25P03", "25P04"})
 
 
 async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> None:
-    """Do what may still fail before COMMIT: hooks, checks, flush."""
+    """Do what may still fail before COMMIT: hooks, checks, flush; and again, for each may make work for the others.
+
+    Raises:
+        RollbackOnlyError: they never come to an end.
+    """
     transaction = unit._transaction
     if transaction.stream is not None:
         transaction.leave_stream()
     hooks = transaction.hooks.before_commit
-    while hooks:
-        await hooks.pop(0).run()
-    if transaction.damage.mark is not None:
-        transaction.check_sound()
-    if guard is not None:
-        guard()
-    session = unit._session
-    if session is not None and has_changes(session.sync_session):
+    for _ in range(ROUNDS):
+        for _ in range(len(hooks)):
+            await hooks.pop(0).run()
+        if hooks:
+            continue
+        if transaction.damage.mark is not None:
+            transaction.check_sound()
+        if guard is not None:
+            guard()
+        if unit._session is not None and not await _is_settled(unit._session, transaction):
+            continue
+        transaction.owner.check()
+        # In the same step of the loop: from here on another task's statement would run under COMMIT.
+        transaction.seal(Phase.COMMITTING)
+        return
+    raise RollbackOnlyError(
+        f"the end of {transaction.name} made more work {ROUNDS} times over: {_unfinished(hooks)}; let hooks and listeners "
+        "come to an end, or do their work in the body"
+    )
+
+
+async def _is_settled(session: AsyncSession, transaction: Transaction) -> bool:
+    """Flush and check; say whether no listener has made more work by that."""
+    sync_session, hooks = session.sync_session, transaction.hooks.before_commit
+    if has_changes(sync_session):
         await session.flush()
-    if session is not None and transaction.versions is not None and not transaction.read_only:
+        if hooks or has_changes(sync_session):
+            return False
+    if transaction.versions is not None and not transaction.read_only:
         await session.run_sync(transaction.versions.check_unwritten)
-    transaction.owner.check()
-    # In the same step of the loop: from here on another task's statement would run under COMMIT.
-    transaction.seal(Phase.COMMITTING)
+        if hooks or has_changes(sync_session):
+            return False
+    if transaction.lifts_lock_wait:
+        await session.run_sync(wait_for_locks)  # COMMIT may check constraints
+    return True
+
+
+def _unfinished(hooks: list[Hook]) -> str:
+    return f"the before_commit hook {hooks[0].name} is due again" if hooks else "objects are changed in each flush"
 
 
 async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
@@ -86,7 +117,9 @@ async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
         return await _committed(unit, None)
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
     work = partial(session.run_sync, _commit_and_close, transaction, witness)
-    limit = math.inf if transaction.deadline is None else max(0.0, transaction.deadline - transaction.clock())
+    limit = math.inf if transaction.deadline is None else transaction.deadline - transaction.clock()
+    if limit <= 0:  # of a body that held up the loop, so that no timer came
+        return await roll_back(unit, TimeoutError("the deadline passed before COMMIT was sent"))
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await failure_of(outcome.task, transaction)
     if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
@@ -148,15 +181,17 @@ def _raise(error: Exception) -> None:
 
 
 def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failure | None:
-    """Say what an error of COMMIT means: answered with a refusal, never sent, or unknown."""
-    sent = transaction.phase is Phase.SENT
+    """Say what an error of COMMIT means: answered with a refusal, or unknown; None where it was never sent."""
+    if transaction.phase is not Phase.SENT:
+        # Of a listener, it may be of another database: what our connection has reported is known by its mark.
+        return classify(error) if isinstance(error, StaleDataError) else None
     if isinstance(error, DBAPIError):
         failure = classify(error)
         unknown = failure is not None and failure.kind is Kind.LOST and failure.code not in _ENDED_BEFORE
     else:
         failure = classify(error) if isinstance(error, Exception) else None
         unknown = failure is None
-    if sent and not transaction.read_only and (unknown or (failure is not None and failure.kind is Kind.AMBIGUOUS)):
+    if not transaction.read_only and (unknown or (failure is not None and failure.kind is Kind.AMBIGUOUS)):
         return Failure(Kind.AMBIGUOUS, None if failure is None else failure.code, error)
     if failure is not None and failure.kind is Kind.AMBIGUOUS:
         return Failure(Kind.LOST, failure.code, error)
@@ -216,18 +251,22 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     release(transaction, committed=True)
     failures: list[Exception] = []
     hooks = transaction.hooks
+    ran = HookOutcome(None, cancelled)
     if hooks.after_commit:
-        failures, cancelled = await run_after_commit(hooks, transaction.name, cancelled)
+        failures, ran = await run_after_commit(hooks, transaction.name, cancelled)
+    ends = ran.fatal
     if hooks.undone:
         hooks.after_rollback.clear()
-        cancelled = await run_after_rollback(hooks, transaction.name, cancelled)
-    if cancelled is not None:
+        ran = await run_after_rollback(hooks, transaction.name, ran.cancelled)
+        ends = ends or ran.fatal
+    ends = ends or ran.cancelled
+    if ends is not None:
         for failure in failures:
             record(
                 logging.ERROR, "after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure,
                 function=transaction.name, error=failure,
             )  # fmt: skip
-        return Ended(noted(cancelled, unit))
+        return Ended(noted(ends, unit))
     if failures:
         plural = "hook" if len(failures) == 1 else "hooks"
         return Ended(

@@ -25,7 +25,7 @@ from sqlalchemy.util import await_only
 from sqla_uow._classify import Kind, classify
 from sqla_uow._driver import CommitAnswer, begin_now, raw_connection, tell_raw_calls
 from sqla_uow._driver_state import Ended, State, in_transaction, is_fit, state_of
-from sqla_uow._isolation import limit_statement, restore_sqlite
+from sqla_uow._isolation import lift_lock_wait, limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
 from sqla_uow._records import record
 from sqla_uow._settle import settle
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sqla_uow._database import Database
     from sqla_uow._replicas import Replicas
 
-__all__ = ["UnitConnection", "UnitEngine", "install"]
+__all__ = ["UnitConnection", "UnitEngine", "install", "lift"]
 
 
 class UnitConnection(Connection):
@@ -154,13 +154,16 @@ class UnitConnection(Connection):
             self._is_disconnect = True  # raw from the socket, which SQLAlchemy does not know as an error of the driver
         # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend it on as it is.
         undone = statement is None and context is None and unit.phase in (Phase.ACTIVE, Phase.ENDING)
+        stale = _stale_plans(e, self.dialect.driver)
+        if stale is _Stale.IN_THE_POOL:
+            self._is_disconnect = True
         if isinstance(e, asyncio.CancelledError) and unit.phase is not Phase.SENT and not self.invalidated:
             settle(self, getattr(context, "cursor", None))
         try:
             super()._handle_dbapi_exception(e, statement, parameters, cursor, context, is_sub_exec)
         except BaseException as shown:
             explain(shown, self.dialect.driver)
-            if undone and not self.invalidated:
+            if (undone or stale is _Stale.HERE) and not self.invalidated:
                 self.invalidate(e)
                 if isinstance(shown, DBAPIError):
                     shown.connection_invalidated = True
@@ -300,6 +303,8 @@ def _before_cursor_execute(
     many: bool,  # noqa: FBT001  # SQLAlchemy's signature
 ) -> tuple[str, Any]:
     unit = connection.unit
+    if unit.lifts_lock_wait and unit.is_calm() and not unit.rolling_back_to_savepoint:
+        lift(connection)
     # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
     writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
     unit.before_statement(writes=writes)
@@ -318,6 +323,15 @@ def _before_cursor_execute(
     if unit.deadline is not None and unit.database.limits_statements and not many:
         statement = limit_statement(statement, unit.deadline - unit.clock())
     return statement, parameters
+
+
+def lift(connection: UnitConnection) -> None:
+    """Lift the limit of an attempt that has become the last; another statement may be about to be sent."""
+    unit = connection.unit
+    pending, wrote = unit.pending_savepoint, unit.wrote
+    unit.lifts_lock_wait, unit.pending_savepoint = False, None
+    lift_lock_wait(connection)
+    unit.lifted_lock_wait, unit.pending_savepoint, unit.wrote = True, pending, wrote
 
 
 # SQLite's BEGIN is ours, or the user's own recipe; MariaDB's commits what is open, but for its BEGIN NOT ATOMIC blocks.
@@ -437,6 +451,27 @@ def _ended(connection: UnitConnection, unit: Transaction, how: Ended) -> None:
     unit.ended_by_statement(how)
 
 
+class _Stale(enum.Enum):
+    """What has been prepared before a migration, or by another client of a pooler."""
+
+    HERE = "on this connection"
+    IN_THE_POOL = "on all connections of the pool"
+
+
+def _stale_plans(error: BaseException, driver: str) -> _Stale | None:
+    """Say what the pool must renew of what was prepared, so that a call meets it once, not once a connection.
+
+    SQLAlchemy does so itself for the plans of asyncpg.  Of what a pooler has forgotten only this connection is given up:
+    where that is a matter of settings, all would be, again and again.
+    """
+    failure = classify(error) if isinstance(error, Exception) else None
+    if failure is None or failure.kind is not Kind.STALE_PLAN:
+        return None
+    if driver == "asyncpg" and failure.code in ("0A000", "XX000"):
+        return None
+    return _Stale.HERE if failure.code in ("26000", "42P05") else _Stale.IN_THE_POOL
+
+
 def _rollback(connection: UnitConnection) -> None:
     connection.unit.before_rollback(sys.exception())
     connection.unit.close_left_stream()
@@ -453,6 +488,7 @@ def _rollback_savepoint(connection: UnitConnection, name: str, _context: None) -
     unit.damage.roll_back(name)
     unit.damage.leave(name)
     unit.rolling_back_to_savepoint = True
+    unit.lifts_lock_wait = unit.lifts_lock_wait or unit.lifted_lock_wait  # SET LOCAL is undone as well
 
 
 def _release_savepoint(connection: UnitConnection, name: str, _context: None) -> None:

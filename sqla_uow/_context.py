@@ -162,7 +162,7 @@ def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -
     try:
         unit = _unit_for_hooks("after_commit")
     except NoUnitError:
-        hooks = being_run()
+        hooks = being_run("after_commit")
         if hooks is None:
             raise
         hooks.append(Hook.of(hook, args, kwargs))
@@ -188,6 +188,8 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
 def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` after a rollback of the current unit or savepoint; see `UnitOfWork.after_rollback`.
 
+    In an `after_rollback` hook, outside any unit, it adds to the hooks that are being run.
+
     Args:
         hook: sync or async; what it returns is ignored.
         args: passed to it.
@@ -197,4 +199,12 @@ def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs)
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
-    _unit_for_hooks("after_rollback").after_rollback(hook, *args, **kwargs)
+    try:
+        unit = _unit_for_hooks("after_rollback")
+    except NoUnitError:
+        hooks = being_run("after_rollback")
+        if hooks is None:
+            raise
+        hooks.append(Hook.of(hook, args, kwargs))
+    else:
+        unit.after_rollback(hook, *args, **kwargs)

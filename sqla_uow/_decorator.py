@@ -6,6 +6,7 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
+from sqla_uow._arguments import NOTHING, find_used, keep, leaves_all
 from sqla_uow._attempts import Attempts, rehearsals
 from sqla_uow._context import locate
 from sqla_uow._isolation import check_level
@@ -77,9 +78,10 @@ def transactional(
         retry: how long to wait between attempts; None is the manager's.
         retry_on: called with the exception where nothing says that it can be retried; return True to retry.  For one
             function that knows better: an allocator of keys that wants to try another one after a unique violation.
+            Where the function joins a unit, the owner of that retries.
 
     Raises:
-        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type.
+        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type, or an async `retry_on`.
         ValueError: at decoration, or at the call for what depends on the database: an option that cannot be.
 
     Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
@@ -141,6 +143,9 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
             async with join(unit, options):
                 return await function(*args, **kwargs)
         attempts = Attempts(manager, options)
+        if attempts.retries or rehearsals:
+            used = None if leaves_all(args, kwargs) else find_used(args, kwargs)
+            attempts.called = function, args, kwargs, await keep(used) if used else NOTHING
         for rehearse in rehearsals:
             await rehearse(attempts, functools.partial(function, *args, **kwargs))
         result: Any = None

@@ -8,23 +8,24 @@ import inspect
 import itertools
 import logging
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from sqla_uow._records import record
-from sqla_uow._shield import Shielded, shielded
+from sqla_uow._shield import shielded
 from sqla_uow._tasks import running_task
 from sqla_uow.errors import UnitOfWorkError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
-__all__ = ["Hook", "Hooks", "being_run", "run_after_commit", "run_after_rollback", "takers"]
-
-T = TypeVar("T")
+__all__ = ["ROUNDS", "Hook", "HookOutcome", "Hooks", "being_run", "run_after_commit", "run_after_rollback", "takers"]
 
 HOOK_SECONDS = 10.0
 """How long the hooks may still take after their caller was cancelled."""
+
+ROUNDS = 100
+"""How often hooks may make more hooks, or work for the next flush: as often as SQLAlchemy flushes before it gives up."""
 
 _numbers = itertools.count()
 
@@ -95,82 +96,110 @@ class Hooks:
         del self.after_rollback[mark[2] :]
 
 
-_running: WeakKeyDictionary[asyncio.Task[Any], list[Hook]] = WeakKeyDictionary()
+_Kind: TypeAlias = Literal["after_commit", "after_rollback"]
+
+_running: WeakKeyDictionary[asyncio.Task[Any], tuple[_Kind, list[Hook]]] = WeakKeyDictionary()
 
 
-def being_run() -> list[Hook] | None:
-    """Return the hooks that this task is running, to which a hook may add."""
+def being_run(kind: _Kind) -> list[Hook] | None:
+    """Return the hooks of this kind that this task is running, to which a hook may add."""
     task = running_task()
-    return None if task is None else _running.get(task)
+    running = None if task is None else _running.get(task)
+    return running[1] if running is not None and running[0] == kind else None
 
 
-_Cancelled = asyncio.CancelledError | None
+_Cancelled: TypeAlias = "asyncio.CancelledError | None"
+_Note: TypeAlias = "Callable[[Hook, Exception], None]"
 
 
-async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tuple[list[Exception], _Cancelled]:
-    """Run the hooks of a commit; return what they raised, and the cancellation of the caller, before or meanwhile."""
+class HookOutcome(NamedTuple):
+    """What came of hooks.
+
+    Attributes:
+        fatal: what one raised to end the program, or the test: no `Exception`, and no cancellation.
+        cancelled: the cancellation of the caller, before or meanwhile.
+    """
+
+    fatal: BaseException | None
+    cancelled: _Cancelled
+
+
+async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tuple[list[Exception], HookOutcome]:
+    """Run the hooks of a commit; return what they raised, too."""
     for take in takers:
         take(hooks.after_commit)
-    outcome = await _bounded(functools.partial(_run_collecting, hooks.after_commit), who, cancelled)
-    return outcome.task.result() if outcome.finished else [], cancelled or outcome.cancelled
+    failures: list[Exception] = []
+    return failures, await _bounded(
+        ("after_commit", hooks.after_commit), who, lambda _, error: failures.append(error), cancelled
+    )
 
 
-async def run_after_rollback(hooks: Hooks, who: str, cancelled: _Cancelled) -> _Cancelled:
-    """Run the hooks of what was rolled back; return the cancellation of the caller, before or meanwhile."""
-    due = hooks.due_after_rollback()
-    if due:
-        outcome = await _bounded(functools.partial(_run_best_effort, due), who, cancelled)
-        cancelled = cancelled or outcome.cancelled
-    return cancelled
+async def run_after_rollback(hooks: Hooks, who: str, cancelled: _Cancelled) -> HookOutcome:
+    """Run the hooks of what was rolled back, and log what they raise: why it was is what the caller must see."""
+    due, hooks.undone = hooks.due_after_rollback(), []
+    hooks.after_rollback[:] = due  # where further ones are added
+    if not due:
+        return HookOutcome(None, cancelled)
+    return await _bounded(("after_rollback", hooks.after_rollback), who, _log, cancelled)
 
 
-async def _bounded(work: Callable[[], Coroutine[Any, Any, T]], who: str, cancelled: _Cancelled) -> Shielded[T]:
+async def _bounded(running: tuple[_Kind, list[Hook]], who: str, note: _Note, cancelled: _Cancelled) -> HookOutcome:
+    work = functools.partial(_run, running, who, note)
     outcome = await shielded(work, grace=HOOK_SECONDS, limit=math.inf if cancelled is None else HOOK_SECONDS)
     if outcome.stop():
         record(
             logging.ERROR, "hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS,
             function=who,
         )  # fmt: skip
-    return outcome
+    return HookOutcome(outcome.task.result() if outcome.finished else None, cancelled or outcome.cancelled)
 
 
-async def _run_collecting(hooks: list[Hook]) -> list[Exception]:
-    """Run all, also those that are registered meanwhile, and return what they raised; in a task of its own."""
+async def _run(running: tuple[_Kind, list[Hook]], who: str, note: _Note) -> BaseException | None:
+    """Run all, also those that are registered meanwhile, in a task of its own; return what is to end the program."""
     task = asyncio.current_task()
     assert task is not None
-    _running[task] = hooks
-    failures: list[Exception] = []
+    _running[task] = running
+    hooks = running[1]
+    fatal: BaseException | None = None
+    rounds, left = 0, len(hooks)
     while hooks:
+        if left == 0:
+            rounds, left = rounds + 1, len(hooks)
         hook = hooks.pop(0)
+        left -= 1
+        if rounds == ROUNDS:
+            note(hook, _endless(hook, who))
+            break
         try:
             await hook.run()
         except Exception as error:
-            failures.append(error)
+            note(hook, error)
         except asyncio.CancelledError as error:
             if task.cancelling():  # the time for hooks is up
                 raise
-            failures.append(_cancelled(hook, error))
-    return failures
+            note(hook, _cancelled(hook, error))
+        except BaseException as error:
+            # Raised on when all have run: let out of this task here, SystemExit would end the loop and forget the rest.
+            fatal = fatal or error
+    return fatal
+
+
+def _log(hook: Hook, error: Exception) -> None:
+    record(
+        logging.ERROR, "after_rollback hook %s failed; the rollback itself is done", hook.name,
+        exc_info=error, hook=hook.name, error=error,
+    )  # fmt: skip
+
+
+def _endless(hook: Hook, who: str) -> Exception:
+    return UnitOfWorkError(
+        f"hooks of {who} registered further hooks {ROUNDS} times over; {hook.name} is not run: let the chain end, "
+        "or call the next function directly"
+    )
 
 
 def _cancelled(hook: Hook, error: asyncio.CancelledError) -> Exception:
     """Make an exception of a cancellation that is the hook's own, such as that of a task it awaited."""
-    failure = UnitOfWorkError(f"after_commit hook {hook.name} awaited what was cancelled; let it catch that")
+    failure = UnitOfWorkError(f"hook {hook.name} awaited what was cancelled; let it catch that")
     failure.__cause__ = error
     return failure
-
-
-async def _run_best_effort(hooks: list[Hook]) -> None:
-    """Run all and log what they raise: the exception that rolled the unit back is what the caller must see."""
-    task = asyncio.current_task()
-    while hooks:
-        hook = hooks.pop(0)
-        try:
-            await hook.run()
-        except (Exception, asyncio.CancelledError) as error:
-            if task is not None and task.cancelling():
-                raise
-            record(
-                logging.ERROR, "after_rollback hook %s failed; the rollback itself is done", hook.name,
-                exc_info=error, hook=hook.name, error=error,
-            )  # fmt: skip

@@ -25,6 +25,7 @@ __all__ = [
     "check_level",
     "engine_options",
     "is_weaker_or_same",
+    "lift_lock_wait",
     "limit_statement",
     "milliseconds",
     "opening",
@@ -232,6 +233,12 @@ async def _send_asyncpg(adapted: Any, raw: Any, sql: str) -> None:
             await raw.execute(sql)
         except Exception as error:
             adapted._handle_exception(error)
+
+
+def lift_lock_wait(connection: Connection) -> None:
+    """Let the transaction wait for locks as long as its connection does by itself, as far as that is known."""
+    own = connection.info.get("sqla_uow.limits", {}).get("lock_timeout")
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {'DEFAULT' if own is None else int(own)}")
 
 
 def limit_statement(statement: str, seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
+from sqla_uow._predicates import ask
 from sqla_uow._records import record
 from sqla_uow._session import has_changes
 from sqla_uow._shield import shielded
@@ -60,9 +61,17 @@ class Joined(Generic[S]):
                 await flush(self._unit)
             except BaseException as raised:
                 transaction.damage.add(raised)
+                self.choose(raised)
                 raise
         else:
             transaction.damage.add(error)
+            self.choose(error)
+
+    def choose(self, error: BaseException) -> None:
+        """Ask the call's own `retry_on` whether the owner of the unit should run it again."""
+        retry_on, who = self._options.retry_on, self._options.who
+        if retry_on is not None and isinstance(error, Exception) and ask(retry_on, f"retry_on of {who}", error):
+            self._unit._transaction.chosen = error
 
 
 async def flush(unit: UnitOfWork[S]) -> None:
@@ -106,11 +115,13 @@ class Nested(Generic[S]):
             try:
                 unit._transaction.check_usable()
                 await unit.session.run_sync(lambda _: savepoint.commit())
-            except BaseException:
+            except BaseException as raised:
                 await self._roll_back(savepoint)
+                self._joined.choose(raised)
                 raise
         else:
             await self._roll_back(savepoint)
+            self._joined.choose(error)
 
     async def _roll_back(self, savepoint: SessionTransaction) -> None:
         """Roll back to the savepoint; its own trouble never hides why."""

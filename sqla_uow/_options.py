@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from sqla_uow._isolation import check_level
+from sqla_uow._predicates import check_sync
 from sqla_uow._retry import RetryPolicy
 from sqla_uow.typing import IsolationLevel, Propagation
 
@@ -44,10 +45,12 @@ class Options:
         check_retries(self.retries, self.who)
         check_timeout(self.timeout, self.who)
         check_policy(self.retry, self.who)
-        if self.retry_on is not None and not callable(self.retry_on):
-            raise TypeError(
-                f"{self.who} has retry_on={self.retry_on!r}; pass a function of the exception that returns a bool"
-            )
+        if self.retry_on is not None:
+            if not callable(self.retry_on):
+                raise TypeError(
+                    f"{self.who} has retry_on={self.retry_on!r}; pass a function of the exception that returns a bool"
+                )
+            check_sync(self.retry_on, f"retry_on of {self.who}")
 
 
 def block_options(**options: Any) -> Options:

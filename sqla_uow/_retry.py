@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sqla_uow._predicates import check_sync
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -31,7 +33,7 @@ class RetryPolicy:
         rng: returns a float between its two arguments.
 
     Raises:
-        TypeError: what is to be a function is none.
+        TypeError: what is to be a function is none; or `clock` or `rng` is async.
         ValueError: a bound is negative, not a number, or the cap is below the base; or `contention` is something else.
     """
 
@@ -51,6 +53,8 @@ class RetryPolicy:
         for name in ("clock", "sleep", "rng"):
             if not callable(value := getattr(self, name)):
                 raise TypeError(f"RetryPolicy({name}={value!r}) cannot be called; pass a function")
+            if name != "sleep":
+                check_sync(value, f"RetryPolicy({name}=...)")
         if self.contention not in ("auto", "off"):
             raise ValueError(
                 f"RetryPolicy(contention={self.contention!r}) is unknown; use 'auto' to let calls take turns under conflicts, "

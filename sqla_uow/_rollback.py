@@ -71,7 +71,10 @@ async def roll_back(unit: UnitOfWork[Any], error: BaseException | None, failure:
     release(transaction)
     if isinstance(error, asyncio.CancelledError):
         cancelled = error
-    cancelled = await run_after_rollback(transaction.hooks, transaction.name, cancelled)
+    fatal, cancelled = await run_after_rollback(transaction.hooks, transaction.name, cancelled)
+    if fatal is not None:
+        fatal.__context__ = fatal.__context__ or error
+        return Ended(fatal)
     if cancelled is not None and cancelled is not error:
         if error is not None:
             cancelled.__context__ = error
@@ -209,8 +212,9 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
     transaction.owner.release()
 
 
-def noted(cancelled: asyncio.CancelledError, unit: UnitOfWork[Any]) -> asyncio.CancelledError:
-    """Return the cancellation with the outcome as a note on it."""
+def noted(error: BaseException, unit: UnitOfWork[Any]) -> BaseException:
+    """Return a cancellation, or what a hook has raised to end the program, with the outcome as a note on it."""
     status = "unknown" if unit.status is Status.AMBIGUOUS else unit.status.value
-    cancelled.add_note(f"sqla_uow: cancelled; the outcome of {unit._transaction.name} is: {status}")
-    return cancelled
+    why = "cancelled" if isinstance(error, asyncio.CancelledError) else "raised by a hook"
+    error.add_note(f"sqla_uow: {why}; the outcome of {unit._transaction.name} is: {status}")
+    return error

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import classify
-from sqla_uow._connection import UnitEngine
+from sqla_uow._connection import UnitConnection, UnitEngine, lift
 from sqla_uow._driver_state import watch
 from sqla_uow._instances import check_attach, check_merge, describe
 from sqla_uow._isolation import opening
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sqla_uow._replicas import LastWrite
 
 
-__all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class"]
+__all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class", "wait_for_locks"]
 
 
 class UnitSession(Session):
@@ -166,6 +166,13 @@ class UnitSession(Session):
         if self.transaction_of_unit is not None and state.session_id != self.hash_key:
             check_attach(self.transaction_of_unit, state)
         return super()._before_attach(state, obj)
+
+
+def wait_for_locks(session: Session) -> None:
+    """Have an attempt that has become the last wait for locks, also in its COMMIT."""
+    connection = session.connection()
+    if isinstance(connection, UnitConnection):
+        lift(connection)
 
 
 def has_changes(session: Session) -> bool:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import inspect
+from collections import deque
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from sqla_uow._arguments import Called, named, renew
 from sqla_uow._attempts import rehearsals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
     from sqla_uow._attempts import Attempts
     from sqla_uow._unit import UnitOfWork
@@ -42,7 +46,8 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
     Raises:
         TypeError: no ``async def`` function.
 
-    Calls raise `AssertionError` if no transactional function was run.
+    Calls raise `AssertionError` if no transactional function was run, or if one has changed an argument: a dict, a list, a
+    set, a dataclass, a model of pydantic; and `InstanceReuseError` if it has used up one, such as a generator.
     """
     if not inspect.iscoroutinefunction(function):
         raise TypeError(f"run_twice() got {function!r}; pass an 'async def' function, without calling it")
@@ -53,7 +58,17 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
 
         async def in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, Any, object]]) -> None:
             names.append(attempts.options.who)
+            assert attempts.called is not None
+            called = Called._make(attempts.called)
+            before = list(_copies(called))
             await _in_vain(attempts, call)
+            for name, value, as_it_was in before:
+                if value != as_it_was:
+                    raise AssertionError(
+                        f"{attempts.options.who} changed its argument {name!r} in the run in vain, and another attempt would "
+                        "be given what it left of it; let it change a copy"
+                    )
+            await renew(called, 1)
 
         rehearsals.append(in_vain)
         try:
@@ -67,6 +82,18 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
         return result
 
     return twice
+
+
+def _copies(called: Called) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the arguments that can be changed, and compared with a copy."""
+    for name, value in named(called.function, called.args, called.kwargs):
+        known = isinstance(value, (dict, list, set, deque, bytearray)) or hasattr(type(value), "model_dump")
+        if name == "self" or not (known or dataclasses.is_dataclass(value)):
+            continue
+        with contextlib.suppress(Exception):  # of whatever stands in it: that can be no copy
+            as_it_was = copy.deepcopy(value)
+            if bool(as_it_was == value):
+                yield name, value, as_it_was
 
 
 async def _in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, Any, object]]) -> None:
@@ -85,7 +112,9 @@ async def _in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, An
 async def _stop(unit: UnitOfWork[Any]) -> None:
     """Do all that may fail before COMMIT, and then not commit."""
     await unit.session.flush()
-    raise _InVain
+    if not unit._transaction.hooks.before_commit:
+        raise _InVain
+    unit.before_commit(_stop, unit)  # behind those that the flush has registered
 
 
 class _InVain(Exception):  # noqa: N818  # nobody sees it

@@ -87,6 +87,7 @@ class Transaction:
         "__weakref__",
         "_required",
         "attached",
+        "chosen",
         "clock",
         "closer",
         "connect_failure",
@@ -100,6 +101,8 @@ class Transaction:
         "isolation",
         "joined",
         "last_write",
+        "lifted_lock_wait",
+        "lifts_lock_wait",
         "lock_wait",
         "name",
         "on_rollback",
@@ -161,6 +164,9 @@ class Transaction:
         self.joined: int = 0
         self.slot: Slot | None = None
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
+        self.lifts_lock_wait: bool = False  # with the next statement
+        self.lifted_lock_wait: bool = False
+        self.chosen: BaseException | None = None  # an error that the `retry_on` of a joined call has said to retry
         self.wrote: bool = False
         self.raw_taken: bool = False  # the driver's own connection, by user code
         self.unwatch: Callable[[], object] | None = None  # ends the watch on it
@@ -287,6 +293,14 @@ class Transaction:
             self.connect_failure = classify(error, connecting=True)
             # A failed statement like any other: swallowed, it must not end in a commit of the rest.
             self.damage.add(error, failure=self.connect_failure)
+
+    def wait_for_locks(self) -> None:
+        """Wait for locks as the last attempt does, from the next statement on."""
+        if self.lock_wait is None:
+            return
+        self.lock_wait = None
+        told = self.connection is not None and self.database.family == "postgresql" and self.database.server is None
+        self.lifts_lock_wait = told
 
     def give_back_turn(self) -> None:
         turns = self.database.turns()
@@ -432,7 +446,7 @@ class Transaction:
             self.damage.add(cause, hard=True, failure=failure)
 
     def before_commit(self) -> None:
-        """The engine is about to send COMMIT: only ours, only a sound one."""
+        """COMMIT was asked for: only ours, only a sound one."""
         if self.phase is not Phase.COMMITTING or not self.is_ending_here():
             error = PropagationError(
                 f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
@@ -443,7 +457,7 @@ class Transaction:
         self.check_sound()
 
     def sending_commit(self) -> None:
-        """COMMIT is handed to the driver now; its answer may be lost from here on."""
+        """COMMIT is being handed to the driver: from here on its outcome may be unknown."""
         if self.database.is_open(self.connection):
             self.phase = Phase.SENT
 

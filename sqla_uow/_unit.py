@@ -30,18 +30,30 @@ class UnitOfWork(Generic[S]):
 
     Attributes:
         attempt: which run of the body this is, from 1.
-        is_last_attempt: whether a retryable failure of this one will reach the caller.  Set it to True in a body that has
-            done what cannot be done again.
     """
 
-    __slots__ = ("__weakref__", "_final", "_session", "_transaction", "attempt", "is_last_attempt")
+    __slots__ = ("__weakref__", "_final", "_is_last", "_session", "_transaction", "attempt")
 
     def __init__(self, transaction: Transaction, *, attempt: int = 1, is_last_attempt: bool = True) -> None:
         self._transaction = transaction
         self._session: S | None = None
         self._final: Status | None = None
         self.attempt: int = attempt
-        self.is_last_attempt: bool = is_last_attempt
+        self._is_last: bool = is_last_attempt
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether a retryable failure of this attempt will reach the caller.
+
+        Set it to True in a body that has done what cannot be done again; it then waits for locks as a last attempt does.
+        """
+        return self._is_last
+
+    @is_last_attempt.setter
+    def is_last_attempt(self, is_last: bool) -> None:
+        self._is_last = is_last
+        if is_last:
+            self._transaction.wait_for_locks()
 
     @property
     def session(self) -> S:
@@ -88,7 +100,7 @@ class UnitOfWork(Generic[S]):
             TypeError: `hook` cannot be called.
         """
         hooks = self._transaction.hooks.after_commit
-        if being_run() is not hooks:  # a hook of this unit may register further ones
+        if being_run("after_commit") is not hooks:  # a hook of this unit may register further ones
             hooks = self._open_hooks().after_commit
         hooks.append(Hook.of(hook, args, kwargs))
 
@@ -104,10 +116,17 @@ class UnitOfWork(Generic[S]):
             NoUnitError: the unit has ended.
             TypeError: `hook` cannot be called.
         """
-        self._open_hooks().before_commit.append(Hook.of(hook, args, kwargs))
+        hooks = self._open_hooks()
+        if self._transaction.phase.is_ending:  # it would be forgotten: its COMMIT, or its ROLLBACK, is on the way
+            raise NoUnitError(
+                f"{self._transaction.name} is ending and runs no more before_commit hooks; register it before"
+            )
+        hooks.before_commit.append(Hook.of(hook, args, kwargs))
 
     def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
+
+        A hook may register further ones, which run after those that wait already.
 
         Args:
             hook: sync or async; what it returns is ignored.
@@ -118,7 +137,10 @@ class UnitOfWork(Generic[S]):
             NoUnitError: the unit has ended.
             TypeError: `hook` cannot be called.
         """
-        self._open_hooks().after_rollback.append(Hook.of(hook, args, kwargs))
+        hooks = self._transaction.hooks.after_rollback
+        if being_run("after_rollback") is not hooks:
+            hooks = self._open_hooks().after_rollback
+        hooks.append(Hook.of(hook, args, kwargs))
 
     def doom(self, reason: str | None = None) -> None:
         """Roll back at the end; SQL is refused from now on.

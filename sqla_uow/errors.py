@@ -119,7 +119,7 @@ class ConflictError(UnitOfWorkError):
         attempts: how many times the body ran.
         elapsed: seconds from the first attempt's begin, waits included.
         reason: what the last failure was: ``"conflict"``, ``"lock timeout"``, ``"stale version"``,
-            ``"not started"``, ``"lost connection"`` or ``"retry_on"``.
+            ``"not started"``, ``"lost connection"``, ``"stale plan"`` or ``"retry_on"``.
         code: the database's own code of it (``"40001"``, ``"1213"``, ``"SQLITE_BUSY"``), or None.
     """
 
@@ -188,7 +188,10 @@ class TransactionTimeoutError(UnitOfWorkError, TimeoutError):
 
 
 class InstanceReuseError(UnitOfWorkError, RuntimeError):
-    """An ORM object that a failed attempt attached or loaded was put into the next attempt's session."""
+    """An ORM object that a failed attempt attached or loaded was put into the next attempt's session.
+
+    Or the next attempt was to be given an argument that a failed one has used up: a generator, a file that cannot be rewound.
+    """
 
 
 class AmbiguousCommitError(UnitOfWorkError):

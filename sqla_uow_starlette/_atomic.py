@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import logging
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     Units = AsyncGenerator[UnitOfWork[Any] | None]
 
-__all__ = ["Atomic", "AtomicRequest"]
+__all__ = ["Atomic", "AtomicRequest", "is_async"]
 
 logger = logging.getLogger("sqla_uow_starlette")
 
@@ -40,6 +42,15 @@ class Atomic(NamedTuple):
     read_only_methods: frozenset[str]
     should_commit: Callable[[Scope, int], bool] | None
     max_replay_body: int
+
+
+def is_async(function: object) -> bool:
+    """Say whether a function, or an object that can be called, cannot answer by itself."""
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    call = getattr(type(inner), "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
 
 
 class AtomicRequest:
@@ -190,7 +201,15 @@ class AtomicSender(Sender):
     def _commits(self, status: int) -> bool:
         should_commit = self._request.options.should_commit
         if should_commit is not None:
-            return should_commit(self._given, status)
+            answer: object = should_commit(self._given, status)
+            if inspect.isawaitable(answer):
+                if inspect.iscoroutine(answer):
+                    answer.close()  # nobody will await it
+                raise TypeError(
+                    f"should_commit returned a {type(answer).__name__}, which would always count as true; "
+                    "let it return True or False"
+                )
+            return bool(answer)
         # A handler sends the response that it made of an exception while that is still being handled.
         return status < ERROR and sys.exception() is self._handled
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
-from sqla_uow_starlette._atomic import Atomic, AtomicRequest
+from sqla_uow_starlette._atomic import Atomic, AtomicRequest, is_async
 from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
 from sqla_uow_starlette._timing import Timing
@@ -138,6 +138,11 @@ def _check_types(
         raise TypeError(f"{who} has read_only_methods={read_only_methods!r}; pass several, as ('GET', 'HEAD')")
     if should_commit is not None and not callable(should_commit):
         raise TypeError(f"{who} has should_commit={should_commit!r}; pass a function of the scope and the status")
+    if is_async(should_commit):
+        raise TypeError(
+            f"{who} has a should_commit that is async: its answer would always count as true; "
+            "pass a plain function, and let the endpoint note in the scope's state what it has to know"
+        )
     if isinstance(max_replay_body, bool) or not isinstance(max_replay_body, int):
         raise TypeError(f"{who} has max_replay_body={max_replay_body!r}; use a number of bytes")
     if max_replay_body < 0:

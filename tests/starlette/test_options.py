@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import pytest
 from sqlalchemy import text
@@ -113,6 +114,41 @@ async def test_should_commit_decides(db, manager):
     assert got == [200, 404, 500]
     assert asked == [("/endpoint", 200), ("/endpoint", 404), ("/endpoint", 418)]
     assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (404,)]
+
+
+class SaysNo:
+    async def __call__(self, scope, status):
+        return False
+
+
+async def says_no(scope, status):
+    """Be a coroutine, which is true."""
+    return False
+
+
+@pytest.mark.parametrize(
+    "decides", [says_no, SaysNo(), functools.partial(says_no)], ids=["function", "object", "partial"]
+)
+@pytest.mark.drivers("sqlite")
+async def test_an_async_should_commit_is_refused(db, decides):
+    """A coroutine is true: it would commit whatever it says."""
+    with pytest.raises(
+        TypeError, match=r"^UnitOfWorkMiddleware has a should_commit that is async: .* pass a plain function"
+    ):
+        UnitOfWorkMiddleware(None, manager=UnitOfWorkManager(db.engine()), atomic=True, should_commit=decides)
+
+
+async def test_a_should_commit_that_returns_a_coroutine_rolls_back(db, manager):
+    """Nobody could foresee it: the request is an error, and nothing of it stays."""
+
+    async def endpoint(request):
+        current_session().add(Account(id=2))
+        return PlainTextResponse("done")
+
+    app = app_of(manager, endpoint, atomic=True, should_commit=lambda scope, status: says_no(scope, status=status))
+    async with client_of(app) as client:
+        assert (await client.get("/endpoint")).status_code == 500
+    assert await db.scalar("SELECT count(*) FROM account WHERE id = 2") == 0
 
 
 async def test_the_deadline_of_a_request(db, manager):

@@ -1,0 +1,232 @@
+"""What an attempt uses up of its arguments, and how the next one gets it back.
+
+The arguments are the caller's, and the same in each attempt.  A file that was read is rewound; a generator that was read
+cannot be, and would be taken for an empty one, so there is no next attempt.  Objects of a web framework are known by what
+they have: none is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+from sqla_uow.errors import InstanceReuseError
+
+__all__ = ["NOTHING", "Called", "find_used", "keep", "leaves_all", "named", "renew"]
+
+
+class Called(NamedTuple):
+    """A function and what it was called with; for what of it an attempt may use up, the way back."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kept: Mapping[int, Restore]
+
+
+Restore = Callable[[], Awaitable[None]]
+NOTHING: Mapping[int, Restore] = {}
+
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_FEW = 16
+"""Elements of a container that are looked at before the first attempt; of a longer one only the first is."""
+_MARKS = ("seek", "add_task", "set_cookie", "form")  # a file; Starlette's background tasks, response, request
+
+_plain: set[type] = set()
+"""Types of arguments that no attempt uses up, as far as they have been met."""
+_MANY = 1000
+
+
+def leaves_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Say whether no attempt can use up anything of these arguments; what most calls are asked, and nothing more."""
+    for value in args:  # all() takes three times as long
+        if type(value) not in _plain:
+            return False
+    if kwargs:
+        for value in kwargs.values():
+            if type(value) not in _plain:
+                return False
+    return True
+
+
+def find_used(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an attempt may use up, but that can be put back."""
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, _CONTAINERS):
+            found.extend(element for element in _first(value) if not _is_plain(element))
+        elif not _is_plain(value):
+            found.append(value)
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    cls = type(value)
+    if cls in _plain:
+        return True
+    if isinstance(value, _CONTAINERS):  # in another: nobody looks that deep
+        return True
+    # tempfile's wrapper leaves all to the file in it.
+    if cls.__name__ == "_TemporaryFileWrapper" or any(hasattr(cls, mark) for mark in _MARKS):
+        return False
+    if len(_plain) >= _MANY:  # of classes that are made anew again and again
+        _plain.clear()
+    _plain.add(cls)
+    return True
+
+
+def _first(container: Any) -> Iterable[Any]:
+    elements = _elements(container)
+    return elements if len(container) <= _FEW else islice(elements, 1)
+
+
+def _elements(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+async def keep(values: Iterable[Any]) -> Mapping[int, Restore]:
+    """Return for each of these arguments what puts it back to where it is now."""
+    kept: dict[int, Restore] = {}
+    for value in values:
+        restore = _of_web(value) or await _of_file(value)
+        if restore is not None:
+            kept[id(value)] = restore
+    return kept
+
+
+def _of_web(value: Any) -> Restore | None:
+    tasks, headers = getattr(value, "tasks", None), getattr(value, "raw_headers", None)
+    if hasattr(value, "add_task") and isinstance(tasks, list):
+        return _list_as_it_is(tasks)
+    if hasattr(value, "set_cookie") and isinstance(headers, list):
+        as_it_was, status = _list_as_it_is(headers), getattr(value, "status_code", None)
+
+        async def restore() -> None:
+            await as_it_was()
+            value.status_code = status
+
+        return restore
+    if hasattr(value, "form") and hasattr(value, "_form"):  # a request: what it has parsed it keeps
+
+        async def rewind() -> None:
+            form = getattr(value, "_form", None)
+            for _, upload in form.multi_items() if form is not None else ():
+                if hasattr(upload, "file"):
+                    upload.file.seek(0)
+
+        return rewind
+    return None
+
+
+def _list_as_it_is(list_: list[Any]) -> Restore:
+    as_it_was = list(list_)
+
+    async def restore() -> None:
+        list_[:] = as_it_was
+
+    return restore
+
+
+async def _of_file(value: Any) -> Restore | None:
+    file: Any = value if hasattr(value, "tell") else getattr(value, "file", None)  # an upload's, in memory or on disk
+    try:
+        if not await _answer(file.seekable()) or not await _answer(file.readable()):
+            return None
+        position = await _answer(file.tell())
+        size = await _size(file, position) if isinstance(file, io.BytesIO | io.StringIO) else None
+    except (AttributeError, TypeError, OSError, ValueError):
+        return None  # no file, or one that is closed or in the middle of a line
+
+    async def restore() -> None:
+        await _answer(file.seek(position))
+        if size is not None and await _size(file, position) > size:
+            file.truncate(size)  # a buffer that was written to; of a file on disk others may write the end
+
+    return restore
+
+
+async def _size(file: Any, position: int) -> int:
+    size: int = file.seek(0, io.SEEK_END)
+    file.seek(position)
+    return size
+
+
+async def _answer(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def renew(called: Called, attempt: int) -> None:
+    """Put the arguments back to where they were before the first attempt.
+
+    Raises:
+        InstanceReuseError: one cannot be, and a part of it would be missing.
+    """
+    for name, value, verb in _inspected(called):
+        restore = called.kept.get(id(value))
+        if restore is None:
+            what = _used_up(value)
+            if what is not None:
+                raise _refusal(called, name, f"{verb} {what}, used up by attempt {attempt}")
+            continue
+        try:
+            await restore()
+        except Exception as error:  # of whatever file: closed, or gone
+            trouble = type(error).__name__
+            raise _refusal(
+                called, name, f"{verb} a file that attempt {attempt} has read and that cannot be rewound ({trouble})"
+            ) from error
+
+
+def _refusal(called: Called, name: str, fact: str) -> InstanceReuseError:
+    who = getattr(called.function, "__qualname__", repr(called.function)).rpartition("<locals>.")[2]
+    return InstanceReuseError(
+        f"argument {name!r} of {who}() {fact}, and another attempt would miss what it held; pass a list, or read it before "
+        "the call"
+    )
+
+
+def _inspected(called: Called) -> Iterator[tuple[str, Any, str]]:
+    """Yield each argument with its name, and what stands in it, one level deep; and which of the two it is."""
+    for name, value in named(called.function, called.args, called.kwargs):
+        yield name, value, "is"
+        if isinstance(value, _CONTAINERS):
+            yield from ((name, element, "holds") for element in _elements(value))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and name != "self":
+            # Not `self`: a service may live on, and count its calls.
+            yield from ((name, getattr(value, field.name, None), "holds") for field in dataclasses.fields(value))
+
+
+def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the names of parameters and what they were given; each of several in ``*args``."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    rest = next((one.name for one in parameters if one.kind is one.VAR_POSITIONAL), "")
+    for index, value in enumerate(args):
+        yield names[index] if index < len(names) else rest, value
+    yield from kwargs.items()
+
+
+def _used_up(value: Any) -> str | None:
+    """Say what it is of which an attempt may have taken a part; None where nothing can be missing."""
+    cls = type(value)
+    wrapper = cls.__name__ == "_TemporaryFileWrapper"
+    if wrapper or (hasattr(cls, "read") and (hasattr(cls, "readline") or hasattr(cls, "seek"))):
+        if (wrapper or isinstance(value, io.IOBase)) and not value.closed and not value.readable():
+            return None  # it is written to only: others may write to it, too
+        return f"a file that cannot be rewound ({cls.__name__})"
+    if hasattr(cls, "__next__") or hasattr(cls, "__anext__"):
+        return None if _is_fresh(value) else f"an iterator ({cls.__name__})"
+    return None
+
+
+def _is_fresh(iterator: Any) -> bool:
+    """Say whether a generator has not begun yet; nothing tells it of another iterator."""
+    for frame, suspended in (("gi_frame", "gi_suspended"), ("ag_frame", "ag_suspended")):
+        if getattr(iterator, frame, None) is not None:
+            return not getattr(iterator, suspended, True)  # Python 3.11 does not tell it of an async generator
+    return False

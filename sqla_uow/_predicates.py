@@ -1,0 +1,62 @@
+"""Functions of the user that are asked for a plain answer: a coroutine in its place would be true, whatever it would say."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ask", "check_sync"]
+
+
+def check_sync(function: Any, what: str) -> None:
+    """Refuse a function that cannot answer by itself: an async one, or a generator.
+
+    Args:
+        function: anything that can be called.
+        what: whose option it is, and its name.
+
+    Raises:
+        TypeError: it is one.
+    """
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    call = getattr(type(inner), "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
+    if any(_answers_late(one) for one in (inner, call)):
+        raise TypeError(
+            f"{what} is given {_name(inner)}, which is async or a generator: its answer would always count as true; "
+            "pass a plain function, and look up before what it has to know"
+        )
+
+
+def _answers_late(function: object) -> bool:
+    return (
+        inspect.iscoroutinefunction(function)
+        or inspect.isasyncgenfunction(function)
+        or inspect.isgeneratorfunction(function)
+    )
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def ask(function: Callable[..., Any], what: str, *args: object) -> bool:
+    """Call a predicate.
+
+    Raises:
+        TypeError: its answer is a coroutine, as that of a lambda around an async function.
+    """
+    answer = function(*args)
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()  # nobody will await it
+        raise TypeError(
+            f"{what} returned a {type(answer).__name__}, which would always count as true; "
+            "let it return True or False, and look up before what it has to know"
+        )
+    return bool(answer)
