@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Generic
 
-from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import StaleDataError
 from typing_extensions import TypeVar
@@ -277,18 +277,9 @@ class Attempt(Generic[S]):
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
         transaction, options = unit._transaction, self._attempts.options
-        chained = list(chain(error))
-        links = {id(link) for link in chained}
-        mark = transaction.damage.mark
-        if mark is not None and mark.failure is not None and mark.failure.retryable:
-            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)
-            # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
-            aftermath = any(isinstance(link, PendingRollbackError) for link in chained)
-            if forced or aftermath or id(mark.cause) in links or id(mark.failure.error) in links:
-                return mark.failure
-        refused = transaction.connect_failure
-        if refused is not None and refused.retryable and id(refused.error) in links:
-            return refused
+        failure = transaction.failure_behind(list(chain(error)))
+        if failure is not None:
+            return failure
         if options.retry_on is not None and options.retry_on(error):
             return Failure(Kind.CHOSEN, None, error)
         return None

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from sqla_uow._classify import chain
 from sqla_uow._commit import COMMIT_SECONDS, failure_of
 from sqla_uow._instances import Tainted, taint
-from sqla_uow._places import ManagerPlace
+from sqla_uow._places import ManagerPlace, UnitPlace
 from sqla_uow._positions import to_text
 from sqla_uow._records import record
 from sqla_uow._rollback import roll_back
 from sqla_uow._session import refuse_changes
 from sqla_uow._shield import shielded
-from sqla_uow._tasks import check_loop, pop, push
+from sqla_uow._tasks import check_loop, current_places, pop, push
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow._unit import UnitOfWork
-from sqla_uow.errors import NoUnitError, PropagationError
+from sqla_uow.errors import ConflictError, NoUnitError, PropagationError
+from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -60,6 +62,7 @@ class Scope:
         self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
         self._giving_way: asyncio.Lock | None = None
+        self._failed: Transaction | None = None
 
     def read_unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one where there is none."""
@@ -83,7 +86,10 @@ class Scope:
             clock=manager._retry.clock,
             scope_read=True,
         )
-        transaction.replicas, transaction.last_write = manager._replicas, self.last_write
+        replicas = transaction.replicas = manager._replicas
+        transaction.last_write = self.last_write
+        # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
+        transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
         return transaction
 
     @property
@@ -94,6 +100,39 @@ class Scope:
         which the same client goes on: ``manager.scope(position=...)``.
         """
         return None if self.last_write is None else to_text(self.last_write.position)
+
+    def conflict_behind(self, error: BaseException) -> ConflictError | None:
+        """Return what a transactional function would have raised, had it failed as the read session has; None if it has not.
+
+        So that a read in an outage, or one that met a conflict, is answered as a write is.
+
+        Args:
+            error: what came out of the code in the scope.
+        """
+        reader = self._failed if self.reader is None else self.reader._transaction
+        failure = None if reader is None else reader.failure_behind(list(chain(error)))
+        if failure is None:
+            return None
+        what = failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
+        conflict = ConflictError(
+            f"{_READER} failed by {what}; do all of it again, or read in a @transactional(read_only=True) function, which is "
+            "run again by itself",
+            reason=failure.kind.value, code=failure.code,
+        )  # fmt: skip
+        conflict.__cause__ = error
+        return conflict
+
+    def open_unit(self) -> UnitOfWork[Any] | None:
+        """Return the unit, of any manager, that was begun here inside this scope and is still open; None if there is none.
+
+        Other tasks, that were started here, may have units of their own, which are not seen.
+        """
+        for place in current_places():
+            if place is self.place:
+                break
+            if isinstance(place, UnitPlace) and (unit := place.open_unit()) is not None:
+                return unit
+        return None
 
     def refuse_unsaved(self) -> None:
         """Raise if an object of the read session was changed: nothing would ever write it.
@@ -188,6 +227,8 @@ class Scope:
         reader, self.reader = self.reader, None
         if reader is None or reader._transaction.phase is Phase.ENDED:
             return
+        if reader.status is Status.DOOMED:
+            self._failed = reader._transaction
         if reader._session is not None:
             taint(reader._transaction, reader._session.sync_session, self.tainted, "read")
         ended = await roll_back(reader, None)

@@ -9,6 +9,7 @@ import enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent
+from sqlalchemy.exc import PendingRollbackError
 
 from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
@@ -26,7 +27,7 @@ from sqla_uow.errors import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from weakref import WeakSet
 
     from greenlet import greenlet
@@ -85,6 +86,7 @@ class Transaction:
         "__weakref__",
         "_required",
         "attached",
+        "beginnings",
         "clock",
         "closer",
         "connect_failure",
@@ -158,6 +160,7 @@ class Transaction:
         self.rolling_back_to_savepoint: bool = False
         self.replicas: Replicas | None = None  # where it may read
         self.replica: Replica | None = None  # where it does
+        self.beginnings: int = 0  # how often its first statement may be sent again, on another connection
         self.last_write: LastWrite | None = None  # of its client, where there are replicas
         self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
@@ -336,8 +339,24 @@ class Transaction:
         self.pending_savepoint = None
         self.rolling_back_to_savepoint = False
         self.owner.in_flight = None
+        self.beginnings = 0
         if self.owner.idle is not None:
             self.owner.leave()
+
+    def can_begin_again(self) -> bool:
+        """Say whether nothing has been read yet, and the connection was found dead."""
+        mark = self.damage.mark
+        lost = mark is not None and mark.failure is not None and mark.failure.kind is Kind.LOST
+        return lost and self.beginnings > 0 and self.phase.is_active and self.damage.depth == 0
+
+    def begin_again(self) -> None:
+        """Forget the connection that was found dead, and a replica behind it."""
+        self.beginnings -= 1
+        if self.replica is not None and self.replicas is not None:
+            self.database, self.replica = self.replicas.primary, None
+        self.connection = self.engine = self.closer = None
+        self.damage.mark = None
+        self.phase = Phase.NEW
 
     def failed(self, error: BaseException, shown: BaseException | None, *, lost: bool, sent: bool) -> None:
         """Take note of an error that the connection reported.
@@ -363,6 +382,19 @@ class Transaction:
             self.damage.add(shown or error, failure=failure, hard=hard)
         if self.replica is not None and failure is not None:
             self.replica.met(failure)
+
+    def failure_behind(self, links: Sequence[BaseException]) -> Failure | None:
+        """Return the retryable failure of this transaction's own connection behind a chain of exceptions."""
+        ids = {id(link) for link in links}
+        mark = self.damage.mark
+        if mark is not None and mark.failure is not None and mark.failure.retryable:
+            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)
+            # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
+            aftermath = any(isinstance(link, PendingRollbackError) for link in links)
+            if forced or aftermath or id(mark.cause) in ids or id(mark.failure.error) in ids:
+                return mark.failure
+        refused = self.connect_failure
+        return refused if refused is not None and refused.retryable and id(refused.error) in ids else None
 
     def before_rollback(self, cause: BaseException | None) -> None:
         """A ROLLBACK is about to be sent: not under another task's statement."""

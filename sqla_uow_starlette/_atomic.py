@@ -9,13 +9,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqla_uow import Status
-from sqla_uow.errors import ConflictError, RollbackOnlyError
+from sqla_uow.errors import AfterCommitError, ConflictError, ReadOnlyError, RollbackOnlyError
 from sqla_uow_starlette._answer import answering
 from sqla_uow_starlette._naming import RequestName
 from sqla_uow_starlette._position import Carrier, sent, telling
+from sqla_uow_starlette._problems import is_answered
 from sqla_uow_starlette._replay import Body, Given
 from sqla_uow_starlette._request import answer
-from sqla_uow_starlette._sending import ERROR, Sender, run
+from sqla_uow_starlette._sending import ERROR, SERVER_ERROR, Sender, run, unanswered
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -141,7 +142,7 @@ class AtomicSender(Sender):
     """
 
     def __init__(self, request: AtomicRequest, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> None:
-        super().__init__(unit_scope, request.send)
+        super().__init__(request.scope, unit_scope, request.send)
         self.again = False
         self._request = request
         self._units = units
@@ -175,12 +176,27 @@ class AtomicSender(Sender):
         """Commit, or roll back; refuse the response if that is not what it tells of."""
         async with self._request.ending:
             if not self._ended:
-                await self._end_for(status)
+                error = unanswered() if status == SERVER_ERROR else None
+                await (self._end_for(status) if error is None else self._end_unanswered(error))
             elif self._commits(status) and self._unit.status is not Status.COMMITTED:
                 # Cancelled at the first start of a response, inside the application, which has made another one.
                 self.refuse(RollbackOnlyError("the request was cancelled while its unit ended; send it again"))
         if not self.refused:
-            await super().before_start(status)
+            await self.close(status)
+
+    def unsaved(self, error: ReadOnlyError) -> Exception:
+        """Return what tells that the request is committed all the same; before its COMMIT there was no such change."""
+        if self._unit.status is not Status.COMMITTED:
+            return error
+        return AfterCommitError(
+            f"{self._request.name()} is committed, but what it read was changed afterwards", [error]
+        )
+
+    async def _end_unanswered(self, error: Exception) -> None:
+        """Roll back; where we know an answer, refuse the page that has none."""
+        failure = await self._end(self._units.athrow(error))
+        if failure is not None and is_answered(failure):
+            self.refuse(failure)
 
     async def _end_for(self, status: int) -> None:
         try:

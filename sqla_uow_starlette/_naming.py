@@ -19,20 +19,19 @@ class RequestName:
         scope: in which routing notes what it has found.
     """
 
-    __slots__ = ("_known", "_root", "_scope")
+    __slots__ = ("_known", "_scope")
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._root: str = scope.get("root_path", "")
         self._known: str | None = None
 
     def __call__(self) -> str:
         """Return what it is called now; ``POST request`` before it has its route, and if it has none."""
         if self._known is None:
-            route = self._route()
+            route, method = self._route(), self._scope.get("method", "WEBSOCKET")
             if route is None:
-                return f"{self._scope['method']} request"
-            self._known = f"{self._scope['method']} {route}"
+                return f"{method} request"
+            self._known = f"{method} {route}"
         return self._known
 
     def _route(self) -> str | None:
@@ -47,7 +46,8 @@ class RequestName:
     def _mounts(self) -> str:
         """Return where the application that has the route is mounted, with the names of parameters for their values."""
         scope = self._scope
-        mounts: str = scope.get("root_path", "").removeprefix(self._root)
+        root = scope.get("app_root_path")  # set by the first mount
+        mounts: str = "" if root is None else scope["root_path"].removeprefix(root)
         inner = getattr(scope.get("route"), "param_convertors", {})
         for name, value in scope.get("path_params", {}).items():
             if name not in inner:
