@@ -182,11 +182,10 @@ class Transaction:
         self.check_not_ending()
         if phase is Phase.YIELDED:
             raise NoUnitError(
-                "the read session of this scope gave way to a transaction; "
-                "use current_session(), and read again what you need inside it"
+                "this session gave way to a transaction; call current_session() again, and read again what you need"
             )
         if phase is Phase.ENDED:
-            raise NoUnitError(f"{self.name} has ended and its session is closed; open a new unit for more SQL")
+            raise NoUnitError(f"{self.name} has ended and its session is closed; {self._instead()}")
 
     def seal(self, phase: Phase) -> None:
         """Let nobody use the session and its connection any more, until `end_here`."""
@@ -209,7 +208,13 @@ class Transaction:
     def check_not_ending(self) -> None:
         """Refuse SQL of others while one ends the transaction."""
         if self.phase.is_ending and getcurrent() is not self.closer:
-            raise NoUnitError(f"{self.name} is ending and takes no more SQL; open a new unit for it")
+            raise NoUnitError(f"{self.name} is ending and takes no more SQL; {self._instead()}")
+
+    def _instead(self) -> str:
+        """Return what to do where this session takes no more SQL."""
+        if self.scope_read:
+            return "call current_session() again for each use"
+        return "open a new unit for more SQL, or call current_session() again"
 
     def hold_for_rollback(self) -> asyncio.Task[Any] | None:
         """Doom, because user code calls ``rollback()``; keep the cause that it had."""
@@ -416,7 +421,9 @@ class Transaction:
         """The engine is about to send COMMIT: only ours, only a sound one."""
         if self.phase is not Phase.COMMITTING or not self.is_ending_here():
             error = PropagationError(
-                f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
+                "COMMIT was called on a session that only reads; write in a @transactional function, which commits at its end"
+                if self.scope_read
+                else f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
                 "or use propagation='requires_new' for a part that must be durable earlier"
             )
             self.damage.add(error, hard=True)
@@ -430,7 +437,7 @@ class Transaction:
     def read_only_message(self, what: str) -> str:
         if self.scope_read:
             return (
-                f"{what} in the read session of a scope; write in a @transactional function: pass the key and get_one() "
+                f"{what} in a session that only reads; write in a @transactional function: pass the key and get_one() "
                 "the object inside, or open the unit around the read as well; never merge() it"
             )
         return f"{what} in {self.name}, which is read-only; drop read_only=True or keep the write out of it"
