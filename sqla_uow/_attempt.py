@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Generic
 
-from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import StaleDataError
 from typing_extensions import TypeVar
@@ -284,18 +284,10 @@ class Attempt(Generic[S]):
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
         transaction, options = unit._transaction, self._attempts.options
         chained = list(chain(error))
-        links = {id(link) for link in chained}
-        mark = transaction.damage.mark
-        if mark is not None and mark.failure is not None and mark.failure.retryable:
-            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE_PLAN)
-            # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
-            aftermath = any(isinstance(link, PendingRollbackError) for link in chained)
-            if forced or aftermath or id(mark.cause) in links or id(mark.failure.error) in links:
-                return mark.failure
-        refused = transaction.connect_failure
-        if refused is not None and refused.retryable and id(refused.error) in links:
-            return refused
-        if self._was_chosen(transaction, error, links):
+        failure = transaction.failure_behind(chained)
+        if failure is not None:
+            return failure
+        if self._was_chosen(transaction, error, {id(link) for link in chained}):
             return Failure(Kind.CHOSEN, None, error)
         if options.retry_on is not None and ask(options.retry_on, f"retry_on of {options.who}", error):
             return Failure(Kind.CHOSEN, None, error)

@@ -14,6 +14,7 @@ from sqla_uow._arguments import Called, renew
 from sqla_uow._attempt import Attempt
 from sqla_uow._classify import Failure, Kind
 from sqla_uow._context import surroundings
+from sqla_uow._counts import name_of
 from sqla_uow._instances import Tainted, taint
 from sqla_uow._loops import Loop, leads_back, loop_of
 from sqla_uow._observing import Times, tell_attempt, tell_outcome, tell_retry
@@ -103,7 +104,7 @@ class Attempts(Generic[S]):
         manager._database.budget.earn()
         # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
         if not self.enclosing and self.policy.contention == "auto":
-            self.gate = manager._gate(self.function, self.options.who, self.policy.clock)
+            self.gate = manager._gate(self.function, name_of(self.function), self.policy.clock)
 
     @property
     def elapsed(self) -> float:

@@ -211,6 +211,7 @@ class UnitOfWorkManager(Generic[S]):
         isolation: IsolationLevel | None = None,
         read_only: bool = False,
         timeout: float | None = None,
+        name: str | Callable[[], str] | None = None,
     ) -> AsyncIterator[AbstractAsyncContextManager[UnitOfWork[S]]]:
         """Return the attempts of a block that can be run again.
 
@@ -230,11 +231,14 @@ class UnitOfWorkManager(Generic[S]):
             isolation: the level; None is the manager's.
             read_only: writes are refused, by the database as well.
             timeout: seconds over all attempts and waits; None is the manager's.
+            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is asked for
+                it where it is needed, so that it can tell what is known by then.
         """
-        options = block_options(
-            who="attempts()", isolation=isolation, read_only=read_only, retries=retries, timeout=timeout
-        )
+        who = name if isinstance(name, str) else "attempts()"
+        options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
         check_level(self._database.system, isolation, who=options.who)
+        if name is not None and not isinstance(name, str):
+            options = options.named(name)
         return LoopedAttempts(self, options, sys._getframe(1).f_code)
 
     def contention(self, function: Callable[..., object], /) -> Contention:

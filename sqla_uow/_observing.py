@@ -85,7 +85,7 @@ def _common(attempts: Attempts[Any]) -> dict[str, Any]:
     manager, options = attempts.manager, attempts.options
     return {
         "call": attempts.call,
-        "function": options.who,
+        "function": str(options.who),
         "manager": manager.name,
         "system": manager._database.system,
         "namespace": manager.engine.url.database,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from sqla_uow._isolation import check_level
 from sqla_uow._predicates import check_sync
@@ -15,7 +16,7 @@ from sqla_uow.typing import IsolationLevel, Propagation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Options", "block_options", "check_name", "check_policy", "check_retries", "check_timeout"]
+__all__ = ["LateName", "Options", "block_options", "check_name", "check_policy", "check_retries", "check_timeout"]
 
 
 # Known by identity, not by value: one function's options are not another's, however alike.
@@ -36,6 +37,14 @@ class Options:
     retry: RetryPolicy | None = None
     retry_on: Callable[[BaseException], bool] | None = None
 
+    def named(self, name: str | Callable[[], str]) -> Options:
+        """Return the same under another name; what they allow has been checked already."""
+        options = copy.copy(self)
+        object.__setattr__(
+            options, "who", name if isinstance(name, str) else LateName(name)
+        )  # frozen for everybody else
+        return options
+
     def __post_init__(self) -> None:
         check_level("any", self.isolation, who=self.who)
         if self.propagation not in get_args(Propagation):
@@ -51,6 +60,28 @@ class Options:
                     f"{self.who} has retry_on={self.retry_on!r}; pass a function of the exception that returns a bool"
                 )
             check_sync(self.retry_on, f"retry_on of {self.who}")
+
+
+class LateName(str):
+    """A name that is found when it is needed: a request learns its route only while it is handled.
+
+    A string, so that it can stand wherever the name of a function does; what is kept for longer takes ``str()`` of it.
+    """
+
+    __slots__ = ("_find",)
+    _find: Callable[[], str]
+
+    def __new__(cls, find: Callable[[], str]) -> Self:
+        """Make one of the function that finds it."""
+        name = super().__new__(cls, "attempts()")
+        name._find = find
+        return name
+
+    def __str__(self) -> str:
+        return self._find()
+
+    def __format__(self, spec: str, /) -> str:
+        return format(self._find(), spec)
 
 
 def block_options(**options: Any) -> Options:

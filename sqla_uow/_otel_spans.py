@@ -85,6 +85,7 @@ class Spans:
         if event.reason is not None:
             facts["sqla_uow.reason"] = event.reason
         call.dropped.detach()
+        call.call.update_name(event.function)  # a request has found its route meanwhile
         _end(call.call, event, facts, now)
         self._open.pop(event.call, None)
 

@@ -26,4 +26,6 @@ def record(level: int, message: str, /, *args: object, exc_info: BaseException |
 
 def _plain(value: object) -> object:
     """Return what a formatter of JSON can write; never the text of an error, which may have SQL in it."""
+    if isinstance(value, str):
+        return str(value)  # a name that is found late
     return type(value).__name__ if isinstance(value, BaseException) else value

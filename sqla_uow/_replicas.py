@@ -236,10 +236,13 @@ class Replicas:
 
     def __init__(self, primary: Database[Any], replicas: Sequence[Database[Any]], wait: float) -> None:
         self.last_write: LastWrite = LastWrite()  # of everybody outside the scopes that are clients of their own
-        self._primary = primary
+        self.primary: Database[Any] = primary
         self._replicas = [Replica(number, database) for number, database in enumerate(replicas, 1)]
         self._wait = wait
         self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._replicas)
 
     async def lend(
         self, transaction: Transaction, connect: Callable[[Database[Any]], Connection]
@@ -305,10 +308,10 @@ class Replicas:
         """Replace a position beyond the primary's by that: it is not known, forged, or of a server that is gone."""
         wanted = last_write.position
         try:
-            async with asyncio.timeout(ANSWER_SECONDS), self._primary.engine.connect() as connection:
+            async with asyncio.timeout(ANSWER_SECONDS), self.primary.engine.connect() as connection:
                 sync_connection = connection.sync_connection
                 assert sync_connection is not None
-                current = await _ask(sync_connection, self._primary.family, _PRIMARY)
+                current = await _ask(sync_connection, self.primary.family, _PRIMARY)
         except Exception as error:
             record(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
             return

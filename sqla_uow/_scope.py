@@ -9,22 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from sqla_uow._classify import chain
 from sqla_uow._commit import COMMIT_SECONDS, failure_of
 from sqla_uow._instances import Tainted, taint
-from sqla_uow._places import ManagerPlace
+from sqla_uow._places import ManagerPlace, UnitPlace
 from sqla_uow._positions import to_text
 from sqla_uow._records import record
-from sqla_uow._rollback import roll_back
-from sqla_uow._session import refuse_changes
+from sqla_uow._rollback import close_unused, release, roll_back
+from sqla_uow._session import has_changes, refuse_changes
 from sqla_uow._shield import shielded
-from sqla_uow._tasks import check_loop, pop, push, running_task
+from sqla_uow._tasks import check_loop, current_places, pop, push, running_task
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow._unit import UnitOfWork
-from sqla_uow.errors import NoUnitError, PropagationError, RollbackOnlyError
+from sqla_uow.errors import ConflictError, NoUnitError, PropagationError, ReadOnlyError, RollbackOnlyError
+from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
     from sqla_uow._manager import UnitOfWorkManager
@@ -60,6 +63,8 @@ class Scope:
         self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
         self._giving_way: asyncio.Lock | None = None
+        self._failed: Transaction | None = None
+        self._retired: list[UnitOfWork[Any]] = []
 
     def is_of_this_loop(self) -> bool:
         """Say whether the running event loop is its own: to another one its read session is somebody else's."""
@@ -88,7 +93,10 @@ class Scope:
             clock=manager._retry.clock,
             scope_read=True,
         )
-        transaction.replicas, transaction.last_write = manager._replicas, self.last_write
+        replicas = transaction.replicas = manager._replicas
+        transaction.last_write = self.last_write
+        # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
+        transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
         return transaction
 
     @property
@@ -100,15 +108,49 @@ class Scope:
         """
         return None if self.last_write is None else to_text(self.last_write.position)
 
+    def conflict_behind(self, error: BaseException) -> ConflictError | None:
+        """Return what a transactional function would have raised, had it failed as the read session has; None if it has not.
+
+        So that a read in an outage, or one that met a conflict, is answered as a write is.
+
+        Args:
+            error: what came out of the code in the scope.
+        """
+        reader = self._failed if self.reader is None else self.reader._transaction
+        failure = None if reader is None else reader.failure_behind(list(chain(error)))
+        if failure is None:
+            return None
+        what = failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
+        conflict = ConflictError(
+            f"{_READER} failed by {what}; do all of it again, or read in a @transactional(read_only=True) function, which is "
+            "run again by itself",
+            reason=failure.kind.value, code=failure.code,
+        )  # fmt: skip
+        conflict.__cause__ = error
+        return conflict
+
+    def open_unit(self) -> UnitOfWork[Any] | None:
+        """Return the unit, of any manager, that was begun here inside this scope and is still open; None if there is none.
+
+        Other tasks, that were started here, may have units of their own, which are not seen.
+        """
+        for place in current_places():
+            if place is self.place:
+                break
+            if isinstance(place, UnitPlace) and (unit := place.open_unit()) is not None:
+                return unit
+        return None
+
     def refuse_unsaved(self) -> None:
         """Raise if an object of the read session was changed: nothing would ever write it.
 
         Raises:
             ReadOnlyError: naming the object and the cures.
         """
-        reader = self.reader
-        if reader is not None and reader._session is not None:
-            refuse_changes(reader._session.sync_session, reader._transaction)
+        if self.reader is not None:
+            _refuse_unsaved(self.reader)
+        for reader in self._retired:
+            _refuse_unsaved(reader)
 
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
@@ -160,12 +202,15 @@ class Scope:
             ReadOnlyError: an object of it was changed: nothing would ever write it.
         """
         reader = self.reader
-        if reader is None or not reader._transaction.owner.is_free():
+        if reader is not None and not reader._transaction.owner.is_free():
             return
         try:
             self.refuse_unsaved()
-        finally:
-            await self.end_reading()
+        except ReadOnlyError:
+            await self.end_all(check=False)  # the change has been told of
+            raise
+        await self.give_way()
+        await self.end_what_gave_way()
 
     async def close(self) -> None:
         """End the scope before its block does; whoever still sees it gets `NoUnitError`.
@@ -178,28 +223,59 @@ class Scope:
         """
         if self.place is not None:  # else its block has ended, and a task that it left behind goes on
             self.place.closed = True
-        if self.reader is None:
-            return
+        await self.end_all(check=True)
+
+    async def end_all(self, *, check: bool) -> None:
+        """Close all read sessions of the scope.
+
+        Args:
+            check: raise if an object of them was changed.
+        """
         try:
-            self.refuse_unsaved()
+            if check:
+                self.refuse_unsaved()
         finally:
-            await self.end_reading()
+            retired, self._retired = self._retired, []
+            for reader in retired:
+                close_unused(reader)
+                release(reader._transaction)
+            if self.reader is not None:
+                await self.end_reading()
 
     async def end_what_gave_way(self) -> None:
-        """Close the read session that gave way; not one that was begun since, beside a unit in a child task."""
-        if self.reader is not None and self.reader._transaction.phase is Phase.YIELDED:
-            await self.end_reading()
+        """Let the next use begin a fresh read session; not where that was begun already, beside a unit in a child task.
+
+        The one that gave way holds nothing but its objects.  They stay attached, so that a change of one is still seen, and
+        is kept by the session that nobody writes: detached, it would be lost without a word.
+        """
+        reader = self.reader
+        if reader is not None and reader._transaction.phase is Phase.YIELDED:
+            self.reader = None
+            # In a scope that lasts long, those whose objects nobody has any more are let go.
+            kept = [one for one in [*self._retired, reader] if one._session is not None and _has_objects(one._session)]
+            self._retired = kept
 
     async def end_reading(self) -> None:
         """Close the read session; its objects are detached, and refused by later units of this scope."""
         reader, self.reader = self.reader, None
         if reader is None or reader._transaction.phase is Phase.ENDED:
             return
+        if reader.status is Status.DOOMED:
+            self._failed = reader._transaction
         if reader._session is not None:
             taint(reader._transaction, reader._session.sync_session, self.tainted, "read")
         ended = await roll_back(reader, None)
         if ended.error is not None:  # cancelled meanwhile
             raise ended.error
+
+
+def _refuse_unsaved(reader: UnitOfWork[Any]) -> None:
+    if reader._session is not None:
+        refuse_changes(reader._session.sync_session, reader._transaction)
+
+
+def _has_objects(session: AsyncSession) -> bool:
+    return bool(len(session.sync_session.identity_map)) or has_changes(session.sync_session)
 
 
 def _commit_reading(session: Session, transaction: Transaction) -> None:
@@ -255,10 +331,5 @@ class ScopeContext:
         scope = self._place.scope
         scope.place = None
         pop(self._place)
-        if scope.reader is None:
-            return
-        try:
-            if error is None:
-                scope.refuse_unsaved()
-        finally:
-            await scope.end_reading()
+        if scope.reader is not None or scope._retired:
+            await scope.end_all(check=error is None)

@@ -52,12 +52,28 @@ class UnitSession(Session):
             return self.on_dml(self, super()._execute_internal, statement, params, options)
         try:
             return super()._execute_internal(statement, params, **options)
-        except (MissingGreenlet, StatementError) as error:
-            missing = error if isinstance(error, MissingGreenlet) else error.orig  # 2.0, and 2.1 around it
+        except (MissingGreenlet, StatementError, OSError) as error:
+            if self._begins_again(error):
+                return self._execute_internal(statement, params, **options)
+            missing = error.orig if isinstance(error, StatementError) else error  # 2.1 wraps it, 2.0 does not
             origin = origin_of(sys._getframe(1)) if isinstance(missing, MissingGreenlet) else None
             if origin is None or origin.cause not in UNASKED:
                 raise
             raise refusal(origin, NO_WAITING) from missing
+
+    def _begins_again(self, error: Exception) -> bool:
+        """Say whether the first statement of a read session is to be sent again, on another connection than a dead one."""
+        transaction = self.transaction_of_unit
+        if transaction is None or not transaction.can_begin_again() or has_changes(self) or len(self.identity_map):
+            return False
+        transaction.end_here(Phase.ENDING)
+        super().rollback()
+        transaction.begin_again()
+        record(
+            logging.INFO, "%s met a dead connection (%s) and begins again on another", transaction.name, type(error).__name__,
+            function=transaction.name, error=error,
+        )  # fmt: skip
+        return True
 
     def get_bind(self, *args: Any, bind: Engine | Connection | None = None, **kwargs: Any) -> Engine | Connection:
         """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""
@@ -225,6 +241,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     database = unit.database
     database.recognise(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
+    beginnings = unit.beginnings
     opening(
         connection,
         database.family,
@@ -235,6 +252,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         keeps_snapshot=database.keeps_snapshot(unit.isolation),
         server=database.server,
     )
+    unit.beginnings = beginnings  # what we have sent has read nothing
     unit.watch = watch(connection)
     try:
         database.check_honoured(connection, unit.isolation, who=unit.name)

@@ -9,6 +9,7 @@ import enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent
+from sqlalchemy.exc import PendingRollbackError
 
 from sqla_uow._classify import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._damage import Damage
@@ -27,7 +28,7 @@ from sqla_uow.errors import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from weakref import WeakSet
 
     from greenlet import greenlet
@@ -87,6 +88,7 @@ class Transaction:
         "__weakref__",
         "_required",
         "attached",
+        "beginnings",
         "chosen",
         "clock",
         "closer",
@@ -178,6 +180,7 @@ class Transaction:
         self.rolling_back_to_savepoint: bool = False
         self.replicas: Replicas | None = None  # where it may read
         self.replica: Replica | None = None  # where it does
+        self.beginnings: int = 0  # how often its first statement may be sent again, on another connection
         self.last_write: LastWrite | None = None  # of its client, where there are replicas
         self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
@@ -199,11 +202,10 @@ class Transaction:
         self.check_not_ending()
         if phase is Phase.YIELDED:
             raise NoUnitError(
-                "the read session of this scope gave way to a transaction; "
-                "use current_session(), and read again what you need inside it"
+                "this session gave way to a transaction; call current_session() again, and read again what you need"
             )
         if phase is Phase.ENDED:
-            raise NoUnitError(f"{self.name} has ended and its session is closed; open a new unit for more SQL")
+            raise NoUnitError(f"{self.name} has ended and its session is closed; {self._instead()}")
 
     def seal(self, phase: Phase) -> None:
         """Let nobody use the session and its connection any more, until `end_here`."""
@@ -226,7 +228,13 @@ class Transaction:
     def check_not_ending(self) -> None:
         """Refuse SQL of others while one ends the transaction."""
         if self.phase.is_ending and getcurrent() is not self.closer:
-            raise NoUnitError(f"{self.name} is ending and takes no more SQL; open a new unit for it")
+            raise NoUnitError(f"{self.name} is ending and takes no more SQL; {self._instead()}")
+
+    def _instead(self) -> str:
+        """Return what to do where this session takes no more SQL."""
+        if self.scope_read:
+            return "call current_session() again for each use"
+        return "open a new unit for more SQL, or call current_session() again"
 
     def hold_for_rollback(self) -> asyncio.Task[Any] | None:
         """Doom, because user code calls ``rollback()``; keep the cause that it had."""
@@ -400,8 +408,24 @@ class Transaction:
         self.pending_savepoint = None
         self.rolling_back_to_savepoint = False
         self.owner.in_flight = None
+        self.beginnings = 0
         if self.owner.idle is not None:
             self.owner.leave()
+
+    def can_begin_again(self) -> bool:
+        """Say whether nothing has been read yet, and the connection was found dead."""
+        mark = self.damage.mark
+        lost = mark is not None and mark.failure is not None and mark.failure.kind is Kind.LOST
+        return lost and self.beginnings > 0 and self.phase.is_active and self.damage.depth == 0
+
+    def begin_again(self) -> None:
+        """Forget the connection that was found dead, and a replica behind it."""
+        self.beginnings -= 1
+        if self.replica is not None and self.replicas is not None:
+            self.database, self.replica = self.replicas.primary, None
+        self.connection = self.engine = self.closer = None
+        self.damage.mark = None
+        self.phase = Phase.NEW
 
     def failed(self, error: BaseException, shown: BaseException | None, *, lost: bool, sent: bool) -> None:
         """Take note of an error that the connection reported.
@@ -428,6 +452,19 @@ class Transaction:
         if self.replica is not None and failure is not None:
             self.replica.met(failure)
 
+    def failure_behind(self, links: Sequence[BaseException]) -> Failure | None:
+        """Return the retryable failure of this transaction's own connection behind a chain of exceptions."""
+        ids = {id(link) for link in links}
+        mark = self.damage.mark
+        if mark is not None and mark.failure is not None and mark.failure.retryable:
+            forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE_PLAN)
+            # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
+            aftermath = any(isinstance(link, PendingRollbackError) for link in links)
+            if forced or aftermath or id(mark.cause) in ids or id(mark.failure.error) in ids:
+                return mark.failure
+        refused = self.connect_failure
+        return refused if refused is not None and refused.retryable and id(refused.error) in ids else None
+
     def before_rollback(self, cause: BaseException | None) -> None:
         """A ROLLBACK is about to be sent: not under another task's statement."""
         if self.phase.is_open:
@@ -449,7 +486,9 @@ class Transaction:
         """COMMIT was asked for: only ours, only a sound one."""
         if self.phase is not Phase.COMMITTING or not self.is_ending_here():
             error = PropagationError(
-                f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
+                "COMMIT was called on a session that only reads; write in a @transactional function, which commits at its end"
+                if self.scope_read
+                else f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
                 "or use propagation='requires_new' for a part that must be durable earlier"
             )
             self.damage.add(error, hard=True)
@@ -559,7 +598,7 @@ class Transaction:
     def read_only_message(self, what: str) -> str:
         if self.scope_read:
             return (
-                f"{what} in the read session of a scope; write in a @transactional function: pass the key and get_one() "
+                f"{what} in a session that only reads; write in a @transactional function: pass the key and get_one() "
                 "the object inside, or open the unit around the read as well; never merge() it"
             )
         return f"{what} in {self.name}, which is read-only; drop read_only=True or keep the write out of it"

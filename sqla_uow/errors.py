@@ -18,7 +18,7 @@
     ├─ AmbiguousCommitError                             COMMIT was sent and its answer lost; never retried
     └─ AfterCommitError          (ExceptionGroup)       committed; hooks failed
 
-`NPlusOneWarning` (UserWarning) is none of them: it warns.
+`NPlusOneWarning` and `LateCommitWarning` (UserWarning) are none of them: they warn.
 
 Every message is one line: *fact with values; remedy*.  What a program may want to look at is an attribute too.
 """
@@ -41,6 +41,7 @@ __all__ = [
     "ConflictError",
     "InstanceReuseError",
     "IsolationConflictError",
+    "LateCommitWarning",
     "LazyLoadError",
     "NPlusOneWarning",
     "NoManagerError",
@@ -103,6 +104,10 @@ class LazyLoadError(UnitOfWorkError, InvalidRequestError):
 
 class NPlusOneWarning(UserWarning):
     """One unit sent the same SELECT again and again, where one statement could have read everything."""
+
+
+class LateCommitWarning(UserWarning):
+    """A response starts while a unit of its request is open: when that commits, nobody can be told any more if it fails."""
 
 
 class RollbackOnlyError(UnitOfWorkError):

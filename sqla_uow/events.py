@@ -36,7 +36,8 @@ class Event:
 
     Attributes:
         call: which call it is of.
-        function: whose: ``transfer()``; ``begin()`` and ``attempts()`` for blocks.
+        function: whose: ``transfer()``; ``begin()`` and ``attempts()`` for blocks; an atomic request is
+            ``POST /accounts/{id}``, or ``POST request`` before it has its route.
         manager: its name.
         system: the database: ``postgresql``, ``cockroachdb``, ``mariadb``, ``mysql`` or ``sqlite``; MariaDB behind the dialect "mysql" is
             known as such from the engine's first connection on.

@@ -7,18 +7,21 @@ import functools
 import inspect
 import logging
 import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sqla_uow import Status
-from sqla_uow.errors import ConflictError, RollbackOnlyError
+from sqla_uow.errors import AfterCommitError, ConflictError, ReadOnlyError, RollbackOnlyError
 from sqla_uow_starlette._answer import answering
+from sqla_uow_starlette._naming import RequestName
 from sqla_uow_starlette._position import Carrier, sent, telling
-from sqla_uow_starlette._replay import Body, copied
+from sqla_uow_starlette._problems import is_answered
+from sqla_uow_starlette._replay import Body, Given
 from sqla_uow_starlette._request import answer
-from sqla_uow_starlette._sending import ERROR, Sender, run
+from sqla_uow_starlette._sending import ERROR, SERVER_ERROR, Sender, run, unanswered
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -67,6 +70,7 @@ class AtomicRequest:
         options: Atomic,
         carrier: Carrier | None,
         observers: tuple[Observer, ...] = (),
+        shared: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.app = app
         self.manager = manager
@@ -76,6 +80,8 @@ class AtomicRequest:
         self.scope = scope
         self.receive = receive
         self.send = send
+        self.name = RequestName(scope)
+        self.given = Given(scope, shared) if options.retries else None
         self.body = Body(receive, options.max_replay_body)
         self.ending = asyncio.Lock()
 
@@ -86,7 +92,7 @@ class AtomicRequest:
         known = sent(self.carrier, self.scope)
         async with self.manager.scope(position=known, observers=self.observers) as unit_scope:
             self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
-            units = _units(self.manager, self.options, read_only=read_only)
+            units = atomic_requests(self.manager, self.options, self.name, read_only=read_only)
             try:
                 failure = await self._attempts(unit_scope, units)
             finally:
@@ -106,15 +112,17 @@ class AtomicRequest:
             if not sender.again:
                 return self._explained(sender.failure)
             if await self.body.client_left():
-                logger.info("%s %s: the client left between two attempts", self.scope["method"], self.scope["path"])
+                logger.info("%s: the client left between two attempts", self.name())
                 return None
+            if self.given is not None:
+                self.given.restore()
 
     def _explained(self, failure: Exception | None) -> Exception | None:
         """Say where it is so that the request was not replayed for the length of its body."""
         if not self.body.overflowed or type(failure) is not ConflictError:
             return failure
         explained = ConflictError(
-            f"{self.scope['method']} {self.scope['path']} met a {failure.reason} and was not replayed, because more than "
+            f"{self.name()} met a {failure.reason} and was not replayed, because more than "
             f"{self.options.max_replay_body} bytes of its body had been read; raise max_replay_body, or send it again",
             attempts=failure.attempts, elapsed=failure.elapsed, reason=failure.reason, code=failure.code,
         )  # fmt: skip
@@ -122,10 +130,15 @@ class AtomicRequest:
         return explained
 
 
-async def _units(manager: UnitOfWorkManager[Any], options: Atomic, *, read_only: bool) -> Units:
-    """Yield None, then a unit, for each attempt; the step behind a unit ends it, in whatever task it is taken."""
+async def atomic_requests(
+    manager: UnitOfWorkManager[Any], options: Atomic, name: RequestName, *, read_only: bool
+) -> Units:
+    """Yield None, then a unit, for each attempt; the step behind a unit ends it, in whatever task it is taken.
+
+    Its name is what statistics call the requests whose turns it tells of.
+    """
     async for attempt in manager.attempts(
-        retries=options.retries, isolation=options.isolation, timeout=options.timeout, read_only=read_only
+        retries=options.retries, isolation=options.isolation, timeout=options.timeout, read_only=read_only, name=name
     ):
         yield None  # so that the next unit begins in the task of the request, not where the last one was ended
         async with attempt as unit:
@@ -140,19 +153,18 @@ class AtomicSender(Sender):
     """
 
     def __init__(self, request: AtomicRequest, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> None:
-        super().__init__(unit_scope, request.send)
+        super().__init__(request.scope, unit_scope, request.send)
         self.again = False
         self._request = request
         self._units = units
         self._unit = unit
-        self._given = copied(request.scope) if request.options.retries else request.scope
         self._ended = False
         self._handled = sys.exception()
 
     async def run(self, app: ASGIApp, receive: Receive) -> None:
         """Run the application, and end the unit if no response did."""
         try:
-            await run(app, self._given, receive, self)
+            await run(app, self._request.scope, receive, self)
         except BaseException as error:
             await self._left_by(error)
         else:
@@ -160,8 +172,6 @@ class AtomicSender(Sender):
                 async with self._request.ending:
                     if not self._ended:  # nothing was answered
                         await self._roll_back()
-        if not self.again:
-            self._write_back()
 
     async def _left_by(self, error: BaseException) -> None:
         async with self._request.ending:
@@ -177,13 +187,27 @@ class AtomicSender(Sender):
         """Commit, or roll back; refuse the response if that is not what it tells of."""
         async with self._request.ending:
             if not self._ended:
-                await self._end_for(status)
+                error = unanswered() if status == SERVER_ERROR else None
+                await (self._end_for(status) if error is None else self._end_unanswered(error))
             elif self._commits(status) and self._unit.status is not Status.COMMITTED:
                 # Cancelled at the first start of a response, inside the application, which has made another one.
                 self.refuse(RollbackOnlyError("the request was cancelled while its unit ended; send it again"))
         if not self.refused:
-            self._write_back()
-            await super().before_start(status)
+            await self.close(status)
+
+    def unsaved(self, error: ReadOnlyError) -> Exception:
+        """Return what tells that the request is committed all the same; before its COMMIT there was no such change."""
+        if self._unit.status is not Status.COMMITTED:
+            return error
+        return AfterCommitError(
+            f"{self._request.name()} is committed, but what it read was changed afterwards", [error]
+        )
+
+    async def _end_unanswered(self, error: Exception) -> None:
+        """Roll back; where we know an answer, refuse the page that has none."""
+        failure = await self._end(self._units.athrow(error))
+        if failure is not None and is_answered(failure):
+            self.refuse(failure)
 
     async def _end_for(self, status: int) -> None:
         try:
@@ -201,7 +225,7 @@ class AtomicSender(Sender):
     def _commits(self, status: int) -> bool:
         should_commit = self._request.options.should_commit
         if should_commit is not None:
-            answer: object = should_commit(self._given, status)
+            answer: object = should_commit(self._request.scope, status)
             if inspect.isawaitable(answer):
                 if inspect.iscoroutine(answer):
                     answer.close()  # nobody will await it
@@ -232,8 +256,3 @@ class AtomicSender(Sender):
         self.again = True
         self.refuse(None)
         return None
-
-    def _write_back(self) -> None:
-        """Let those around the middleware see what the application has put into the scope."""
-        if self._given is not self._request.scope:
-            self._request.scope.update(self._given)

@@ -11,7 +11,7 @@ from sqla_uow_starlette._request import handle_connection, handle_request
 from sqla_uow_starlette._timing import Timing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -83,10 +83,13 @@ class UnitOfWorkMiddleware:
                 isolation=isolation, retries=retries or None, timeout=timeout,
                 read_only_methods=tuple(sorted(methods)) or None, should_commit=should_commit,
             )  # fmt: skip
-        manager.attempts(retries=retries, isolation=isolation, timeout=timeout)  # checks them
+        manager.attempts(
+            retries=retries, isolation=isolation, timeout=timeout, name="UnitOfWorkMiddleware"
+        )  # checks them
         self.app = app
         self.manager = manager
         self._server_timing = server_timing
+        self._shared: Mapping[str, Any] = {}
         if position_in not in (None, *get_args(PositionIn)):
             raise ValueError(
                 f"UnitOfWorkMiddleware has position_in={position_in!r}, which is unknown; use 'cookie', 'header' or None"
@@ -102,6 +105,8 @@ class UnitOfWorkMiddleware:
             await handle_connection(self.app, opening, scope, receive, send)
             return
         if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                self._shared = scope.get("state", self._shared)  # filled when the lifespan begins
             await self.app(scope, receive, send)
             return
         observers: tuple[Timing, ...] = ()
@@ -113,7 +118,7 @@ class UnitOfWorkMiddleware:
         else:
             await AtomicRequest(
                 self.app, self.manager, scope, receive, send,
-                options=self._atomic, carrier=carrier, observers=observers,
+                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared,
             ).handle()  # fmt: skip
 
 

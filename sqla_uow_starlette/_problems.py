@@ -10,7 +10,14 @@ from sqlalchemy import exc
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketClose, WebSocketState
 
-from sqla_uow.errors import AmbiguousCommitError, ConflictError, StaleVersionError, TransactionTimeoutError
+from sqla_uow.errors import (
+    AfterCommitError,
+    AmbiguousCommitError,
+    ConflictError,
+    StaleVersionError,
+    TransactionTimeoutError,
+)
+from sqla_uow_starlette._naming import RequestName
 from sqla_uow_starlette._preconditions import PreconditionError
 
 if TYPE_CHECKING:
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
-__all__ = ["exception_handlers"]
+__all__ = ["exception_handlers", "is_answered"]
 
 logger = logging.getLogger("sqla_uow_starlette")
 
@@ -86,6 +93,11 @@ _AMBIGUOUS: Final = _Problem(
     "ambiguous-commit",
     "whether this request was carried out is unknown; look before sending it again",
 )
+_COMMITTED: Final = _Problem(
+    500,
+    "committed-hook-failed",
+    "this request was carried out, but something that was to follow has failed; do not send it again",
+)
 _UNREACHED: Final = frozenset({"not started", "lost connection"})
 
 
@@ -98,12 +110,18 @@ async def _stale(connection: Request, _error: StaleVersionError) -> Response:
 
 
 async def _busy(connection: Request, error: Exception) -> Response:
-    logger.warning("%s at %r", type(error).__name__, connection.scope["path"])
+    logger.warning("%s at %s", type(error).__name__, RequestName(connection.scope)())
     return _answer(connection, _BUSY)
 
 
 async def _ambiguous(connection: Request, _error: AmbiguousCommitError) -> Response:
     return _answer(connection, _AMBIGUOUS)
+
+
+async def _committed(connection: Request, error: AfterCommitError) -> Response:
+    # Nobody else tells the operator: an exception that has a handler is not logged by servers.
+    logger.error("%s is committed, but what was to follow failed", RequestName(connection.scope)(), exc_info=error)
+    return _answer(connection, _COMMITTED)
 
 
 async def _precondition(connection: Request, error: PreconditionError) -> Response:
@@ -133,6 +151,7 @@ exception_handlers: Final[dict[int | type[Exception], _Handler]] = {
     TransactionTimeoutError: _busy,
     exc.TimeoutError: _busy,
     AmbiguousCommitError: _ambiguous,
+    AfterCommitError: _committed,
     PreconditionError: _precondition,
 }
 """For ``Starlette(exception_handlers=exception_handlers)``, ``FastAPI(exception_handlers=exception_handlers)`` and each
@@ -152,7 +171,13 @@ status  code                      when
 428     ``precondition-required`` a precondition is missing
 400     ``malformed-precondition``  If-Match or If-None-Match is no list of entity tags
 500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a repetition could be the second
+500     ``committed-hook-failed``  `AfterCommitError`: it is committed, and only a hook failed; no Retry-After
 ======  ========================  ==================================================================================
 
 A WebSocket is closed, with code 1013 (try again later) where the status would be 503 and 1011 elsewhere.
 """
+
+
+def is_answered(error: Exception) -> bool:
+    """Say whether there is a document for an error."""
+    return any(kind in exception_handlers for kind in type(error).__mro__)

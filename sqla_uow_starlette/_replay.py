@@ -1,28 +1,66 @@
-"""The same request once more: its body as it was read, and a scope as it was given."""
+"""The same request once more: its body as it was read, and a scope that is as it was."""
 
 from __future__ import annotations
 
-from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import Message, Receive, Scope
 
     from sqla_uow import UnitOfWork
 
-__all__ = ["Body", "copied"]
+__all__ = ["Body", "Given"]
 
 
-def copied(scope: Scope) -> Scope:
-    """Return a scope for one attempt: what it puts into `state` and `session` is not seen by the next."""
-    copies = dict(scope)
-    if "state" in scope:
-        copies["state"] = copy(scope["state"])
-    if "session" in scope:  # plain data, also inside
-        copies["session"] = deepcopy(scope["session"])
-    return copies
+class Given:
+    """What a request was given: its scope, and the dicts, lists and sets in it.
+
+    They are the same objects in each attempt, and to those around the middleware, who may hold any of them; only their
+    content is put back.  What is in them besides, connections say, cannot be known how to put back.
+
+    Args:
+        scope: of the request.
+        shared: what the lifespan gave to all requests; what others do to that meanwhile is not undone.
+    """
+
+    def __init__(self, scope: Scope, shared: Mapping[str, Any]) -> None:
+        self._seen: set[int] = {id(value) for value in shared.values()}
+        self._contents: list[tuple[Any, Any, dict[str, Any] | None]] = []
+        self._note(scope)
+
+    def _note(self, container: Any) -> None:
+        if id(container) in self._seen:
+            return
+        self._seen.add(id(container))
+        # A dict's own copy() could be anything, and so could an attribute that a class of dicts has: say, "modified".
+        content = (
+            dict(container)
+            if isinstance(container, dict)
+            else container[:]
+            if isinstance(container, list)
+            else set(container)
+        )
+        own = getattr(container, "__dict__", None)
+        self._contents.append((container, content, None if own is None else dict(own)))
+        for value in content.values() if isinstance(content, dict) else content:
+            if isinstance(value, (dict, list, set)):
+                self._note(value)
+
+    def restore(self) -> None:
+        """Put the content back that everything had."""
+        for container, content, own in self._contents:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+            if own is not None:
+                container.__dict__.clear()
+                container.__dict__.update(own)
 
 
 class Body:

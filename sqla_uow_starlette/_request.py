@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from sqla_uow.errors import ReadOnlyError
 from sqla_uow_starlette._answer import answering
+from sqla_uow_starlette._naming import RequestName
 from sqla_uow_starlette._position import Carrier, sent, telling
 from sqla_uow_starlette._sending import Sender, run
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from sqla_uow.events import Observer
 
 __all__ = ["answer", "handle_connection", "handle_request"]
+
+logger = logging.getLogger("sqla_uow_starlette")
 
 
 async def handle_request(
@@ -35,12 +39,21 @@ async def handle_request(
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
     known = sent(carrier, scope)
-    async with manager.scope(position=known, observers=observers) as unit_scope:
-        send = telling(send, carrier, scope, unit_scope, known)
-        sender = Sender(unit_scope, send)
-        await run(app, scope, receive, sender)
-    if sender.failure is not None:
-        await answer(answering(sender.failure, scope, outer), unit_scope, scope, receive, send)
+    unit_scope: UnitScope | None = None
+    sender: Sender | None = None
+    try:
+        async with manager.scope(position=known, observers=observers) as unit_scope:
+            send = telling(send, carrier, scope, unit_scope, known)
+            sender = Sender(scope, unit_scope, send)
+            await run(app, scope, receive, sender)
+        failure = sender.failure
+    except Exception as error:
+        failure = None if unit_scope is None else unit_scope.conflict_behind(error)
+        if failure is None or sender is None or sender.started:
+            raise
+        logger.warning("%s could not read (%s)", RequestName(scope)(), type(error).__name__)
+    if failure is not None and unit_scope is not None:
+        await answer(answering(failure, scope, outer), unit_scope, scope, receive, send)
 
 
 async def answer(app: ASGIApp, failed: UnitScope, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow.errors import ReadOnlyError
+from starlette.middleware.errors import ServerErrorMiddleware
+
+from sqla_uow.errors import LateCommitWarning, ReadOnlyError
+from sqla_uow_starlette._naming import RequestName
+from sqla_uow_starlette._problems import is_answered
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from sqla_uow import Scope as UnitScope
 
-__all__ = ["ERROR", "Sender", "run"]
+__all__ = ["ERROR", "SERVER_ERROR", "Sender", "run", "unanswered"]
 
 ERROR = 400
 """Responses of this status and above tell of an error."""
+SERVER_ERROR = 500
 
 
 class Refused(BaseException):
@@ -33,7 +40,8 @@ class Sender:
         failure: why, if there is something to answer.
     """
 
-    def __init__(self, unit_scope: UnitScope, send: Send) -> None:
+    def __init__(self, scope: Scope, unit_scope: UnitScope, send: Send) -> None:
+        self.scope = scope
         self.unit_scope = unit_scope
         self.forward = send
         self.started = False
@@ -55,11 +63,25 @@ class Sender:
 
     async def before_start(self, status: int) -> None:
         """Close the scope; refuse a success if an object that was read was changed: nothing would write that."""
+        if status == SERVER_ERROR and (error := unanswered()) is not None:
+            failure = self.unit_scope.conflict_behind(error) or error
+            if is_answered(failure):
+                self.refuse(failure)
+        await self.close(status)
+
+    async def close(self, status: int) -> None:
+        """End what the request has open, and tell of what ends too late."""
+        if self.unit_scope.open_unit() is not None:
+            _warn(self.scope)
         try:
             await self.unit_scope.close()
         except ReadOnlyError as error:
             if status < ERROR:  # an error has its own story to tell
-                self.refuse(error)
+                self.refuse(self.unsaved(error))
+
+    def unsaved(self, error: ReadOnlyError) -> Exception:
+        """Return what a change that nothing would write becomes."""
+        return error
 
     def refuse(self, failure: Exception | None) -> None:
         """Let nothing leave any more."""
@@ -76,3 +98,34 @@ async def run(app: ASGIApp, scope: Scope, receive: Receive, sender: Sender) -> N
     except BaseException:
         if not sender.refused or task.cancelling() > cancelling:
             raise
+
+
+def unanswered() -> Exception | None:
+    """Return the exception that Starlette's plain 500 page is about to tell of, because no handler wanted it.
+
+    That page of a mounted application comes before the handlers of the application around it are asked.
+    """
+    error = sys.exception()
+    if not isinstance(error, Exception):
+        return None
+    traceback = error.__traceback__
+    # Whoever handles it is the first in its traceback.
+    if traceback is None or traceback.tb_frame.f_code is not ServerErrorMiddleware.__call__.__code__:
+        return None
+    page: ServerErrorMiddleware = traceback.tb_frame.f_locals["self"]
+    return None if page.handler is not None or page.debug else error
+
+
+def _warn(scope: Scope) -> None:
+    """Warn, once for each endpoint under the usual filters, that a unit will commit behind the answer."""
+    name, endpoint = RequestName(scope)(), scope.get("endpoint")
+    code, names = getattr(endpoint, "__code__", None), getattr(endpoint, "__globals__", {})
+    warnings.warn_explicit(
+        f"{name} begins its response while a unit of it is open, whose COMMIT comes too late to be told of; end the unit "
+        "before, in a FastAPI dependency by Depends(..., scope='function')",
+        LateCommitWarning,
+        name if code is None else code.co_filename,
+        1 if code is None else code.co_firstlineno,
+        names.get("__name__"),
+        names.setdefault("__warningregistry__", {}),
+    )

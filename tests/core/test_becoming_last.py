@@ -72,7 +72,7 @@ async def beside(work, another):
 async def race(manager, held, become_last):
     """Return how many attempts a call took that becomes the last and then meets a lock, beside another call."""
     runs = []
-    _, hold = held
+    locked, hold = held
 
     @transactional
     async def work(began=None, over=None):

@@ -46,6 +46,18 @@ async def test_a_replica_is_killed_and_comes_back(pair, quick, caplog):
         await until(read_stubbornly)
 
 
+async def test_a_read_session_leaves_a_dead_replica(pair):
+    """Its first statement meets a replica that has died since: it is sent to another, or to the primary."""
+    manager = pair.manager()
+    async with manager.scope():
+        assert await at_replica()
+    pair.replica.kill()
+    async with manager.scope():
+        assert not await at_replica()
+        assert await current_session().scalar(text("SELECT count(*) FROM note")) == 0
+    assert manager.engine.pool.checkedout() == manager.replicas[0].pool.checkedout() == 0
+
+
 async def test_one_of_two_is_down(pair, caplog):
     """The other one is read from; the first is asked once."""
     with Proxy("127.0.0.1", pair.replica.port) as proxy:

@@ -53,7 +53,7 @@ UNUSED = "where it means nothing; add atomic=True, or say it at the @transaction
             {"atomic": True, "max_replay_body": -1},
             "UnitOfWorkMiddleware has max_replay_body=-1; use a number of bytes, 0 or more",
         ),
-        ({"atomic": True, "retries": -1}, "attempts() has retries=-1; use 0 for a single run"),
+        ({"atomic": True, "retries": -1}, "UnitOfWorkMiddleware has retries=-1; use 0 for a single run"),
         (
             {"manager": None},
             "UnitOfWorkMiddleware has manager=None; pass the UnitOfWorkManager that its requests are to use",

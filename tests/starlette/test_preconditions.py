@@ -361,7 +361,7 @@ async def test_the_read_session_cannot_keep_a_tag(db):
         with pytest.raises(errors.ReadOnlyError) as caught:
             check_preconditions(asking("PUT", If_Match=etag(page)), page)
         assert str(caught.value) == (
-            "expect_version() was called for Page(1) in the read session of a scope; write in a @transactional function: "
+            "expect_version() was called for Page(1) in a session that only reads; write in a @transactional function: "
             "pass the key and get_one() the object inside, or open the unit around the read as well; never merge() it"
         )
 

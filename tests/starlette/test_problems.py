@@ -91,7 +91,7 @@ async def test_an_exhausted_pool(db, caplog):
     async with pages(db, pool_size=1, max_overflow=0, pool_timeout=0.05) as manager, manager.engine.connect():
         assert refused(await answer_of(endpoint)) == (503, "database-busy", BUSY)
     assert [record.getMessage() for record in caplog.records if record.name == "sqla_uow_starlette"] == [
-        "TimeoutError at '/'"
+        "TimeoutError at GET /"
     ]
 
 

@@ -341,7 +341,7 @@ async def test_the_read_session_keeps_no_expectation(versioned):
             with pytest.raises(errors.ReadOnlyError) as caught:
                 expect_version(plain, 1)
     assert str(caught.value) == (
-        "expect_version() was called for Plain(1) in the read session of a scope; write in a @transactional function: pass "
+        "expect_version() was called for Plain(1) in a session that only reads; write in a @transactional function: pass "
         "the key and get_one() the object inside, or open the unit around the read as well; never merge() it"
     )
 
