@@ -133,7 +133,12 @@ class Run:
         current.write_text("")
 
         def work() -> str | None:
-            trial.apply(mutant, reach.texts[mutant.module], self.sources[mutant.module])
+            try:
+                trial.apply(mutant, reach.texts[mutant.module], self.sources[mutant.module])
+            except Exception as error:
+                if mutant.within:
+                    raise
+                return f"its import: {error}"
             return trial.run(session, [items[test] for test in tests], current)
 
         seconds = 3 * sum(reach.seconds[test] for test in tests) + trial.GRACE

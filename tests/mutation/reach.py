@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import itertools
 import json
@@ -42,11 +43,21 @@ class Reach:
         if not self._file.exists():
             return
         known = json.loads(self._file.read_text())
-        if known["modules"] != self.modules:
-            return
         self.files, self.seconds = known["files"], known["seconds"]
         for name, lines in known["lines"].items():
-            self._lines[name].update({int(line): set(tests) for line, tests in lines.items()})
+            self._carry(name, known["texts"][name], {int(line): set(tests) for line, tests in lines.items()})
+
+    def _carry(self, name: str, text: str, lines: dict[int, set[str]]) -> None:
+        """Take over what was known of a module, line by line; what stands for others is passed by whoever passed those."""
+        pairs = difflib.SequenceMatcher(None, text.splitlines(), self.texts[name].splitlines(), autojunk=False)
+        for _, old, old_end, new, new_end in pairs.get_opcodes():
+            if old_end - old == new_end - new:
+                known = {line: lines.get(line + old - new, set()) for line in range(new + 1, new_end + 1)}
+            else:
+                around = set().union(*(lines.get(line, ()) for line in range(old, old_end + 2)))
+                known = dict.fromkeys(range(new + 1, new_end + 1), around)
+            for line, tests in known.items():
+                self._lines[name][line] |= tests
 
     def missing(self, items: list[pytest.Item]) -> list[pytest.Item]:
         """Return the tests that are not known as they are now; forget what was known of their files."""
@@ -63,7 +74,7 @@ class Reach:
 
     def save(self) -> None:
         lines = {name: {line: sorted(tests) for line, tests in lines.items()} for name, lines in self._lines.items()}
-        known = {"modules": self.modules, "files": self.files, "seconds": self.seconds, "lines": lines}
+        known = {"texts": self.texts, "files": self.files, "seconds": self.seconds, "lines": lines}
         self._file.write_text(json.dumps(known))
 
     def measure(self, session: pytest.Session, items: list[pytest.Item]) -> None:
