@@ -69,19 +69,15 @@ class Damage:
         self._savepoints.append(_Savepoint(key, self._hooks.mark()))
 
     def roll_back(self, key: object) -> None:
-        """The savepoint, and all inside it, is being rolled back; it stays until `leave`."""
+        """The savepoint is being rolled back; it stays until `leave`, which takes along all that is inside it."""
         index = self._index(key)
         if index is None:
             return
         if self._savepoints[index].kept:
             # SQLAlchemy sends no ROLLBACK TO after a RELEASE that was refused or failed, though it says it rolled back.
             self.add(None, reason="a savepoint in it could not be rolled back")
-            self._carry(index)
-            return
-        self._savepoints[index].undone = True
-        self._hooks.drop(self._savepoints[index].hooks)
-        del self._savepoints[index + 1 :]
-        self._clear(index)
+        else:
+            self._savepoints[index].undone = True
 
     def leave(self, key: object) -> None:
         """The savepoint has ended; what it was released with is carried up, unless it was rolled back."""
@@ -93,7 +89,7 @@ class Damage:
         if isinstance(key, str):
             self._tell_owner(kept=not entry.undone)
         if entry.undone:
-            self._hooks.drop(entry.hooks)  # a failed flush undoes it at once; what came after is no better
+            self._hooks.drop(entry.hooks)
             self._clear(index)
         else:
             self._carry(index)

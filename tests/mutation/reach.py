@@ -1,0 +1,136 @@
+"""Which tests reach which lines of the modules, and how long each takes: measured once, and again where files change."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import itertools
+import json
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import coverage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+SLOWEST = 5.0
+"""Seconds; a test that takes longer judges no mutant."""
+
+
+class Reach:
+    """What is known of the tests.
+
+    Args:
+        folder: where it is kept from run to run.
+        sources: the file of each module.
+    """
+
+    def __init__(self, folder: Path, sources: dict[str, Path]) -> None:
+        self._file = folder / "reach.json"
+        self.sources = sources
+        self.texts = {name: path.read_text() for name, path in sources.items()}
+        self.modules = {name: _digest(path) for name, path in sources.items()}
+        self.files: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self._lines: dict[str, dict[int, set[str]]] = {name: defaultdict(set) for name in sources}
+        self._load()
+
+    def _load(self) -> None:
+        if not self._file.exists():
+            return
+        known = json.loads(self._file.read_text())
+        self.files, self.seconds = known["files"], known["seconds"]
+        for name, lines in known["lines"].items():
+            self._carry(name, known["texts"][name], {int(line): set(tests) for line, tests in lines.items()})
+
+    def _carry(self, name: str, text: str, lines: dict[int, set[str]]) -> None:
+        """Take over what was known of a module, line by line; what stands for others is passed by whoever passed those."""
+        pairs = difflib.SequenceMatcher(None, text.splitlines(), self.texts[name].splitlines(), autojunk=False)
+        for _, old, old_end, new, new_end in pairs.get_opcodes():
+            if old_end - old == new_end - new:
+                known = {line: lines.get(line + old - new, set()) for line in range(new + 1, new_end + 1)}
+            else:
+                around = set().union(*(lines.get(line, ()) for line in range(old, old_end + 2)))
+                known = dict.fromkeys(range(new + 1, new_end + 1), around)
+            for line, tests in known.items():
+                self._lines[name][line] |= tests
+
+    def missing(self, items: list[pytest.Item]) -> list[pytest.Item]:
+        """Return the tests that are not known as they are now; forget what was known of their files."""
+        digests = {path: _digest(path) for path in {item.path for item in items}}
+        changed = {path for path, digest in digests.items() if self.files.get(str(path)) != digest}
+        gone = {item.nodeid for item in items if item.path in changed}
+        for test in gone:
+            self.seconds.pop(test, None)
+        for lines in self._lines.values():
+            for tests in lines.values():
+                tests.difference_update(gone)
+        self.files.update((str(path), digests[path]) for path in changed)
+        return [item for item in items if item.path in changed]
+
+    def save(self) -> None:
+        lines = {name: {line: sorted(tests) for line, tests in lines.items()} for name, lines in self._lines.items()}
+        known = {"texts": self.texts, "files": self.files, "seconds": self.seconds, "lines": lines}
+        self._file.write_text(json.dumps(known))
+
+    def measure(self, session: pytest.Session, items: list[pytest.Item]) -> None:
+        """Run the tests, and note what each passes; in a process of its own."""
+        recorder = coverage.Coverage(
+            data_file=None,
+            config_file=False,
+            include=[str(path) for path in self.sources.values()],
+            concurrency=["greenlet", "thread"],
+        )
+        times = _Times()
+        session.config.pluginmanager.register(times)
+        recorder.start()
+        for item, following in itertools.zip_longest(items, items[1:]):
+            recorder.switch_context(item.nodeid)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        recorder.stop()
+        self.seconds.update((test, seconds) for test, seconds in times.passed.items() if test not in times.unfit)
+        data = recorder.get_data()
+        for name, path in self.sources.items():
+            for line, tests in data.contexts_by_lineno(str(path)).items():
+                self._lines[name][line].update(test for test in tests if test in self.seconds)
+        self.save()
+
+    def of(self, module: str, line: int | None) -> list[str]:
+        """Return the tests that pass the statement at `line`, or anything in the module; the quickest first."""
+        lines = self._lines[module]
+        wanted = list(lines) if line is None else _statement(self.texts[module], line)
+        tests = set().union(*(lines.get(one, ()) for one in wanted))
+        return sorted((test for test in tests if self.seconds[test] < SLOWEST), key=self.seconds.__getitem__)
+
+
+class _Times:
+    def __init__(self) -> None:
+        self.passed: dict[str, float] = defaultdict(float)
+        self.unfit: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.passed[report.nodeid] += report.duration
+        if not report.passed:
+            self.unfit.add(report.nodeid)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _statement(source: str, line: int) -> range:
+    """Return the lines of the innermost statement at `line`; of one with a body, those of its head."""
+    best = range(line, line + 1)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+            first: int = getattr(node, "lineno", line)
+            # The head of a function, its defaults, is read at import.
+            body = None if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno  # type: ignore[union-attr]
+            if first <= line <= max(first, last or first):
+                best = range(first, max(first, last or first) + 1)
+    return best

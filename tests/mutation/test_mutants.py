@@ -1,0 +1,91 @@
+"""What is changed and what is not, how a fork becomes a mutant, and what comes of one that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mutmut", reason="the dependency group mutation is not installed")
+
+import sqla_uow._damage
+from tests.mutation import trial
+from tests.mutation.mutants import mutants
+
+SOURCE = '''
+from x import record
+
+class Point:
+    colour: str = "red"
+
+    def move(self, by: int = 1) -> int:
+        """Move."""
+        if self.colour and by > 2:
+            raise ValueError(f"{by} is far")
+        self.check(by)
+        record("moved", by)
+        assert by is not None
+        return self.x + by
+'''
+
+
+def test_what_is_changed():
+    """Conditions, calls, values and defaults; no message, log, assertion, annotation or field of a class."""
+    changes = [(mutant.within, mutant.was, mutant.becomes) for mutant in mutants("m", SOURCE)]
+    move = "Point.move"
+    head, condition = "def move(self, by: int = 1) -> int:", "if self.colour and by > 2:"
+    assert changes == [
+        (move, head, head.replace("1", "2")),
+        (move, condition, "if (self.colour and by > 2) and False:"),
+        (move, condition, "if (self.colour and by > 2) or True:"),
+        (move, condition, "if self.colour or by > 2:"),
+        (move, condition, "if self.colour and by >= 2:"),
+        (move, condition, "if self.colour and by > 3:"),
+        (move, 'raise ValueError(f"{by} is far")', "pass"),
+        (move, "self.check(by)", "pass"),
+        (move, "self.check(by)", "self.check(None)"),
+        (move, "return self.x + by", "return None"),
+        (move, "return self.x + by", "return self.x - by"),
+    ]
+
+
+@pytest.fixture
+def changed():
+    """Return what a function of the library says in a fork that has become a mutant."""
+    path = Path(sqla_uow._damage.__file__)
+    source = path.read_text()
+
+    def changed(was, becomes, work):
+        (mutant,) = (one for one in mutants("_damage", source) if (one.was, one.becomes) == (was, becomes))
+
+        def run():
+            trial.apply(mutant, source, path)
+            return repr(work())
+
+        return trial.in_a_fork(run, seconds=10, log=Path(os.devnull))
+
+    return changed
+
+
+def test_a_fork_becomes_a_mutant(changed):
+    """Its body and its defaults, under whatever name somebody holds the function; this process stays as it is."""
+    damage = sqla_uow._damage.Damage(hooks=None)
+    depth, add = type(damage).depth.fget, damage.add
+
+    def hard():
+        add(None)
+        return damage.mark.hard
+
+    assert changed("return len(self._savepoints)", "return None", lambda: depth(damage)) == "None"
+    assert changed("hard: bool = False,", "hard: bool = True,", hard) == "True"
+    assert depth(damage) == 0
+    assert not hard()
+
+
+@pytest.mark.parametrize("work", [lambda: os.kill(os.getpid(), signal.SIGKILL), signal.pause, lambda: 1 / 0])
+def test_a_fork_that_does_not_come_to_its_end(work):
+    """Killed, hanging or failed: told from one that has nothing to say."""
+    assert trial.in_a_fork(work, seconds=0.2, log=Path(os.devnull)) is None
+    assert trial.in_a_fork(lambda: None, seconds=10, log=Path(os.devnull)) == ""
