@@ -255,7 +255,10 @@ class RenameVersionColumnOp(VersionOp):
     """Rename a version column, and have its triggers count in it under its new name.
 
     Args:
-        new_column_name: of the column.
+        table_name: that has the column.
+        column_name: of the version, until now.
+        new_column_name: from now on.
+        told: as of every `VersionOp`.
     """
 
     name = "rename_version_column"
