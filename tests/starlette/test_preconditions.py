@@ -296,7 +296,7 @@ async def test_headers_of_a_304(db, handlers):
             check_preconditions(request, page, headers=OF_THE_200)
             return Response("x", headers=OF_THE_200 | {"ETag": etag(page)})
 
-    async with pages(db) as manager, client(Starlette([Route("/", show)], exception_handlers=handlers)) as http:
+    async with pages(db) as manager, client(Starlette(routes=[Route("/", show)], exception_handlers=handlers)) as http:
         full = await http.get("/")
         found = await http.get("/", headers={"If-None-Match": full.headers["ETag"]})
         assert (full.status_code, found.status_code) == (200, 304)
