@@ -25,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: those behind the program's name; None is those of this process.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse would print it, and it may be the end of a password with a space in it
+        names = [one.partition("=")[0] for one in rest if one.startswith("--")]
+        parser.error(f"not understood: {', '.join(names) or 'more than one URL'}; put the URL in quotes")
     logging.getLogger("sqla_uow").addHandler(logging.NullHandler())  # conflicts are made on purpose
     chosen = Options(
         read_only=options.read_only,

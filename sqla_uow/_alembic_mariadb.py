@@ -10,22 +10,20 @@ from alembic.util import CommandError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from sqla_uow._alembic_triggers import Trigger, literally
+from sqla_uow._alembic_catalog import Found, triggers_of
+from sqla_uow._alembic_triggers import Trigger, literally, qualified
 from sqla_uow._classify import code_of
 from sqla_uow._servers import family_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
 
     from alembic.operations import Operations
     from sqlalchemy import Column
 
-__all__ = ["add_instantly", "keeping_trigger"]
+__all__ = ["add_instantly", "locked"]
 
 _NOT_SUPPORTED = {1845, 1846}  # ALGORITHM=INSTANT, without and with a reason
-_COUNT = text(
-    "SELECT count(*) FROM information_schema.triggers WHERE trigger_schema = coalesce(:schema, database()) AND trigger_name = :name"
-)
 
 
 def add_instantly(operations: Operations, table: str, column: Column[Any], schema: str | None) -> None:
@@ -52,26 +50,24 @@ def add_instantly(operations: Operations, table: str, column: Column[Any], schem
 
 
 @contextmanager
-def keeping_trigger(operations: Operations, trigger: Trigger) -> Generator[None]:
-    """Make the trigger that is dropped here again if the column is not; elsewhere a savepoint does that.
+def locked(impl: Any, table: str, schema: str | None, found: Sequence[Found]) -> Generator[None]:
+    """Keep a table for us while its triggers and a column of it are changed, so that no write comes between; MariaDB.
 
-    The table stays locked from the one to the other, so that no write goes uncounted between.
+    Elsewhere the transaction does that.  A trigger that is dropped here is made again if the rest fails.
     """
-    context = operations.migration_context
-    if context.as_sql or family_of(context.dialect) != "mysql":
+    if family_of(impl.dialect) != "mysql" or not found:
         yield
         return
-    connection = operations.get_bind()
-    found = connection.scalar(_COUNT, {"schema": trigger.schema, "name": trigger.name})
-    if not found:
-        yield
-        return
-    connection.execute(literally(f"LOCK TABLES {trigger.qualified(context.dialect, trigger.table)} WRITE"))
+    impl.connection.execute(literally(f"LOCK TABLES {qualified(impl.dialect, table, schema)} WRITE"))
     try:
         yield
     except BaseException:
-        for statement in trigger.create(context.dialect):
-            connection.execute(literally(statement))
+        left = {one.name for one in triggers_of(impl.connection, table, schema)}
+        for one in found:
+            if one.name not in left:
+                trigger = Trigger(table, one.column, schema, given=one.name)
+                for statement in trigger.create(impl.dialect):
+                    impl.connection.execute(literally(statement))
         raise
     finally:
-        connection.execute(text("UNLOCK TABLES"))
+        impl.connection.execute(text("UNLOCK TABLES"))

@@ -1,19 +1,23 @@
-"""The four operations on version columns and their triggers: what a migration says, and what it is turned into."""
+"""The operations on version columns and their triggers: what a migration says, and what it is turned into."""
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from alembic.operations import BatchOperations, Operations
 from alembic.operations.batch import BatchOperationsImpl
 from alembic.operations.ops import MigrateOperation
+from alembic.util import CommandError
 
-from sqla_uow._alembic_mariadb import add_instantly, keeping_trigger
+from sqla_uow._alembic_catalog import triggers_of
+from sqla_uow._alembic_making import counting, in_step, make, remove, unnamed
+from sqla_uow._alembic_mariadb import add_instantly, locked
 from sqla_uow._alembic_parents import ChildTrigger, child_trigger
 from sqla_uow._alembic_patience import Patience, patiently
 from sqla_uow._alembic_target import Target, kind_named, version_column
-from sqla_uow._alembic_triggers import Trigger, literally
+from sqla_uow._alembic_triggers import Trigger, literally, qualified
 from sqla_uow._servers import family_of
 
 __all__ = [
@@ -22,13 +26,16 @@ __all__ = [
     "CreateVersionTriggerOp",
     "DropVersionColumnOp",
     "DropVersionTriggerOp",
+    "RenameVersionColumnOp",
     "VersionOp",
     "register",
 ]
 
+logger = logging.getLogger("sqla_uow")
+
 
 class VersionOp(MigrateOperation, ABC):
-    """What the four share: a table's version column, and the patience to wait for the table.
+    """What they share: a table's version column, and the patience to wait for the table.
 
     Args:
         table_name: a table with a primary key.
@@ -79,8 +86,8 @@ class VersionOp(MigrateOperation, ABC):
 
     def _target(self, operations: Operations) -> Target | None:
         """Return the table as it is, None for a script, which is written without looking at a database."""
-        script = operations.migration_context.as_sql
-        return None if script else Target(operations, self.table_name, self.schema)
+        impl: Any = operations.migration_context.impl
+        return None if impl.as_sql else Target(impl, self.table_name, self.schema)
 
     def _trigger(self, target: Target | None) -> Trigger:
         key = () if target is None else target.primary_key()
@@ -226,14 +233,114 @@ class DropVersionColumnOp(VersionOp):
         target = self._target(operations)
         if target is not None:
             target.check_present(self.column_name)
-        trigger = Trigger(self.table_name, self.column_name, self.schema)
         in_batch = isinstance(operations.impl, BatchOperationsImpl)
 
         def ddl() -> None:
-            with keeping_trigger(operations, trigger):
-                if not in_batch:  # whose copy of the table gets no trigger without its column
-                    self._execute(operations, trigger.drop(context.dialect))
+            if in_batch:  # whose copy of the table gets no trigger without its column
                 impl.drop_column(self.table_name, column, schema=self.schema)
+            elif unnamed(context.impl):
+                self._execute(operations, self._trigger(None).drop(context.dialect))
+                impl.drop_column(self.table_name, column, schema=self.schema)
+            else:
+                found = counting(impl, self.table_name, self.column_name, self.schema)
+                with locked(impl, self.table_name, self.schema, found):
+                    for one in found:
+                        remove(impl, one)
+                    impl.drop_column(self.table_name, column, schema=self.schema)
+
+        patiently(operations, self.table_name, self.patience, ddl)
+
+
+class RenameVersionColumnOp(VersionOp):
+    """Rename a version column, and have its triggers count in it under its new name.
+
+    Args:
+        table_name: that has the column.
+        column_name: of the version, until now.
+        new_column_name: from now on.
+        told: as of every `VersionOp`.
+    """
+
+    name = "rename_version_column"
+
+    def __init__(self, table_name: str, column_name: str, new_column_name: str, **told: Any) -> None:
+        super().__init__(table_name, column_name, **told)
+        self.new_column_name = new_column_name
+
+    @classmethod
+    def rename_version_column(
+        cls,
+        operations: Operations,
+        table_name: str,
+        column_name: str,
+        new_column_name: str,
+        *,
+        schema: str | None = None,
+        lock_timeout: float = 1.0,
+        retries: int = 30,
+    ) -> None:
+        """Rename a version column, and have the triggers that count in it follow.
+
+        Args:
+            operations: given by Alembic.
+            table_name: that has the column.
+            column_name: of the version column, until now.
+            new_column_name: from now on.
+            schema: the table's.
+            lock_timeout: seconds of one try, as in ``add_version_column``.
+            retries: further tries.
+
+        Raises:
+            CommandError: there is no such table or column, or one of the new name too; or the table was in use for all tries; or
+                ``--sql``, where it is not known whether there is a trigger (SQLite's follow by themselves).
+        """
+        told: dict[str, Any] = {"schema": schema, "lock_timeout": lock_timeout, "retries": retries}
+        operations.invoke(cls(table_name, column_name, new_column_name, **told))
+
+    @classmethod
+    def batch_rename_version_column(
+        cls,
+        operations: BatchOperations,
+        column_name: str,
+        new_column_name: str,
+        *,
+        lock_timeout: float = 1.0,
+        retries: int = 30,
+    ) -> None:
+        """Do so within ``batch_alter_table``, to its table."""
+        told: dict[str, Any] = {"lock_timeout": lock_timeout, "retries": retries}
+        cls._invoke_in_batch(operations, column_name, new_column_name=new_column_name, **told)
+
+    def reverse(self) -> VersionOp:
+        """Return what takes it back."""
+        told: dict[str, Any] = {"kind": self.kind, "parent": self.parent, "schema": self.schema}
+        return type(self)(self.table_name, self.new_column_name, self.column_name, **told, **self.patience._asdict())
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return what ``alembic check`` shows."""
+        return (*super().to_diff_tuple(), self.new_column_name)
+
+    def run(self, operations: Operations) -> None:
+        """Do it, on a database or into a script."""
+        impl: Any = operations.impl
+        old, new = self.column_name, self.new_column_name
+        if isinstance(impl, BatchOperationsImpl):
+            impl.alter_column(self.table_name, old, name=new, schema=self.schema)
+            return
+        if impl.as_sql and family_of(impl.dialect) != "sqlite":
+            raise CommandError(
+                f"whether table {self.table_name!r} has a version trigger is not known with --sql; run it on a database, or "
+                "write op.drop_version_trigger(), op.alter_column() and op.create_version_trigger()"
+            )
+        target = self._target(operations)
+        done = target is not None and target.check_renamed(old, new)
+        quote = impl.dialect.identifier_preparer.quote
+        table = qualified(impl.dialect, self.table_name, self.schema)
+
+        def ddl() -> None:
+            with in_step(impl, self.table_name, old, new, self.schema):
+                if not done:
+                    self._execute(operations, [f"ALTER TABLE {table} RENAME COLUMN {quote(old)} TO {quote(new)}"])
 
         patiently(operations, self.table_name, self.patience, ddl)
 
@@ -286,12 +393,12 @@ class CreateVersionTriggerOp(VersionOp):
         own = self._trigger(target)
         trigger: Trigger | ChildTrigger = own
         if self.parent is not None:
-            trigger = child_trigger(operations, own, self.parent)
+            trigger = child_trigger(operations.migration_context.impl, own, self.parent)
         elif target is not None:
             target.check_integer(self.column_name)
 
         def ddl() -> None:
-            self._execute(operations, trigger.create(operations.migration_context.dialect))
+            make(operations.migration_context.impl, trigger)
 
         patiently(operations, self.table_name, self.patience, ddl)
 
@@ -313,7 +420,7 @@ class DropVersionTriggerOp(VersionOp):
         lock_timeout: float = 1.0,
         retries: int = 30,
     ) -> None:
-        """Remove a version trigger, and on PostgreSQL its function; nothing happens where there is none.
+        """Remove a table's version trigger, whatever the table was called when it was made; a warning is logged where it has none.
 
         The arguments are those of ``create_version_trigger``.
 
@@ -330,10 +437,19 @@ class DropVersionTriggerOp(VersionOp):
 
     def run(self, operations: Operations) -> None:
         """Do it, on a database or into a script."""
+        impl: Any = operations.migration_context.impl
         trigger = self._trigger(self._target(operations))
+        found = [] if unnamed(impl) else triggers_of(impl.connection, self.table_name, self.schema)
+        if not found and not unnamed(impl):
+            # No error: on MariaDB a downgrade that failed behind this operation has to be run again from its beginning.
+            logger.warning("table %r has no version trigger, so none was dropped", self.table_name)
+            return
 
         def ddl() -> None:
-            self._execute(operations, trigger.drop(operations.migration_context.dialect))
+            if unnamed(impl):
+                self._execute(operations, trigger.drop(impl.dialect))
+            for one in found:
+                remove(impl, one)
 
         patiently(operations, self.table_name, self.patience, ddl)
 
@@ -341,6 +457,7 @@ class DropVersionTriggerOp(VersionOp):
 OPS: tuple[type[VersionOp], ...] = (
     AddVersionColumnOp,
     DropVersionColumnOp,
+    RenameVersionColumnOp,
     CreateVersionTriggerOp,
     DropVersionTriggerOp,
 )
@@ -352,7 +469,7 @@ def register() -> None:
     for op in OPS:
         Operations.register_operation(op.name)(op)
         Operations.implementation_for(op)(_run)
-        if op.keeps_kind:
+        if hasattr(op, f"batch_{op.name}"):
             BatchOperations.register_operation(op.name, f"batch_{op.name}")(op)
 
 

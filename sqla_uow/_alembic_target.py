@@ -13,7 +13,6 @@ from sqla_uow._version_mapping import INFO_KEY
 from sqla_uow._version_types import INTEGER, TIMESTAMP, UUID, Kind
 
 if TYPE_CHECKING:
-    from alembic.operations import Operations
     from sqlalchemy.engine import Inspector
 
 __all__ = ["Target", "kind_named", "version_column"]
@@ -42,13 +41,18 @@ def version_column(name: str, kind: Kind) -> Column[Any]:
 class Target:
     """A table as it is in the database now.
 
+    Args:
+        impl: Alembic's, of the dialect, with a connection.
+        table: its name.
+        schema: that it is in.
+
     Raises:
         CommandError: there is no such table, or it is a view.
     """
 
-    def __init__(self, operations: Operations, table: str, schema: str | None) -> None:
-        self._operations = operations
-        self._inspector: Inspector = inspect(operations.get_bind())  # a new one: what it has seen, it remembers
+    def __init__(self, impl: Any, table: str, schema: str | None) -> None:
+        self._impl = impl
+        self._inspector: Inspector = inspect(impl.connection)  # a new one: what it has seen, it remembers
         self.table = table
         self.schema = schema
         try:
@@ -80,21 +84,6 @@ class Target:
             )
         return list(key)
 
-    def refers_to(self, parent: str) -> list[tuple[str, str]]:
-        """Return the primary key's columns, each with that of the parent to which it refers.
-
-        Raises:
-            CommandError: the primary key is no foreign key to the parent.
-        """
-        for foreign in self._inspector.get_foreign_keys(self.table, schema=self.schema):
-            same = set(foreign["constrained_columns"]) == set(self.primary_key())
-            if same and foreign["referred_table"] == parent:
-                return list(zip(foreign["constrained_columns"], foreign["referred_columns"], strict=True))
-        raise CommandError(
-            f"the primary key of table {self.table!r} is no foreign key to {parent!r}; name the parent of its joined "
-            "inheritance"
-        )
-
     def has(self, column: Column[Any]) -> bool:
         """Say whether the column is there already, as on MariaDB after a migration that failed half-way.
 
@@ -105,8 +94,7 @@ class Target:
         if found is None:
             return False
         reflected: Column[Any] = Column(found["name"], found["type"], nullable=found["nullable"])
-        impl: Any = self._operations.migration_context.impl
-        if impl.compare_type(reflected, column):
+        if self._impl.compare_type(reflected, column):
             raise CommandError(
                 f"table {self.table!r} already has a column {column.name!r}, of type {found['type']}; rename it, or name "
                 "another one in column_name"
@@ -119,6 +107,10 @@ class Target:
         logger.info("table %r already has its version column %r", self.table, column.name)
         return True
 
+    def has_column(self, column_name: str) -> bool:
+        """Say whether it has a column of this name."""
+        return column_name in self._columns
+
     def check_present(self, column_name: str) -> None:
         """Refuse to go on without the column.
 
@@ -127,6 +119,22 @@ class Target:
         """
         if column_name not in self._columns:
             raise CommandError(f"table {self.table!r} has no column {column_name!r}; name the right one in column_name")
+
+    def check_renamed(self, old: str, new: str) -> bool:
+        """Say whether a column has its new name already, as on MariaDB after a migration that failed half-way.
+
+        Raises:
+            CommandError: the table has both, or neither.
+        """
+        if new in self._columns and old not in self._columns:
+            logger.info("table %r already has its version column as %r", self.table, new)
+            return True
+        self.check_present(old)
+        if new in self._columns:
+            raise CommandError(
+                f"table {self.table!r} already has a column {new!r}; drop it first, or take another name"
+            )
+        return False
 
     def check_integer(self, column_name: str) -> None:
         """Refuse to count with anything but an integer.

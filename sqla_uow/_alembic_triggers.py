@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
@@ -11,16 +11,16 @@ from sqlalchemy import text
 from sqla_uow._servers import family_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sqlalchemy import TextClause
-    from sqlalchemy.engine import Connection, Dialect
+    from sqlalchemy.engine import Dialect
 
-__all__ = ["Trigger", "literally", "saved_triggers"]
+__all__ = ["PREFIX", "Trigger", "literally", "names", "qualified"]
 
-_PREFIX = "sqla_uow_version_"
+PREFIX = "sqla_uow_version_"
+"""Of the names of our triggers."""
 _LONGEST_NAME = 63  # PostgreSQL's; MariaDB has 64
-_COLUMN = re.compile(r'WHEN NEW\.(?:"((?:[^"]|"")+)"|(\w+)) <=')
 
 
 class Trigger(NamedTuple):
@@ -36,13 +36,13 @@ class Trigger(NamedTuple):
     key: Sequence[str] = ()
     """The primary key's columns; SQLite's rowid where it is not known, in a script."""
 
+    given: str = ""
+    """Its name; that of its table's today where it is empty."""
+
     @property
     def name(self) -> str:
         """Return the trigger's name, and that of its function on PostgreSQL."""
-        name = _PREFIX + self.table
-        if len(name) <= _LONGEST_NAME:
-            return name
-        return name[:46] + "_" + hashlib.sha256(name.encode()).hexdigest()[:16]
+        return self.given or next(names(self.table))
 
     def create(self, dialect: Dialect) -> list[str]:
         """Return the statements that make it, anew where there is one already."""
@@ -59,14 +59,14 @@ class Trigger(NamedTuple):
             ]
         if family == "mysql":
             trigger = self.qualified(dialect, self.name)
-            count = f"SET NEW.{column} = OLD.{column} + 1"
-            return [f"CREATE OR REPLACE TRIGGER {trigger} BEFORE UPDATE ON {table} FOR EACH ROW {count}"]
+            counting = f"SET NEW.{column} = OLD.{column} + 1"
+            return [f"CREATE OR REPLACE TRIGGER {trigger} BEFORE UPDATE ON {table} FOR EACH ROW {counting}"]
         keys = [quote(column) for column in self.key] or ["rowid"]
         row = " AND ".join(f"{key} = NEW.{key}" for key in keys)
-        count = f"UPDATE {quote(self.table)} SET {column} = OLD.{column} + 1 WHERE {row}"  # noqa: S608  # names, quoted
+        counting = f"UPDATE {quote(self.table)} SET {column} = OLD.{column} + 1 WHERE {row}"  # noqa: S608  # names, quoted
         return [
             *self.drop(dialect),
-            f"CREATE TRIGGER {self.qualified(dialect, self.name)} AFTER UPDATE ON {quote(self.table)} FOR EACH ROW WHEN NEW.{column} <= OLD.{column} BEGIN {count}; END",
+            f"CREATE TRIGGER {self.qualified(dialect, self.name)} AFTER UPDATE ON {quote(self.table)} FOR EACH ROW WHEN NEW.{column} <= OLD.{column} BEGIN {counting}; END",
         ]
 
     def drop(self, dialect: Dialect) -> list[str]:
@@ -79,26 +79,22 @@ class Trigger(NamedTuple):
 
     def qualified(self, dialect: Dialect, name: str) -> str:
         """Return a name in the table's schema."""
-        prepare = dialect.identifier_preparer
-        return f"{prepare.quote_schema(self.schema)}.{prepare.quote(name)}" if self.schema else prepare.quote(name)
+        return qualified(dialect, name, self.schema)
+
+
+def names(table: str) -> Iterator[str]:
+    """Return names for a table's trigger: its own, and others in case a table that had its name before has that one."""
+    for number in count(1):
+        name = PREFIX + table if number == 1 else f"{PREFIX}{table}_{number}"
+        yield name if len(name) <= _LONGEST_NAME else name[:46] + "_" + hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def qualified(dialect: Dialect, name: str, schema: str | None) -> str:
+    """Return a name as it is written in SQL, in a schema."""
+    prepare = dialect.identifier_preparer
+    return f"{prepare.quote_schema(schema)}.{prepare.quote(name)}" if schema else prepare.quote(name)
 
 
 def literally(statement: str) -> TextClause:
     """Return a statement in which no name and no ``:=`` is a parameter."""
     return text(statement.replace(":", "\\:"))
-
-
-def saved_triggers(connection: Connection, table: str) -> list[tuple[str, str]]:
-    """Return (column, SQL) of our triggers on a table of SQLite."""
-    found = connection.execute(
-        text(
-            "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :table AND substr(name, 1, :n) = :ours"
-        ),
-        {"table": table, "n": len(_PREFIX), "ours": _PREFIX},
-    )
-    saved: list[tuple[str, str]] = []
-    for (statement,) in found:
-        column = _COLUMN.search(statement)
-        assert column is not None
-        saved.append(((column[1] or column[2]).replace('""', '"'), statement))
-    return saved

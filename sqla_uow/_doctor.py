@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -17,11 +16,13 @@ from sqla_uow._doctor_report import Finding
 from sqla_uow._doctor_sqlite import CHECKS as SQLITE
 from sqla_uow._doctor_subject import Subject
 from sqla_uow._doctor_trials import try_levels
+from sqla_uow._doctor_url import UnreachableError, parsed, place_of, refused_arguments
 from sqla_uow._manager import UnitOfWorkManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from sqlalchemy import URL
     from sqlalchemy.engine import Connection
 
     from sqla_uow._database import Database
@@ -41,10 +42,6 @@ _UNPREPARED: dict[str, dict[str, Any]] = {
     "asyncpg": {"statement_cache_size": 0},
     "psycopg": {"prepare_threshold": None},
 }
-
-
-class UnreachableError(Exception):
-    """There is nothing to examine: no connection, or no such URL."""
 
 
 class Options(NamedTuple):
@@ -79,7 +76,7 @@ async def examine(url: str, options: Options) -> list[Finding]:
     try:
         manager = UnitOfWorkManager(engine, timeout=options.seconds)
         subject = Subject(engine, manager, options.pool_size * options.processes)
-        await _connect(engine, options.seconds, manager._database.recognise)
+        await _connect(engine, url, options.seconds, manager._database.recognise)
         checks = [*_checks(manager._database), *([] if options.read_only else [try_levels])]
         found = [
             Finding("driver", _driver(engine)),
@@ -95,49 +92,45 @@ async def examine(url: str, options: Options) -> list[Finding]:
 
 
 def _engine(url: str) -> AsyncEngine:
+    read = parsed(url)
     try:
-        parsed = make_url(url)
-        options: dict[str, Any] = {"pool_size": 3, "max_overflow": 0} if _has_pool(parsed) else {}
+        options: dict[str, Any] = {"pool_size": 3, "max_overflow": 0} if _has_pool(read) else {}
         # Prepared statements fail behind a pooler; whether there is one is to be found out.
-        connect_args = _UNPREPARED.get(parsed.drivername.partition("+")[2], {})
-        return create_async_engine(parsed, connect_args=connect_args, **options)
-    except ArgumentError:
-        raise UnreachableError("this is no database URL; use one as postgresql+asyncpg://me@host/bank") from None
+        connect_args = _UNPREPARED.get(read.drivername.partition("+")[2], {})
+        return create_async_engine(read, connect_args=connect_args, **options)
     except (NoSuchModuleError, ImportError, InvalidRequestError) as error:
-        raise UnreachableError(_unknown_driver(url, error)) from None
+        raise UnreachableError(_unknown_driver(read, error)) from None
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UnreachableError(f"{read.drivername} does not take this URL: {type(error).__name__}") from None
 
 
 def _has_pool(url: URL) -> bool:
     return not (url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"))
 
 
-def _unknown_driver(url: str, error: Exception) -> str:
-    parsed = make_url(url)
-    name = parsed.get_backend_name()
+def _unknown_driver(url: URL, error: Exception) -> str:
+    name = url.get_backend_name()
     if name not in _DRIVERS:
         return f"sqla_uow does not know the database {name!r}; use {', '.join(_DRIVERS)}"
     if isinstance(error, ImportError):
-        return f"the driver of {parsed.drivername!r} is not installed ({error.name}); pip install it"
-    return f"{parsed.drivername!r} is no asyncio driver; use {_DRIVERS[name]}"
+        return f"the driver of {url.drivername!r} is not installed ({error.name}); pip install it"
+    return f"{url.drivername!r} is no asyncio driver; use {_DRIVERS[name]}"
 
 
 def _checks(database: Database[Any]) -> Sequence[Check]:
     return _CHECKS[database.family] if database.server is None else DISTRIBUTED
 
 
-async def _connect(engine: AsyncEngine, seconds: float, look: Callable[[Connection], None] | None = None) -> None:
+async def _connect(
+    engine: AsyncEngine, url: str, seconds: float, look: Callable[[Connection], None] | None = None
+) -> None:
     try:
         async with asyncio.timeout(seconds), engine.connect() as connection:
             if look is not None:
                 await connection.run_sync(look)
     except Exception as error:
-        raise UnreachableError(f"{_place(engine.url)} does not let us in: {_what(error)}") from None
-
-
-def _place(url: URL) -> str:
-    """Return where it is, without who and with what password."""
-    where = url.host or url.database or "memory"
-    return f"{url.drivername} at {where}{f':{url.port}' if url.port else ''}"
+        wrong = refused_arguments(url, engine) or _what(error)
+        raise UnreachableError(f"{place_of(url, engine.url)} does not let us in: {wrong}") from None
 
 
 def _what(error: BaseException) -> str:
@@ -168,7 +161,7 @@ async def _replica(number: int, url: str, primary: AsyncEngine, options: Options
     name = f"replica {number}"
     engine = _engine(url)
     try:
-        await _connect(engine, options.seconds)
+        await _connect(engine, url, options.seconds)
         manager = UnitOfWorkManager(primary, replicas=[engine])
         async with manager.scope(position=""), manager.begin(read_only=True) as unit:
             await unit.session.connection()

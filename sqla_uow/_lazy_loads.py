@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import sys
 import warnings
+from inspect import CO_VARARGS
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 
 from sqla_uow._load_advice import NO_WAITING, place_of, refusal, repeated
-from sqla_uow._load_origin import UNASKED, Cause, Origin, origin_of
+from sqla_uow._load_origin import NEVER_LOADED, UNASKED, Cause, Origin, origin_of
 from sqla_uow._session import UnitSession
 from sqla_uow.errors import NPlusOneWarning
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from sqlalchemy.orm import Session
 
     from sqla_uow.typing import LazyLoads
@@ -40,7 +43,7 @@ class WatchedSession(UnitSession):
             origin = self._origin(statement)
         if origin is None or self._flushing or self.transaction_of_unit is None:
             return super()._execute_internal(statement, params, **options)
-        if self.refuses_lazy_loads and origin.cause in (Cause.RELATIONSHIP, Cause.COLUMN):
+        if self.refuses_lazy_loads and origin.cause in NEVER_LOADED:
             raise refusal(origin, f"{self.transaction_of_unit.name} refuses lazy loads")
         if origin.cause in UNASKED and not getattr(getcurrent(), "__sqlalchemy_greenlet_provider__", False):
             raise refusal(origin, NO_WAITING)  # before SQLAlchemy makes a coroutine that nobody awaits
@@ -51,9 +54,17 @@ class WatchedSession(UnitSession):
     def _origin(self, statement: Any) -> Origin | None:
         # What called execute() or its like: the ORM for a load of its own, else the user, who may be in another greenlet.
         frame = sys._getframe(2).f_back
-        if frame is not None and frame.f_globals.get("__name__", "").startswith(("sqlalchemy.orm", "sqla_uow.")):
+        while frame is not None and not _is_orm(frame) and self._was_given_to(frame):
+            frame = frame.f_back  # an execute() of the user's class of session, or what a tracer puts around it
+        if frame is not None and _is_orm(frame):
             return origin_of(frame)
         return Origin(Cause.SELECT, statement._propagate_attrs.get("plugin_subject"))
+
+    def _was_given_to(self, frame: FrameType) -> bool:
+        code = frame.f_code
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & CO_VARARGS)]
+        values = [frame.f_locals.get(name) for name in names]
+        return any(value is self or (type(value) is tuple and any(one is self for one in value)) for value in values)
 
     def _count(self, origin: Origin, statement: Any) -> None:
         # A load of the ORM is known by what it loads, a statement by the key under which it is compiled.
@@ -77,6 +88,11 @@ class WatchedSession(UnitSession):
             warnings.warn(message, NPlusOneWarning, stacklevel=2)
         else:
             warnings.warn_explicit(message, NPlusOneWarning, *place)
+
+
+def _is_orm(frame: FrameType) -> bool:
+    module: str = frame.f_globals.get("__name__", "")
+    return module.startswith(("sqlalchemy.orm", "sqla_uow."))
 
 
 class RefusingSession(WatchedSession):

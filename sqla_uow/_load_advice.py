@@ -86,6 +86,7 @@ def repeated(origin: Origin, times: int, unit: str, place: Place | None) -> str:
 _VERBS = {
     Cause.RELATIONSHIP: "was loaded",
     Cause.COLUMN: "was loaded",
+    Cause.SUBCLASS: "was loaded",
     Cause.EXPIRED: "was expired and loaded again",
     Cause.REFRESH: "was refreshed",
     Cause.KEY: "was read by its key",
@@ -96,7 +97,7 @@ def _words(origin: Origin) -> tuple[str, str]:
     """Return what was done, and what to do instead."""
     assert origin.mapper is not None
     name, verb = origin.mapper.class_.__name__, _VERBS[origin.cause]
-    if origin.path:
+    if origin.path or origin.base is not None:
         return f"{name}.{origin.names[0]} {verb}", f"add {_options(origin)}"
     again = "" if origin.cause is Cause.KEY else ".execution_options(populate_existing=True)"
     return f"{name} {verb}", f"read them with one select({name}).where({_key_in(origin.mapper)}){again}"
@@ -108,18 +109,30 @@ def _key_in(mapper: Any) -> str:
 
 
 def _options(origin: Origin) -> str:
-    return f".options({_option(origin)}) to the statement that loads {_steps(origin)[0][0]}"
+    first = _steps(origin)[0][0] if origin.path else _name_of(origin.base)
+    return f".options({_option(origin)}) to the statement that loads {first}"
 
 
 def _option(origin: Origin) -> str:
     """Return the loader option as the user would write it, from the first entity of the statement on."""
+    subclass = f"[{_name_of(origin.mapper)}]"
+    if origin.cause is Cause.SUBCLASS and not origin.path:
+        return f"selectin_polymorphic({_name_of(origin.base)}, {subclass})"
     steps = _steps(origin)
+    if origin.cause is Cause.SUBCLASS:
+        path = ".".join(f"selectinload({entity}.{attribute})" for entity, attribute in steps)
+        return f"{path}.selectin_polymorphic({subclass})"
     *before, (_entity, last) = [(entity, f"{entity}.{attribute}") for entity, attribute in steps]
     if origin.cause is Cause.COLUMN:
         return ".".join([*(f"defaultload({attribute})" for _, attribute in before), f"undefer({last})"])
     if before and all(attribute == last for _, attribute in before):  # down a tree
         return f"selectinload({last}, recursion_depth=-1)"
     return ".".join(f"selectinload({attribute})" for attribute in [*(attribute for _, attribute in before), last])
+
+
+def _name_of(mapper: Any) -> str:
+    name: str = mapper.class_.__name__
+    return name
 
 
 def _steps(origin: Origin) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import InstanceState, Mapper, MapperProperty
 
-__all__ = ["UNASKED", "Cause", "Origin", "origin_of"]
+__all__ = ["NEVER_LOADED", "UNASKED", "Cause", "Origin", "origin_of"]
 
 
 class Cause(Enum):
@@ -25,13 +25,16 @@ class Cause(Enum):
 
     RELATIONSHIP = "an attribute was used that was never loaded: a relationship"
     COLUMN = "likewise: a deferred column"
+    SUBCLASS = "likewise: a column of a subclass, which was loaded by a statement of its base"
     EXPIRED = "an attribute was used that had been loaded, and was expired"
     REFRESH = "refresh()"
     KEY = "get()"
     SELECT = "a statement of the user"
 
 
-UNASKED = Cause.RELATIONSHIP, Cause.COLUMN, Cause.EXPIRED
+NEVER_LOADED = Cause.RELATIONSHIP, Cause.COLUMN, Cause.SUBCLASS
+"""An attribute was used that the statement which loaded its object left out."""
+UNASKED = *NEVER_LOADED, Cause.EXPIRED
 """An attribute was used, and its value was not there."""
 
 
@@ -44,12 +47,14 @@ class Origin(NamedTuple):
         names: of its attributes, where they are what is loaded.
         path: how SQLAlchemy came to the attribute, from the first entity of the user's statement: entity and property in
             turn; empty where no loader option can help.
+        base: of a subclass's column, the class whose statement loaded the object.
     """
 
     cause: Cause
     mapper: Mapper[Any] | None
     names: tuple[str, ...] = ()
     path: tuple[Any, ...] = ()
+    base: Mapper[Any] | None = None
 
 
 def origin_of(frame: FrameType | None) -> Origin | None:
@@ -86,7 +91,32 @@ def _unloaded(frame: FrameType) -> Origin | None:
 def _expired(frame: FrameType) -> Origin:
     caller = frame.f_back
     assert caller is not None  # the attribute
-    return Origin(Cause.EXPIRED, frame.f_locals["self"].mapper, (caller.f_locals["key"],))
+    state, name = frame.f_locals["self"], caller.f_locals["key"]
+    asked_for = frame.f_locals["passive"] & PassiveFlag.NO_RAISE  # as above
+    base = None if asked_for or state.expired else _base_of(state, name)
+    if base is None:
+        return Origin(Cause.EXPIRED, state.mapper, (name,))
+    return Origin(Cause.SUBCLASS, state.mapper, (name,), state.load_path.path[:-1] if state.load_path else (), base)
+
+
+def _base_of(state: InstanceState[Any], name: str) -> Mapper[Any] | None:
+    """Return the class by whose statement an object was loaded without this column of its own class, None for others.
+
+    SQLAlchemy marks such columns as expired, all that a class adds to its base at once.
+    """
+    owner: Mapper[Any] | None = state.mapper
+    while owner is not None and owner.inherits is not None and name in owner.inherits.attrs:
+        owner = owner.inherits
+    left_out: Mapper[Any] | None = None
+    while owner is not None and owner.inherits is not None and _is_left_out(state, owner):
+        left_out = owner = owner.inherits
+    return left_out
+
+
+def _is_left_out(state: InstanceState[Any], mapper: Mapper[Any]) -> bool:
+    assert mapper.inherits is not None
+    own = [one.key for one in mapper.column_attrs if one.key not in mapper.inherits.attrs and not one.deferred]
+    return bool(own) and state.expired_attributes.issuperset(own)
 
 
 def _refresh(frame: FrameType) -> Origin:

@@ -35,7 +35,8 @@ class CapturedHook(NamedTuple):
 def capture_after_commit(*, execute: bool = False) -> Generator[list[CapturedHook]]:
     """Collect the `after_commit` hooks of all units that commit in the block, in order.
 
-    Those of a failed attempt, and of a unit or savepoint that is rolled back, are dropped as ever and not among them.
+    Those of a failed attempt, and of a unit or savepoint that is rolled back, are dropped as ever and not among them.  A block
+    within another takes those of its units, and `execute` is its own; the outer block gets the others.
 
     Args:
         execute: run them as well, where they would run; else they do not run.
@@ -43,6 +44,8 @@ def capture_after_commit(*, execute: bool = False) -> Generator[list[CapturedHoo
     captured: list[CapturedHook] = []
 
     def take(hooks: list[Hook]) -> None:
+        if takers[-1] is not take:  # those of a block within this one are that block's
+            return
         captured.extend(CapturedHook(hook.function, hook.args, hook.kwargs) for hook in hooks)
         if not execute:
             hooks.clear()

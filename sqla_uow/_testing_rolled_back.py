@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from sqlalchemy.engine import Engine
@@ -15,6 +16,8 @@ from sqla_uow._database import WITHIN
 from sqla_uow._isolation import check_level
 from sqla_uow._manager import UnitOfWorkManager
 from sqla_uow._servers import family_of
+from sqla_uow._settle import remember, settle
+from sqla_uow._shield import shielded
 from sqla_uow._testing_savepoints import Outer, dialect_within
 from sqla_uow._testing_statements import engine_of
 from sqla_uow.errors import PropagationError
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy.engine import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import Pool
 
     from sqla_uow.typing import IsolationLevel
@@ -32,6 +36,9 @@ __all__ = ["rolled_back"]
 
 logger = logging.getLogger("sqla_uow")
 S = TypeVar("S", bound=AsyncSession)
+
+GIVE_BACK_SECONDS = 10.0
+"""How long the end of the block may take."""
 
 
 @overload
@@ -84,22 +91,69 @@ async def _manager_rolled_back(
 
 @asynccontextmanager
 async def _engine_rolled_back(engine: AsyncEngine, isolation: IsolationLevel | None) -> AsyncGenerator[AsyncEngine]:
-    family = family_of(engine.dialect)
     check_level(engine.dialect.name, isolation, who="rolled_back()")
-    async with engine.connect() as connection:
-        if isolation is not None:
-            await connection.execution_options(isolation_level=isolation)
-        transaction = await connection.begin()
-        outer = await connection.run_sync(_begin, family)
+    # In tasks of their own: cut off half-way, they would leave the connection with its locks to the next test.
+    taken = await shielded(partial(_take, engine, isolation))
+    if taken.cancelled is not None:
+        if taken.trouble is None:
+            await shielded(partial(_give_back, *taken.task.result(), cut_off=True))
+        raise taken.cancelled
+    connection, outer = taken.task.result()
+    cut_off = True
+    try:
         try:
             yield AsyncEngine(_EngineWithin(engine.sync_engine, outer))
-        finally:
-            outer.is_over = True
-            try:
-                await transaction.rollback()
-            except (SQLAlchemyError, OSError) as error:  # the server has rolled back what it lost
-                logger.info("rolled_back() had lost its connection (%s)", type(error).__name__)
-                await connection.invalidate()
+        except Exception:
+            cut_off = False
+            raise
+        cut_off = False
+    finally:
+        outer.is_over = True
+        ended = await shielded(partial(_give_back, connection, outer, cut_off=cut_off), limit=GIVE_BACK_SECONDS)
+        ended.stop()
+        if ended.trouble is not None:
+            logger.info("rolled_back() could not give back its connection (%s)", type(ended.trouble).__name__)
+        if ended.cancelled is not None:
+            raise ended.cancelled
+
+
+async def _take(engine: AsyncEngine, isolation: IsolationLevel | None) -> tuple[AsyncConnection, Outer]:
+    connection = await engine.connect()
+    try:
+        if isolation is not None:
+            await connection.execution_options(isolation_level=isolation)
+        await connection.begin()
+        return connection, await connection.run_sync(_begin, family_of(engine.dialect))
+    except BaseException:
+        await connection.close()
+        raise
+
+
+async def _give_back(connection: AsyncConnection, outer: Outer, *, cut_off: bool) -> None:
+    await connection.run_sync(_roll_back, outer, cut_off)
+    await connection.close()
+
+
+def _roll_back(connection: Connection, outer: Outer, cut_off: bool) -> None:  # noqa: FBT001  # run_sync() has no names
+    """Roll back, or throw away what a statement may still be going on in, as a unit does that is cut off."""
+    in_memory = outer.family == "sqlite" and ":memory:" in (connection.engine.url.database or ":memory:")
+    if cut_off and not in_memory:  # which is gone with its connection
+        settle(connection, None)
+        connection.invalidate()
+        return
+    transaction = connection.get_transaction()
+    assert transaction is not None
+    try:
+        transaction.rollback()
+        if outer.is_lost:
+            connection.invalidate()
+    except (
+        SQLAlchemyError,
+        OSError,
+        ValueError,
+    ) as error:  # the server has rolled back what it lost; aiosqlite: closed
+        logger.info("rolled_back() had lost its connection (%s)", type(error).__name__)
+        connection.invalidate()
 
 
 def _begin(connection: Connection, family: str) -> Outer:
@@ -111,6 +165,7 @@ def _begin(connection: Connection, family: str) -> Outer:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.exec_driver_sql("SELECT 1")
+    remember(connection)
     return Outer(dbapi_connection, family, connection.get_isolation_level())
 
 

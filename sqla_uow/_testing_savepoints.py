@@ -51,6 +51,11 @@ class Outer:
         """Say whether this, which may be the pool's proxy of it, is the connection."""
         return getattr(dbapi_connection, "dbapi_connection", dbapi_connection) is self.connection
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the transaction was found to be gone."""
+        return self._lost is not None
+
     def lend(self) -> Any:
         """Return the connection to the pool, after it was discarded as well: the savepoint then goes as the server would."""
         self.check()

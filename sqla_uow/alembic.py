@@ -20,21 +20,23 @@ In migrations, written by hand or by ``alembic revision --autogenerate``::
     op.add_version_column("order")
     op.create_version_trigger("order")
 
-* ``op.add_version_column`` and ``op.drop_version_column``, also within ``batch_alter_table``; ``op.create_version_trigger``
-  and ``op.drop_version_trigger``.  Their arguments are in the docstrings of the operations' classes below.
+* ``op.add_version_column``, ``op.drop_version_column`` and ``op.rename_version_column``, also within
+  ``batch_alter_table``; ``op.create_version_trigger`` and ``op.drop_version_trigger``.  Their arguments are in the docstrings of the operations' classes below.
 * `migration_lock` lets one runner at a time migrate a database; `run_migrations` does what an async ``env.py`` has to do,
   under it.
 """
 
 from functools import cache
 
-from sqla_uow._alembic_autogenerate import keep_triggers, register_renderers
+from sqla_uow._alembic_autogenerate import register_renderers
+from sqla_uow._alembic_impl import adapt_dialects
 from sqla_uow._alembic_lock import migration_lock
 from sqla_uow._alembic_operations import (
     AddVersionColumnOp,
     CreateVersionTriggerOp,
     DropVersionColumnOp,
     DropVersionTriggerOp,
+    RenameVersionColumnOp,
     register,
 )
 from sqla_uow._alembic_run import run_migrations
@@ -45,6 +47,7 @@ __all__ = [
     "CreateVersionTriggerOp",
     "DropVersionColumnOp",
     "DropVersionTriggerOp",
+    "RenameVersionColumnOp",
     "UtcTimestamp",
     "install",
     "migration_lock",
@@ -60,4 +63,4 @@ def install() -> None:
     """
     register()
     register_renderers()
-    keep_triggers()
+    adapt_dialects()

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin, expect_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from starlette.requests import Request
 
@@ -23,6 +23,8 @@ AnyVersioned: TypeAlias = Versioned | VersionedByUUID | VersionedByTimestamp | V
 
 _READING: Final = frozenset({"GET", "HEAD"})
 _SAFE: Final = _READING | {"OPTIONS", "TRACE"}
+# RFC 9110, 15.4.5: a 304 has to have what the 200 would have of these, and caches renew theirs by it.
+_OF_A_304: Final = frozenset({"cache-control", "content-location", "date", "expires", "vary"})
 # RFC 9110, 5.6.1 and 8.8.3.  Possessive, so that a long run of spaces before something else is read once, not squared.
 _ELEMENT: Final = re.compile(r'[ \t]*+(?:(W/)?("[\x21\x23-\x7e\x80-\xff]*+"))?+[ \t]*+(?:,|\Z)')
 
@@ -71,7 +73,14 @@ def etag(instance: AnyVersioned, /) -> str:
     return _tag_of(instance)
 
 
-def check_preconditions(request: Request, instance: AnyVersioned | None, /, *, required: bool = False) -> None:
+def check_preconditions(
+    request: Request,
+    instance: AnyVersioned | None,
+    /,
+    *,
+    required: bool = False,
+    headers: Mapping[str, str] | None = None,
+) -> None:
     """Carry on only if the request's If-Match and If-None-Match hold for an object (RFC 9110, 13.2.2).
 
     Call it in the unit that writes, where the object was loaded and nothing is changed yet.  An If-Match that holds
@@ -87,6 +96,8 @@ def check_preconditions(request: Request, instance: AnyVersioned | None, /, *, r
             ``If-None-Match: *`` may create it.
         required: answer 428 where the request does not say what it has seen: no If-Match for an object; neither header
             where there is none.
+        headers: of the response that the request gets otherwise. A 304 has its Cache-Control, Vary, Expires, Date and
+            Content-Location, beside the ETag; what else there is, it has not (RFC 9110, 15.4.5).
 
     Raises:
         PreconditionError: 412 where a header does not hold, for GET and HEAD 304 by If-None-Match; 428; 400 for a header
@@ -104,7 +115,8 @@ def check_preconditions(request: Request, instance: AnyVersioned | None, /, *, r
         )
     if if_none_match is not None and if_none_match.holds_weakly(current):
         if current is not None and request.method in _READING:
-            raise PreconditionError(304, "not modified", code="not-modified", headers={"ETag": current})
+            kept = {name: value for name, value in (headers or {}).items() if name.lower() in _OF_A_304}
+            raise PreconditionError(304, "not modified", code="not-modified", headers=kept | {"ETag": current})
         raise _failed("If-None-Match", "the resource is there")
     if required and if_match is None and (instance is not None or if_none_match is None):
         raise _missing(instance)

@@ -29,3 +29,10 @@ async def identity(db, table="account"):
         "sqlite": "SELECT rootpage FROM sqlite_master WHERE name = :table",
     }[db.family]
     return await db.scalar(statement, table=table)
+
+
+async def functions(db):
+    """Return the names of our triggers' functions, which only PostgreSQL has."""
+    if db.family != "postgresql":
+        return []
+    return [row[0] for row in await db.rows("SELECT proname FROM pg_proc WHERE proname LIKE 'sqla_uow%'")]

@@ -15,6 +15,7 @@ import sqla_uow
 from alembic import command
 
 ENV = """
+import ast
 import asyncio
 import runpy
 from alembic import context
@@ -25,12 +26,13 @@ install()
 url = context.config.get_main_option("url")
 metadata = runpy.run_path(context.config.get_main_option("models"))["Base"].metadata
 batch = context.config.get_main_option("batch") == "yes"
+options = ast.literal_eval(context.config.get_main_option("options"))
 
 
 async def main():
     engine = create_async_engine(url)
     try:
-        await run_migrations(engine, timeout=30, target_metadata=metadata, render_as_batch=batch)
+        await run_migrations(engine, timeout=30, target_metadata=metadata, render_as_batch=batch, **options)
     finally:
         await engine.dispose()
 
@@ -104,12 +106,18 @@ VERSIONED = {
 class Project:
     """A folder with models, env.py and versions."""
 
-    def __init__(self, folder: Path, url: str, *, batch: str = "no") -> None:
+    def __init__(self, folder: Path, url: str, *, batch: str = "no", **configured: Any) -> None:
         self.folder = folder
         self.versions = folder / "migrations/versions"
         self.versions.mkdir(parents=True)
         self.ini = folder / "alembic.ini"
-        options = {"script_location": folder / "migrations", "url": url, "models": folder / "models.py", "batch": batch}
+        options = {
+            "script_location": folder / "migrations",
+            "url": url,
+            "models": folder / "models.py",
+            "batch": batch,
+            "options": configured,
+        }
         lines = [f"{name} = {str(value).replace('%', '%%')}" for name, value in options.items()]
         self.ini.write_text("\n".join(["[alembic]", "path_separator = os", *lines, ""]))
         (folder / "migrations/env.py").write_text(ENV)

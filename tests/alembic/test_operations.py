@@ -16,6 +16,7 @@ from sqla_uow.alembic import (
     CreateVersionTriggerOp,
     DropVersionColumnOp,
     DropVersionTriggerOp,
+    RenameVersionColumnOp,
     install,
     migration_lock,
 )
@@ -44,6 +45,21 @@ def test_reversed_and_rendered(driver, op):
     assert one.to_diff_tuple() == (op.name, "s", "t", "rev")
     assert vars(back.reverse()) == vars(one)
     assert render_python_code(UpgradeOps([one])).splitlines()[-2].strip() == written
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_rename_is_reversed_and_rendered(driver):
+    """V8: from new to old, with the same arguments; within a batch without its table."""
+    install()
+    one = RenameVersionColumnOp("t", "old", "new", schema="s", lock_timeout=2.0, retries=3)
+    back = one.reverse()
+    assert (back.column_name, back.new_column_name, back.patience) == ("new", "old", (2.0, 3))
+    assert vars(back.reverse()) == vars(one)
+    assert one.to_diff_tuple() == ("rename_version_column", "s", "t", "old", "new")
+    written = "op.rename_version_column('t', 'old', 'new', schema='s')"
+    assert render_python_code(UpgradeOps([one])).splitlines()[-2].strip() == written
+    batch = render_python_code(UpgradeOps([ModifyTableOps("t", [one], schema="s")]), render_as_batch=True)
+    assert "batch_op.rename_version_column('old', 'new')" in batch
 
 
 @pytest.mark.drivers("sqlite")

@@ -9,6 +9,7 @@ from sqla_uow import UnitOfWorkManager
 from sqla_uow.alembic import CreateVersionTriggerOp, DropVersionTriggerOp
 from sqla_uow.errors import StaleVersionError
 from sqla_uow.mixins import Versioned
+from tests.alembic.catalog import functions, triggers
 
 
 class Base(DeclarativeBase):
@@ -116,6 +117,107 @@ async def test_dropped(db, operate, parts):
     await operate(lambda op: op.drop_version_trigger("part", parent="item"))
     await db.run("UPDATE part SET size = 1")
     assert await versions(db) == [1, 1]
+
+
+CHANGES = {
+    "the parent's table": ["ALTER TABLE item RENAME TO article"],
+    "the child's table": ["ALTER TABLE part RENAME TO piece"],
+    "both, and a view of the old name": [
+        "ALTER TABLE item RENAME TO article",
+        "ALTER TABLE part RENAME TO piece",
+        "CREATE VIEW item AS SELECT id, 0 AS version FROM article",
+    ],
+    "another table gets the parent's name": [
+        "ALTER TABLE item RENAME TO article",
+        "CREATE TABLE item (id INTEGER PRIMARY KEY, version INTEGER)",
+    ],
+    "the parent's key": ["ALTER TABLE item RENAME COLUMN id TO number"],
+    "the child's key": ["ALTER TABLE part RENAME COLUMN id TO number"],
+    "the parent's schema": ["CREATE SCHEMA side", "ALTER TABLE item SET SCHEMA side"],
+    "the child's schema": ["CREATE SCHEMA side", "ALTER TABLE part SET SCHEMA side"],
+    "both schemas": ["ALTER SCHEMA public RENAME TO side", "CREATE SCHEMA public"],
+    "the foreign key": [
+        "ALTER TABLE part RENAME CONSTRAINT part_id_fkey TO fk_part",
+        "ALTER TABLE item RENAME TO article",
+    ],
+    "no foreign key": ["ALTER TABLE part DROP CONSTRAINT part_id_fkey"],
+}
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_child_counts_after_a_change(db, operate, parts, change):
+    """V8: whatever the two tables, their schemas or their keys are called by now; and its trigger is found and dropped."""
+    parent, child = [
+        (await db.scalar(f"SELECT '{name}'::regclass::oid::int".replace("::", "\\:\\:"))) for name in ("item", "part")
+    ]
+    await db.run(*CHANGES[change])
+
+    async def named(number):
+        statement = "SELECT nspname, relname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+        (found,) = await db.rows(f"{statement} WHERE pg_class.oid = {number}")
+        return found
+
+    (parents_schema, parents_name), (schema, name) = await named(parent), await named(child)
+    try:
+        for expected in (2, 3):
+            await db.run(f"UPDATE {schema}.{name} SET size = size + 1")
+            found = await db.rows(f"SELECT version FROM {parents_schema}.{parents_name}")
+            assert found == [(expected,), (expected,)]
+        if change != "no foreign key":
+            await operate(lambda op: op.create_version_trigger(name, parent=parents_name, schema=schema))
+            await db.run(f"UPDATE {schema}.{name} SET size = size + 1")
+            found = await db.rows(f"SELECT version FROM {parents_schema}.{parents_name}")
+            assert found == [(4,), (4,)]
+            await operate(lambda op: op.drop_version_column(parents_name, schema=parents_schema))
+            await db.run(f"UPDATE {schema}.{name} SET size = size + 1")
+        else:
+            await operate(lambda op: [op.drop_version_trigger("part"), op.drop_version_trigger("item")])
+        assert await triggers(db) == []
+        assert await functions(db) == []
+    finally:
+        await db.run("DROP SCHEMA IF EXISTS side CASCADE")
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+@pytest.mark.parametrize("plainly", [False, True])
+async def test_the_parents_version_is_renamed(db, operate, parts, plainly):
+    """V8: the children's triggers count in it under its new name."""
+
+    def rename(op):
+        if plainly:
+            op.alter_column("article", "version", new_column_name="rev")
+        else:
+            op.rename_version_column("article", "version", "rev")
+
+    await operate(lambda op: op.rename_table("item", "article"))
+    await operate(rename)
+    await db.run("UPDATE part SET size = 1 WHERE id = 1", "UPDATE article SET name = 'x' WHERE id = 2")
+    assert await db.rows("SELECT rev FROM article ORDER BY id") == [(2,), (2,)]
+    await operate(lambda op: op.rename_version_column("article", "rev", "version"))
+    await db.run("UPDATE part SET size = 2 WHERE id = 2")
+    assert await db.rows("SELECT version FROM article ORDER BY id") == [(2,), (3,)]
+    assert len(await triggers(db)) == 2
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_key_that_refers_to_two_tables(db, operate):
+    """V8: after a rename it still counts in the one that was meant."""
+    await db.run(
+        "CREATE TABLE a (id INTEGER PRIMARY KEY, version INTEGER NOT NULL)",
+        "CREATE TABLE b (id INTEGER PRIMARY KEY, version INTEGER NOT NULL)",
+        "CREATE TABLE c (id INTEGER PRIMARY KEY REFERENCES a REFERENCES b, size INTEGER)",
+        "INSERT INTO a VALUES (1, 1)",
+        "INSERT INTO b VALUES (1, 1)",
+        "INSERT INTO c VALUES (1, 1)",
+    )
+    await operate(lambda op: op.create_version_trigger("c", parent="b"))
+    for name in ("b", "z"):
+        if name == "z":
+            await db.run("ALTER TABLE b RENAME TO z")
+        await db.run("UPDATE c SET size = 2")
+        assert await db.scalar("SELECT version FROM a") == 1
+    assert await db.scalar("SELECT version FROM z") == 3
 
 
 async def test_a_writer_that_names_the_parent_counts(db, items):

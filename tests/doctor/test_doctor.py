@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import urllib.parse
 
 import pytest
+from sqlalchemy import make_url
 
 from sqla_uow import UnitOfWorkManager, __main__, _doctor_mariadb
 from sqla_uow.__main__ import main
 from sqla_uow._doctor_subject import Subject
 from sqla_uow._doctor_trials import Trial
+from sqla_uow._doctor_url import place_of
 from tests.databases import ONE_OF_EACH
 from tests.servers import Proxy
 from tests.servers.pgbouncer import PgBouncer
@@ -207,6 +210,100 @@ async def test_what_cannot_be_examined(db, say):
         assert "geheim" not in errors
         assert len(errors.splitlines()) == 1
         assert message is None or errors == f"sqla_uow doctor: {message}\n"
+
+
+# In each of them SQLAlchemy takes the password, or its end, for something else.
+MISREAD = {
+    "an @": "postgresql+asyncpg://me:p@geheim@127.0.0.1:1/bank",
+    "an @ and a colon": "postgresql+asyncpg://me:p@x:geheim@127.0.0.1:1/bank",
+    "an @ and a slash": "postgresql+asyncpg://me:p@geheim/x@127.0.0.1:1/bank",
+    "an @, and a slash and more": "postgresql+asyncpg://me:p@127.0.0.1:1/geheim@127.0.0.1:1/bank",
+    "an @ and a question mark": "postgresql+asyncpg://me:p@geheim?x@127.0.0.1:1/bank",
+    "an @ and what looks like an argument": "postgresql+asyncpg://me:p@geheim?geheim=geheim@127.0.0.1:1/bank",
+    "an @ and brackets": "postgresql+asyncpg://me:p@[geheim]x@127.0.0.1:1/bank",
+    "no host": "postgresql+asyncpg:///me:geheim@127.0.0.1:1/bank",
+    "no @ at all": "postgresql+asyncpg://me:geheim",
+    "a port that is none": "postgresql+asyncpg://me:geheim@127.0.0.1:geheim/bank",
+    "a slash too few": "postgresql+asyncpg:/me:geheim@127.0.0.1:1/bank",
+    "a user, for SQLite": "sqlite+aiosqlite://me:geheim@127.0.0.1/bank",
+}
+
+
+@pytest.mark.drivers(*ONE_OF_EACH)
+@pytest.mark.parametrize("case", MISREAD)
+async def test_a_url_that_is_read_wrongly(db, say, case):
+    """What it takes for a host, a port or a database is not printed, no traceback shows it, and what to write is said."""
+    url = MISREAD[case]
+    if db.family == "mysql":
+        url = url.replace("postgresql+asyncpg", "mysql+asyncmy")
+    if db.family == "sqlite" and case != "a user, for SQLite":
+        return
+    status, output, errors = await say(url, "--seconds", "1")
+    assert (status, output) == (2, "")
+    assert "geheim" not in errors
+    assert len(errors.splitlines()) == 1
+    if case not in ("a slash too few", "a user, for SQLite"):
+        assert "write %40 for an @ in the user or the password" in errors
+    status, output, errors = await say(db.url, "--read-only", "--replica", url, "--seconds", "5")
+    assert "geheim" not in output + errors
+
+
+async def test_an_at_sign_that_means_nothing(db, say):
+    """A user may have one, and a file; the place is named, and one in a query's value costs no more than that."""
+    if db.family == "sqlite":
+        url = "sqlite+aiosqlite:////no/where/me@home.db"  # not connected to: aiosqlite's thread outlives a failure
+        assert place_of(url, make_url(url)) == "sqlite+aiosqlite at /no/where/me@home.db"
+        return
+    url = re.sub("//[^:]+:secret@", "//m@e:geheim@", db.url)
+    status, output, errors = await say(url, "--read-only")
+    assert "geheim" not in output + errors
+    assert status != INTERRUPTED or f"{db.driver} at 127.0.0.1:" in errors
+
+
+def test_a_url_in_two_parts(capsys):
+    """A password with a space, and no quotes: argparse would print its end."""
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "postgresql+asyncpg://me:p", "geheim@127.0.0.1/bank"])
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "not understood: more than one URL; put the URL in quotes" in errors
+    assert "geheim" not in errors
+    with pytest.raises(SystemExit):
+        main(["doctor", "sqlite+aiosqlite://", "--proceses=3"])
+    assert "not understood: --proceses;" in capsys.readouterr().err
+
+
+UNKNOWN = {
+    "asyncpg": {
+        "sslmode=verify-full": "'sslmode' is no argument of asyncpg; write ssl=verify-full",
+        "sslmode=geheim": "'sslmode' is no argument of asyncpg; write ssl=require",
+        "sslmode=require&channel_binding=require": (
+            "'sslmode' is no argument of asyncpg; write ssl=require; 'channel_binding' is no argument of asyncpg; leave it out"
+        ),
+        "connect_timeout=5": "'connect_timeout' is no argument of asyncpg; pass connect_args={'timeout': seconds}",
+    },
+    "psycopg": {"ssl=require": "'ssl' is no argument of psycopg; write sslmode=require"},
+    "asyncmy": {
+        "sslmode=geheim": (
+            "'sslmode' is no argument of asyncmy; leave it out, or pass what it is called there in connect_args"
+        )
+    },
+    "aiomysql": {
+        "sslmode=geheim": (
+            "'sslmode' is no argument of aiomysql; leave it out, or pass what it is called there in connect_args"
+        )
+    },
+}
+
+
+@servers
+async def test_a_providers_arguments(db, say):
+    """A URL for another driver: the argument is named, and what to write."""
+    for query, message in UNKNOWN[db.driver].items():
+        status, output, errors = await say(f"{db.url}?{query}")
+        assert (status, output) == (2, "")
+        assert errors.endswith(f" does not let us in: {message}\n")
+        assert "geheim" not in errors
 
 
 @servers

@@ -84,7 +84,7 @@ class Person(Base):
     __tablename__ = "blog_person"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     kind: Mapped[str] = mapped_column(NAME)
-    company_id: Mapped[int] = mapped_column(ForeignKey("blog_company.id"))
+    company_id: Mapped[int | None] = mapped_column(ForeignKey("blog_company.id"))
     __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "person"}
 
 
@@ -94,6 +94,23 @@ class Manager(Person):
     title: Mapped[str] = mapped_column(NAME, default="")
     papers: Mapped[list[Paper]] = relationship()
     __mapper_args__ = {"polymorphic_identity": "manager", "polymorphic_load": "selectin"}
+
+
+class Staff(Person):
+    """Loaded with its own columns only if it is asked for."""
+
+    __tablename__ = "blog_staff"
+    id: Mapped[int] = mapped_column(ForeignKey("blog_person.id"), primary_key=True)
+    room: Mapped[str] = mapped_column(NAME, default="")
+    phone: Mapped[str] = mapped_column(NAME, default="")
+    __mapper_args__ = {"polymorphic_identity": "staff"}
+
+
+class Trainee(Person):
+    """Likewise, without a table of its own."""
+
+    mentor: Mapped[str | None] = mapped_column(NAME)
+    __mapper_args__ = {"polymorphic_identity": "trainee"}
 
 
 class Paper(Base):

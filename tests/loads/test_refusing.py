@@ -8,11 +8,36 @@ import warnings
 import pytest
 from sqlalchemy import event, insert, select
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, MissingGreenlet, StatementError
-from sqlalchemy.orm import immediateload, joinedload, selectinload, subqueryload, with_parent
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import (
+    Session,
+    immediateload,
+    joinedload,
+    selectin_polymorphic,
+    selectinload,
+    subqueryload,
+    with_parent,
+)
 
 from sqla_uow import UnitOfWorkManager, current_session
-from sqla_uow.errors import LazyLoadError, UnitOfWorkError
-from tests.loads.tables import Book, Company, Line, Manager, Node, Order, Pair, Paper, Post, Shelf, Tag, User
+from sqla_uow.errors import LazyLoadError, NPlusOneWarning, UnitOfWorkError
+from tests.loads.tables import (
+    Book,
+    Company,
+    Line,
+    Manager,
+    Node,
+    Order,
+    Pair,
+    Paper,
+    Person,
+    Post,
+    Shelf,
+    Staff,
+    Tag,
+    Trainee,
+    User,
+)
 
 two = pytest.mark.drivers("sqlite", "asyncpg")
 
@@ -129,6 +154,128 @@ async def test_the_option_for_a_subclass_is_right(unit):
         option = selectinload(Company.people.of_type(Manager)).selectinload(Manager.papers)
         company = (await work.session.scalars(select(Company).options(option))).one()
         assert [paper.id for paper in company.people[0].papers] == [1]
+
+
+# -- a subclass's columns, and a session class of the user's own
+
+
+async def _of_a_base(session):
+    session.add(Staff(id=1, company_id=None, room="a", phone="b"))
+    await session.flush()
+    session.expunge_all()
+    return (await session.scalars(select(Person))).one()
+
+
+async def _on_a_path(session):
+    session.add(Company(id=1, people=[Staff(id=1)]))
+    await session.flush()
+    session.expunge_all()
+    return (await session.scalars(select(Company).options(selectinload(Company.people)))).one().people[0]
+
+
+@pytest.mark.parametrize(
+    ("load", "attribute", "option"),
+    [
+        (_of_a_base, "room", "selectin_polymorphic(Person, [Staff])"),
+        (_of_a_base, "phone", "selectin_polymorphic(Person, [Staff])"),
+        (_on_a_path, "room", "selectinload(Company.people).selectin_polymorphic([Staff])"),
+    ],
+)
+async def test_a_column_of_a_subclass_is_refused(blog, unit, load, attribute, option):
+    """A statement of the base leaves it out; it never was loaded, and what the error names loads it."""
+    async with unit("raise") as work:
+        staff = await load(work.session)
+        with pytest.raises(LazyLoadError) as raised:
+            await getattr(staff.awaitable_attrs, attribute)
+        with pytest.raises(LazyLoadError) as at_once:
+            getattr(staff, attribute)
+    assert str(at_once.value) == str(raised.value)
+    assert str(raised.value).startswith(
+        f"Staff.{attribute} is not loaded, and begin() refuses lazy loads; add .options({option})"
+    )
+    assert str(raised.value).endswith(f"or await session.refresh(staff, ['{attribute}']) first")
+    assert raised.value.option == option
+    statement = select(Company if load is _on_a_path else Person)
+    names = {"Person": Person, "Staff": Staff, "Company": Company}
+    told = eval(option, {"selectin_polymorphic": selectin_polymorphic, "selectinload": selectinload, **names})  # noqa: S307  # our own text
+    async with unit("raise") as work:
+        loaded = (await work.session.scalars(statement.options(told))).one()
+        staff = loaded.people[0] if load is _on_a_path else loaded
+        assert [staff.room, staff.phone] == (["", ""] if load is _on_a_path else ["a", "b"])
+
+
+@two
+async def test_a_column_of_a_subclass_that_was_expired(blog, unit):
+    """It was loaded, by a refresh or with its class: it is loaded again, as every expired attribute."""
+    async with unit("raise") as work:
+        await _of_a_base(work.session)
+        staff = await work.session.get_one(Person, 1)
+        await work.session.refresh(staff, ["room", "phone"])
+        assert [staff.room, staff.phone] == ["a", "b"]
+        work.session.expire(staff, ["room"])
+        assert await staff.awaitable_attrs.room == "a"
+        work.session.expire(staff)
+        assert await staff.awaitable_attrs.phone == "b"
+
+
+@two
+async def test_columns_of_a_single_table(blog, unit):
+    """Likewise where a subclass has no table of its own."""
+    async with unit("raise") as work:
+        work.session.add(Trainee(id=1, mentor="m"))
+        await work.session.flush()
+        work.session.expunge_all()
+        person = (await work.session.scalars(select(Person))).one()
+        with pytest.raises(LazyLoadError) as raised:
+            await person.awaitable_attrs.mentor
+    assert raised.value.option == "selectin_polymorphic(Person, [Trainee])"
+
+
+class Own(Session):
+    """As SQLModel's: each way to send a statement is its own."""
+
+    def execute(self, *arguments, **options):
+        return super().execute(*arguments, **options)
+
+    def scalars(self, *arguments, **options):
+        return super().scalars(*arguments, **options)
+
+
+def traced(function):
+    """Stand for what a tracer puts around a method."""
+
+    def around(*arguments, **options):
+        return function(*arguments, **options)
+
+    return around
+
+
+class Traced(Own):
+    execute = traced(Own.execute)
+
+
+@pytest.mark.parametrize("own", [Own, Traced])
+async def test_a_session_class_of_the_users(blog, own):
+    """Its own execute() hides nothing: what is refused, what is not, and what a warning names is as ever."""
+    made = async_sessionmaker(blog.blog, sync_session_class=own)
+    async with UnitOfWorkManager(made, lazy_loads="raise").begin() as work:
+        users = (await work.session.scalars(select(User).options(selectinload(User.posts)))).all()
+        assert len(users[1].posts) == 1
+        with pytest.raises(LazyLoadError, match=r"User\.bio is not loaded"):
+            await users[1].awaitable_attrs.bio
+        with pytest.raises(LazyLoadError, match=r"Post\.tags is not loaded"):
+            await users[1].posts[0].awaitable_attrs.tags
+        await work.session.refresh(users[1], ["bio"])
+        count = await work.session.run_sync(lambda session: len(session.scalars(select(User)).all()))
+        assert count == len(users)
+    with pytest.warns(NPlusOneWarning, match=r"User\.posts was loaded 11 times"):
+        await _one_by_one(UnitOfWorkManager(made, lazy_loads="warn"))
+
+
+async def _one_by_one(manager):
+    async with manager.begin() as work:
+        for user in (await work.session.scalars(select(User))).all():
+            await user.awaitable_attrs.posts
 
 
 # -- never refused

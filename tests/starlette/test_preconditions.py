@@ -275,6 +275,36 @@ async def test_not_modified(db, value):
         assert (await http.get("/pages/1", headers={"If-None-Match": '"a"'})).status_code == 200
 
 
+OF_THE_200 = {
+    "Cache-Control": "private, max-age=60",
+    "vary": "Accept-Encoding, Cookie",
+    "Content-Location": "/pages/1.json",
+    "ETag": '"made up"',
+    "Content-Language": "en",
+    "Set-Cookie": "a=b",
+}
+
+
+@pytest.mark.drivers("sqlite")
+@pytest.mark.parametrize("handlers", [exception_handlers, {}])
+async def test_headers_of_a_304(db, handlers):
+    """RFC 9110, 15.4.5: those by which a cache renews its copy are as in the 200, and nothing else is sent."""
+
+    async def show(request):
+        async with manager.begin(read_only=True) as unit:
+            page = await unit.session.get_one(Page, 1)
+            check_preconditions(request, page, headers=OF_THE_200)
+            return Response("x", headers=OF_THE_200 | {"ETag": etag(page)})
+
+    async with pages(db) as manager, client(Starlette(routes=[Route("/", show)], exception_handlers=handlers)) as http:
+        full = await http.get("/")
+        found = await http.get("/", headers={"If-None-Match": full.headers["ETag"]})
+        assert (full.status_code, found.status_code) == (200, 304)
+        for name in ("ETag", "Cache-Control", "Vary", "Content-Location"):
+            assert found.headers[name] == full.headers[name]
+        assert not {"content-language", "set-cookie"} & set(found.headers)
+
+
 @pytest.mark.drivers("sqlite")
 async def test_if_match_on_a_page_that_is_read(db):
     """RFC 9110, 13.1.1: If-Match holds for GET too, and goes before If-None-Match."""

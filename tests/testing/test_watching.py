@@ -91,6 +91,20 @@ async def test_hooks_run_again_after_the_block(manager):
     assert len(RAN) == 2
 
 
+@pytest.mark.parametrize("execute", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+async def test_a_capture_in_a_capture(manager, outer, execute):
+    """The innermost takes what is committed in it, and says whether it runs; the one around it has what is before and behind."""
+    with capture_after_commit(execute=outer) as around:
+        await work()
+        with capture_after_commit(execute=execute) as hooks:
+            await work()
+        assert len(hooks) == 2
+        await work()
+    assert len(around) == 4
+    assert len(RAN) == 4 * outer + 2 * execute
+
+
 async def test_a_unit_that_rolls_back_has_none(manager):
     """H1: dropped with the unit."""
     with capture_after_commit() as hooks:
