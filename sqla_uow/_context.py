@@ -137,13 +137,6 @@ def _nowhere(using: object, who: str) -> NoReturn:
     raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
 
 
-def _unit_for_hooks(what: str) -> UnitOfWork[Any]:
-    unit = current_unit()
-    if unit._transaction.scope_read:
-        raise NoUnitError(f"{what}() was called outside a unit of work; call it inside a @transactional function")
-    return unit
-
-
 def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` once after the current unit has committed; see `UnitOfWork.after_commit`.
 
@@ -159,12 +152,15 @@ def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
+    hooks = being_run()
     try:
-        unit = _unit_for_hooks("after_commit")
+        unit = current_unit()
     except NoUnitError:
-        hooks = being_run()
         if hooks is None:
             raise
+        hooks.append(Hook.of(hook, args, kwargs))
+        return
+    if hooks is not None and unit._transaction.scope_read:
         hooks.append(Hook.of(hook, args, kwargs))
     else:
         unit.after_commit(hook, *args, **kwargs)
@@ -182,7 +178,7 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
-    _unit_for_hooks("before_commit").before_commit(hook, *args, **kwargs)
+    current_unit().before_commit(hook, *args, **kwargs)
 
 
 def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -197,4 +193,4 @@ def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs)
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
-    _unit_for_hooks("after_rollback").after_rollback(hook, *args, **kwargs)
+    current_unit().after_rollback(hook, *args, **kwargs)

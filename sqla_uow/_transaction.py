@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sqla_uow._contention import Slot
     from sqla_uow._database import Database
     from sqla_uow._instances import Tainted
-    from sqla_uow._observing import Times
+    from sqla_uow._observing import Idle, Times
     from sqla_uow._replicas import LastWrite, Replica, Replicas
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
@@ -97,6 +97,7 @@ class Transaction:
         "enclosing",
         "engine",
         "hooks",
+        "idle",
         "isolation",
         "joined",
         "last_write",
@@ -142,6 +143,7 @@ class Transaction:
         self.enclosing: tuple[Transaction, ...] = enclosing
         self.scope_read: bool = scope_read
         self.times: Times | None = times
+        self.idle: Idle | None = None  # where somebody wants to know of slow calls
         self.hooks: Hooks = Hooks()
         self.damage: Damage = Damage(self.hooks)
         self.owner: Owner = Owner(name, self.damage)
@@ -327,6 +329,8 @@ class Transaction:
         if self.read_only and writes:
             raise ReadOnlyError(self.read_only_message("an INSERT, UPDATE or DELETE was sent"))
         owner.in_flight = owner.last
+        if self.idle is not None:
+            self.idle.ends()
 
     def refuse_control(self, word: str) -> NoReturn:
         """Refuse SQL that would end the transaction behind SQLAlchemy's back, and ours."""
@@ -345,6 +349,8 @@ class Transaction:
         self.rolling_back_to_savepoint = False
         self.owner.in_flight = None
         self.beginnings = 0
+        if self.idle is not None:
+            self.idle.begins()
         if self.owner.idle is not None:
             self.owner.leave()
 
