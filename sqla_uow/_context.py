@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
 
 from sqla_uow._hooks import Hook, being_run
-from sqla_uow._places import ManagerPlace, UnitPlace
+from sqla_uow._places import ManagerPlace, UnitPlace, refuse_in_commit
 from sqla_uow._scope import ScopePlace
 from sqla_uow._tasks import current_places
 from sqla_uow.errors import NoManagerError, NoUnitError
@@ -134,6 +134,7 @@ def _nowhere(using: object, who: str) -> NoReturn:
         locate(using, who)
     if not hasattr(using, "activate"):
         raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
+    refuse_in_commit()
     raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
 
 

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["Phase", "Transaction", "transaction_of"]
+__all__ = ["Phase", "Transaction", "committing", "transaction_of"]
+
+committing: dict[greenlet, Transaction] = {}
+"""What is being committed, by the greenlet that does so: there SQLAlchemy's own events call code of the user."""
 
 
 class Phase(enum.Enum):
@@ -235,9 +238,11 @@ class Transaction:
         """
         mark = self.damage.mark
         if mark is not None:
+            instead = "or guard the step that may fail with propagation='nested'"
+            if self.scope_read:
+                instead = "or read what may fail in a @transactional(read_only=True) function"
             raise RollbackOnlyError(
-                f"{self.name} can only be rolled back: {self.why()}; let the error leave the function, or guard the step "
-                "that may fail with propagation='nested'"
+                f"{self.name} can only be rolled back: {self.why()}; let the error leave the function, {instead}"
             ) from mark.cause
 
     def why(self) -> str:
