@@ -36,17 +36,12 @@ class Given:
         if id(container) in self._seen:
             return
         self._seen.add(id(container))
-        # A dict's own copy() could be anything, and so could an attribute that a class of dicts has: say, "modified".
-        content = (
-            dict(container)
-            if isinstance(container, dict)
-            else container[:]
-            if isinstance(container, list)
-            else set(container)
-        )
-        own = getattr(container, "__dict__", None)
+        kind: Any = next(kind for kind in (dict, list, set) if issubclass(type(container), kind))
+        content: Any = kind(container)
+        # A class of dicts may have attributes as well: a session knows by one whether it was modified.
+        own: dict[str, Any] | None = getattr(container, "__dict__", None)
         self._contents.append((container, content, None if own is None else dict(own)))
-        for value in content.values() if isinstance(content, dict) else content:
+        for value in content.values() if kind is dict else content:
             if isinstance(value, (dict, list, set)):
                 self._note(value)
 
@@ -54,10 +49,7 @@ class Given:
         """Put the content back that everything had."""
         for container, content, own in self._contents:
             container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
+            (container.extend if type(content) is list else container.update)(content)
             if own is not None:
                 container.__dict__.clear()
                 container.__dict__.update(own)
