@@ -30,20 +30,23 @@ class Given:
     def __init__(self, scope: Scope, shared: Mapping[str, Any]) -> None:
         self._seen: set[int] = {id(value) for value in shared.values()}
         self._contents: list[tuple[Any, Any, dict[str, Any] | None]] = []
-        self._note(scope)
+        self._note(scope, dict)
 
-    def _note(self, container: Any) -> None:
+    def _note(self, container: Any, kind: Any) -> None:
         if id(container) in self._seen:
             return
         self._seen.add(id(container))
-        kind: Any = next(kind for kind in (dict, list, set) if issubclass(type(container), kind))
         content: Any = kind(container)
         # A class of dicts may have attributes as well: a session knows by one whether it was modified.
         own: dict[str, Any] | None = getattr(container, "__dict__", None)
         self._contents.append((container, content, None if own is None else dict(own)))
         for value in content.values() if kind is dict else content:
-            if isinstance(value, (dict, list, set)):
-                self._note(value)
+            if isinstance(value, dict):
+                self._note(value, dict)
+            elif isinstance(value, list):
+                self._note(value, list)
+            elif isinstance(value, set):
+                self._note(value, set)
 
     def restore(self) -> None:
         """Put the content back that everything had."""
