@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 from sqla_uow._classify import Failure, Kind, chain, classify
 from sqla_uow._commit import commit, prepare
 from sqla_uow._context import last_write_of
+from sqla_uow._observing import idle_of
 from sqla_uow._places import UnitPlace
 from sqla_uow._predicates import ask
 from sqla_uow._records import record
@@ -115,6 +116,8 @@ class Attempt(Generic[S]):
             enclosing=attempts.enclosing,
             times=attempts.times if attempts.observers else None,
         )
+        if attempts.observers:
+            transaction.idle = idle_of(attempts)
         if manager._replicas is not None:
             transaction.last_write = last_write_of(manager, manager._replicas)
             if transaction.read_only:
@@ -176,6 +179,8 @@ class Attempt(Generic[S]):
     async def _end(self, unit: UnitOfWork[S], place: UnitPlace, error: BaseException | None) -> Ended:
         """Commit or roll back, whatever happens; never raises."""
         transaction, scope = unit._transaction, self._attempts.scope
+        if transaction.idle is not None:
+            transaction.idle.ends()
         mark = transaction.damage.mark
         quiet = error is None and mark is not None and mark.quiet
         witness = self._witness

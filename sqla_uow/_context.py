@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, cast
 
 from sqla_uow._hooks import Hook, being_run
-from sqla_uow._places import ManagerPlace, UnitPlace
+from sqla_uow._places import ManagerPlace, UnitPlace, refuse_in_commit
 from sqla_uow._scope import ScopePlace
 from sqla_uow._tasks import current_places
 from sqla_uow.errors import NoManagerError, NoUnitError
@@ -134,14 +134,8 @@ def _nowhere(using: object, who: str) -> NoReturn:
         locate(using, who)
     if not hasattr(using, "activate"):
         raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
+    refuse_in_commit()
     raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
-
-
-def _unit_for_hooks(what: str) -> UnitOfWork[Any]:
-    unit = current_unit()
-    if unit._transaction.scope_read:
-        raise NoUnitError(f"{what}() was called outside a unit of work; call it inside a @transactional function")
-    return unit
 
 
 def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -159,15 +153,7 @@ def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
-    try:
-        unit = _unit_for_hooks("after_commit")
-    except NoUnitError:
-        hooks = being_run("after_commit")
-        if hooks is None:
-            raise
-        hooks.append(Hook.of(hook, args, kwargs))
-    else:
-        unit.after_commit(hook, *args, **kwargs)
+    _register("after_commit", hook, args, kwargs)
 
 
 def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -182,7 +168,7 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
-    _unit_for_hooks("before_commit").before_commit(hook, *args, **kwargs)
+    current_unit().before_commit(hook, *args, **kwargs)
 
 
 def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -199,12 +185,21 @@ def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs)
         NoUnitError: no unit is open here.
         TypeError: `hook` cannot be called.
     """
+    _register("after_rollback", hook, args, kwargs)
+
+
+def _register(
+    kind: Literal["after_commit", "after_rollback"], hook: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Add a hook to the unit that is open here, or, outside any, to those of its kind that are being run."""
+    running = being_run(kind)
+    unit: UnitOfWork[Any] | None = None
     try:
-        unit = _unit_for_hooks("after_rollback")
+        unit = current_unit()
     except NoUnitError:
-        hooks = being_run("after_rollback")
-        if hooks is None:
+        if running is None:
             raise
-        hooks.append(Hook.of(hook, args, kwargs))
-    else:
-        unit.after_rollback(hook, *args, **kwargs)
+    if running is not None and (unit is None or unit._transaction.scope_read):
+        running.append(Hook.of(hook, args, kwargs))
+    elif unit is not None:
+        getattr(unit, kind)(hook, *args, **kwargs)

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sqla_uow._records import record
-from sqla_uow.events import AttemptEvent, Observer, OutcomeEvent, RetryEvent
+from sqla_uow.events import AttemptEvent, IdleEvent, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sqla_uow._attempts import Attempts
     from sqla_uow._classify import Failure
 
-__all__ = ["Times", "check_observers", "tell_attempt", "tell_outcome", "tell_retry"]
+__all__ = ["Idle", "Times", "check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
 
 
 class Times:
@@ -35,6 +35,47 @@ class Times:
         if self.commit_began is None:
             return None
         return (self.clock() if self.commit_ended is None else self.commit_ended) - self.commit_began
+
+
+class Idle:
+    """How long a transaction has been open with nothing in flight.
+
+    Args:
+        clock: of the policy.
+        patience: seconds that are not told.
+        tell: called with more of them.
+    """
+
+    __slots__ = ("_clock", "_patience", "_since", "_tell")
+
+    def __init__(self, clock: Callable[[], float], patience: float, tell: Callable[[float], None]) -> None:
+        self._clock = clock
+        self._patience = patience
+        self._tell = tell
+        self._since: float | None = None
+
+    def begins(self) -> None:
+        """A statement was answered."""
+        self._since = self._clock()
+
+    def ends(self) -> None:
+        """The next one is about to be sent, or the unit ends."""
+        since, self._since = self._since, None
+        if since is not None and (idle := self._clock() - since) >= self._patience:
+            self._tell(idle)
+
+
+def idle_of(attempts: Attempts[Any]) -> Idle | None:
+    """Return what watches the next run for slow calls; None where no observer wants to know."""
+    wanting = [observer for observer in attempts.observers if type(observer).on_idle is not Observer.on_idle]
+    if not wanting:
+        return None
+
+    def tell(idle: float) -> None:
+        event = IdleEvent(**_common(attempts), status=Status.ACTIVE, idle=idle)
+        _tell(attempts, "on_idle", event, [observer for observer in wanting if observer.idle_seconds <= idle])
+
+    return Idle(attempts.policy.clock, min(observer.idle_seconds for observer in wanting), tell)
 
 
 def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, ...]:
@@ -108,9 +149,9 @@ def _end(attempts: Attempts[Any]) -> dict[str, Any]:
     }
 
 
-def _tell(attempts: Attempts[Any], method: str, event: object) -> None:
-    """Call them all; what they raise is shown, and changes nothing, unless it is to end the program."""
-    for observer in attempts.observers:
+def _tell(attempts: Attempts[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
+    """Call them, all if none are named; what they raise is shown, and changes nothing, unless it is to end the program."""
+    for observer in attempts.observers if observers is None else observers:
         try:
             getattr(observer, method)(event)
         except (Exception, asyncio.CancelledError) as error:

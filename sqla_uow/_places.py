@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from greenlet import getcurrent
+
 from sqla_uow._tasks import Place
+from sqla_uow._transaction import committing
 from sqla_uow.errors import NoUnitError
 
 if TYPE_CHECKING:
     from sqla_uow._manager import UnitOfWorkManager
     from sqla_uow._unit import UnitOfWork
 
-__all__ = ["ManagerPlace", "UnitPlace"]
+__all__ = ["ManagerPlace", "UnitPlace", "refuse_in_commit"]
 
 
 class ManagerPlace(Place):
@@ -30,9 +33,24 @@ class ManagerPlace(Place):
 
     def unit(self) -> UnitOfWork[Any]:
         """Return the unit whose session is the current one, or raise why there is none."""
+        refuse_in_commit()
         raise NoUnitError(
             f"no unit of work is open for manager {self.name!r}; call this inside a @transactional function, "
             "'async with manager.begin()', or a scope"
+        )
+
+
+def refuse_in_commit() -> None:
+    """Say so where it is an event of the session's own COMMIT that looks for a unit: its place is closed by then.
+
+    Raises:
+        NoUnitError: it is.
+    """
+    transaction = committing.get(getcurrent()) if committing else None
+    if transaction is not None:
+        raise NoUnitError(
+            f"{transaction.name} is being committed, so it is not looked up any more: in an event of COMMIT use the session that the "
+            "event is given, and register hooks in the function, or in before_flush"
         )
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqla_uow._classify import chain
 from sqla_uow._commit import COMMIT_SECONDS, failure_of
 from sqla_uow._instances import Tainted, taint
-from sqla_uow._places import ManagerPlace, UnitPlace
+from sqla_uow._places import ManagerPlace, UnitPlace, refuse_in_commit
 from sqla_uow._positions import to_text
 from sqla_uow._records import record
 from sqla_uow._rollback import close_unused, release, roll_back
@@ -300,6 +300,7 @@ class ScopePlace(ManagerPlace):
                 "the scope that was open here has ended; in a task that outlives it, or a background task, "
                 "call a @transactional function, which opens its own unit"
             )
+        refuse_in_commit()
         return self.scope.read_unit()
 
 

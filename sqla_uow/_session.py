@@ -9,6 +9,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from greenlet import getcurrent
 from sqlalchemy import event
 from sqlalchemy.exc import MissingGreenlet, StatementError
 from sqlalchemy.orm import Session, SessionTransaction
@@ -24,7 +25,7 @@ from sqla_uow._load_origin import UNASKED, origin_of
 from sqla_uow._records import record
 from sqla_uow._savepoint import UnitSavepoint
 from sqla_uow._settle import remember
-from sqla_uow._transaction import Phase, Transaction
+from sqla_uow._transaction import Phase, Transaction, committing
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -126,9 +127,17 @@ class UnitSession(Session):
     def commit(self) -> None:
         """Refuse: the unit commits at its end."""
         transaction = self.transaction_of_unit
-        if transaction is not None and not transaction.is_ending_here():
-            transaction.before_commit()
-        super().commit()
+        if transaction is None or not transaction.is_ending_here():
+            if transaction is not None:
+                transaction.before_commit()
+            super().commit()
+            return
+        here = getcurrent()
+        committing[here] = transaction
+        try:
+            super().commit()
+        finally:
+            del committing[here]
 
     def rollback(self) -> None:
         """Roll back; the unit is doomed by it, and not under another task's statement."""

@@ -38,13 +38,16 @@ if TYPE_CHECKING:
     from sqla_uow._contention import Slot
     from sqla_uow._database import Database
     from sqla_uow._instances import Tainted
-    from sqla_uow._observing import Times
+    from sqla_uow._observing import Idle, Times
     from sqla_uow._replicas import LastWrite, Replica, Replicas
     from sqla_uow._streams import Stream
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["Phase", "Transaction", "transaction_of"]
+__all__ = ["Phase", "Transaction", "committing", "transaction_of"]
+
+committing: dict[greenlet, Transaction] = {}
+"""What is being committed, by the greenlet that does so: there SQLAlchemy's own events call code of the user."""
 
 
 class Phase(enum.Enum):
@@ -100,6 +103,7 @@ class Transaction:
         "enclosing",
         "engine",
         "hooks",
+        "idle",
         "isolation",
         "joined",
         "last_write",
@@ -153,6 +157,7 @@ class Transaction:
         self.enclosing: tuple[Transaction, ...] = enclosing
         self.scope_read: bool = scope_read
         self.times: Times | None = times
+        self.idle: Idle | None = None  # where somebody wants to know of slow calls
         self.hooks: Hooks = Hooks()
         self.damage: Damage = Damage(self.hooks)
         self.owner: Owner = Owner(name, self.damage)
@@ -253,9 +258,11 @@ class Transaction:
         """
         mark = self.damage.mark
         if mark is not None:
+            instead = "or guard the step that may fail with propagation='nested'"
+            if self.scope_read:
+                instead = "or read what may fail in a @transactional(read_only=True) function"
             raise RollbackOnlyError(
-                f"{self.name} can only be rolled back: {self.why()}; let the error leave the function, or guard the step "
-                "that may fail with propagation='nested'"
+                f"{self.name} can only be rolled back: {self.why()}; let the error leave the function, {instead}"
             ) from mark.cause
 
     def why(self) -> str:
@@ -367,6 +374,8 @@ class Transaction:
         if self.read_only and writes:
             raise ReadOnlyError(self.read_only_message("an INSERT, UPDATE or DELETE was sent"))
         owner.in_flight = owner.last
+        if self.idle is not None:
+            self.idle.ends()
 
     def refuse_control(self, word: str) -> NoReturn:
         """Refuse SQL that would end the transaction behind SQLAlchemy's back, and ours."""
@@ -409,6 +418,8 @@ class Transaction:
         self.rolling_back_to_savepoint = False
         self.owner.in_flight = None
         self.beginnings = 0
+        if self.idle is not None:
+            self.idle.begins()
         if self.owner.idle is not None:
             self.owner.leave()
 

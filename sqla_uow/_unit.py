@@ -84,6 +84,14 @@ class UnitOfWork(Generic[S]):
         """Whether writes are refused, by the database and by a guard before each flush."""
         return self._transaction.read_only
 
+    @property
+    def has_written(self) -> bool:
+        """Whether it has sent a statement that may have written; also once it has ended, whatever became of it.
+
+        What is told apart is how a statement begins, so a SELECT of a function that writes counts as reading.
+        """
+        return self._transaction.wrote
+
     def after_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` once after this unit has committed, in order of registration, with no transaction open.
 
@@ -96,12 +104,12 @@ class UnitOfWork(Generic[S]):
             kwargs: passed to it.
 
         Raises:
-            NoUnitError: the unit has ended.
+            NoUnitError: the unit has ended, or is a scope's read session.
             TypeError: `hook` cannot be called.
         """
         hooks = self._transaction.hooks.after_commit
         if being_run("after_commit") is not hooks:  # a hook of this unit may register further ones
-            hooks = self._open_hooks().after_commit
+            hooks = self._open_hooks("after_commit").after_commit
         hooks.append(Hook.of(hook, args, kwargs))
 
     def before_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -113,10 +121,10 @@ class UnitOfWork(Generic[S]):
             kwargs: passed to it.
 
         Raises:
-            NoUnitError: the unit has ended.
+            NoUnitError: the unit has ended, or is a scope's read session.
             TypeError: `hook` cannot be called.
         """
-        hooks = self._open_hooks()
+        hooks = self._open_hooks("before_commit")
         if self._transaction.phase.is_ending:  # it would be forgotten: its COMMIT, or its ROLLBACK, is on the way
             raise NoUnitError(
                 f"{self._transaction.name} is ending and runs no more before_commit hooks; register it before"
@@ -134,12 +142,12 @@ class UnitOfWork(Generic[S]):
             kwargs: passed to it.
 
         Raises:
-            NoUnitError: the unit has ended.
+            NoUnitError: the unit has ended, or is a scope's read session.
             TypeError: `hook` cannot be called.
         """
         hooks = self._transaction.hooks.after_rollback
         if being_run("after_rollback") is not hooks:
-            hooks = self._open_hooks().after_rollback
+            hooks = self._open_hooks("after_rollback").after_rollback
         hooks.append(Hook.of(hook, args, kwargs))
 
     def doom(self, reason: str | None = None) -> None:
@@ -154,16 +162,21 @@ class UnitOfWork(Generic[S]):
         Raises:
             NoUnitError: the unit has ended.
         """
-        self._open_hooks()
+        self._check_open("call doom()")
         self._transaction.damage.add(
             None, hard=True, reason=f"doom() was called: {reason}" if reason else "doom() was called",
             quiet=self._transaction.joined == 0,
         )  # fmt: skip
 
-    def _open_hooks(self) -> Hooks:
-        if self._final is not None:
-            raise NoUnitError(f"{self._transaction.name} has ended; register hooks while it is open")
+    def _open_hooks(self, what: str) -> Hooks:
+        if self._transaction.scope_read:
+            raise NoUnitError(f"{what}() was called outside a unit of work; call it inside a @transactional function")
+        self._check_open("register hooks")
         return self._transaction.hooks
+
+    def _check_open(self, what: str) -> None:
+        if self._final is not None:
+            raise NoUnitError(f"{self._transaction.name} has ended; {what} while it is open")
 
     def __repr__(self) -> str:
         return f"<UnitOfWork {self._transaction.name} attempt {self.attempt} {self.status.value}>"

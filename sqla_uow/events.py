@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sqla_uow.typing import IsolationLevel, Status
 
-__all__ = ["AttemptEvent", "Call", "EndEvent", "Event", "Observer", "OutcomeEvent", "RetryEvent"]
+__all__ = ["AttemptEvent", "Call", "EndEvent", "Event", "IdleEvent", "Observer", "OutcomeEvent", "RetryEvent"]
 
 
 class Call:
@@ -120,12 +120,30 @@ class OutcomeEvent(EndEvent):
     code: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleEvent(Event):
+    """A unit has held its connection, its transaction and its locks without sending anything: it called something slow.
+
+    Told when it goes on, by a statement or by its end.
+
+    Attributes:
+        idle: seconds between two statements, or between the last one and the end of the body.
+    """
+
+    idle: float
+
+
 class Observer:
     """Is told what the calls of a manager do.  Subclass it and override what is of interest.
+
+    Attributes:
+        idle_seconds: from how many seconds on `on_idle` is called.
 
     Called in the task, or thread, where it happens, without await: be quick.  An `Exception` that is raised, or a
     `CancelledError`, is logged with its traceback and changes nothing; what ends the program, as `KeyboardInterrupt`, goes on.
     """
+
+    idle_seconds: float = 1.0
 
     def on_attempt(self, event: AttemptEvent, /) -> None:
         """Take note that a run of the body begins; a context variable that is set here is seen in the body.
@@ -146,4 +164,11 @@ class Observer:
 
         Args:
             event: what became of it.
+        """
+
+    def on_idle(self, event: IdleEvent, /) -> None:
+        """Take note that a unit was idle in its transaction; nobody looks at the clock where this is not overridden.
+
+        Args:
+            event: which unit, and how long.
         """

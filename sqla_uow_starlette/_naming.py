@@ -58,8 +58,8 @@ class RequestName:
 def _path(scope: Scope) -> str | None:
     """Return the route's path as it was declared, within the application that has it."""
     # FastAPI keeps the prefix of include_router() in no public place; without it the route is still told.
-    included: Any = scope.get("fastapi")
-    found = included.get("effective_route_context") if isinstance(included, dict) else None
+    look: Any = getattr(scope.get("fastapi"), "get", None)
+    found: Any = None if look is None else look("effective_route_context")
     for route in (found, scope.get("route")):
         path = getattr(route, "path", None)
         if isinstance(path, str):

@@ -30,34 +30,29 @@ class Given:
     def __init__(self, scope: Scope, shared: Mapping[str, Any]) -> None:
         self._seen: set[int] = {id(value) for value in shared.values()}
         self._contents: list[tuple[Any, Any, dict[str, Any] | None]] = []
-        self._note(scope)
+        self._note(scope, dict)
 
-    def _note(self, container: Any) -> None:
+    def _note(self, container: Any, kind: Any) -> None:
         if id(container) in self._seen:
             return
         self._seen.add(id(container))
-        # A dict's own copy() could be anything, and so could an attribute that a class of dicts has: say, "modified".
-        content = (
-            dict(container)
-            if isinstance(container, dict)
-            else container[:]
-            if isinstance(container, list)
-            else set(container)
-        )
-        own = getattr(container, "__dict__", None)
+        content: Any = kind(container)
+        # A class of dicts may have attributes as well: a session knows by one whether it was modified.
+        own: dict[str, Any] | None = getattr(container, "__dict__", None)
         self._contents.append((container, content, None if own is None else dict(own)))
-        for value in content.values() if isinstance(content, dict) else content:
-            if isinstance(value, (dict, list, set)):
-                self._note(value)
+        for value in content.values() if kind is dict else content:
+            if isinstance(value, dict):
+                self._note(value, dict)
+            elif isinstance(value, list):
+                self._note(value, list)
+            elif isinstance(value, set):
+                self._note(value, set)
 
     def restore(self) -> None:
         """Put the content back that everything had."""
         for container, content, own in self._contents:
             container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
+            (container.extend if type(content) is list else container.update)(content)
             if own is not None:
                 container.__dict__.clear()
                 container.__dict__.update(own)

@@ -172,6 +172,7 @@ def unit_attributes(unit: UnitOfWork[AuditedSession]) -> None:
     assert_type(unit.status, Status)
     assert_type(unit.isolation, IsolationLevel | None)
     assert_type(unit.read_only, bool)
+    assert_type(unit.has_written, bool)
     unit.doom()
     unit.doom("stock is empty")
 
@@ -355,6 +356,7 @@ def error_tree(error: errors.ConflictError) -> None:
         errors.StaleVersionError: StaleDataError,
         errors.TransactionTimeoutError: TimeoutError,
         errors.LazyLoadError: InvalidRequestError,
+        errors.LateCommitWarning: UserWarning,
         errors.NPlusOneWarning: UserWarning,
     }
     del parents
