@@ -70,7 +70,11 @@ class Database(Generic[S]):
         self.within: str | None = self.sync_engine.get_execution_options().get(WITHIN)
         self._session_class = watching(unit_session_class(_sync_class(self._maker)), lazy_loads)
         self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
-        self._make(self.engine)
+        if self._make(self.engine).sync_session.twophase:
+            raise TypeError(
+                f"{self._maker.class_.__name__} is made with twophase=True, but a unit is one transaction on one engine, and "
+                "knows what became of one COMMIT; leave it out"
+            )
         install(self.sync_engine)
         # Of the pool, as managers share it through copies of their engine.
         self.budget: Budget = _budgets.setdefault(self.pool, Budget(time.monotonic()))
