@@ -198,10 +198,20 @@ class Attempt(Generic[S]):
         if error is None and not quiet:
             ended = await commit(unit, witness)
         else:
+            if isinstance(error, GeneratorExit) and transaction.wrote:
+                self._tell_of_generator()
             ended = await roll_back(unit, error)
         if witness is not None:
             witness.settle(unit.status)
         return ended
+
+    def _tell_of_generator(self) -> None:
+        """Tell of a consumer that left an ``async for``: it may believe in what it wrote between two items."""
+        who = self._attempts.options.who
+        record(
+            logging.WARNING, "%s was left because the async generator around it was closed; what was written in it is rolled "
+            "back, also by who took its items: let them begin the unit, or pass a list", who, function=who,
+        )  # fmt: skip
 
     async def _disarm(self, timeout: asyncio.Timeout, error: BaseException | None) -> BaseException | None:
         """Stop the timer: COMMIT is not cut off by it.  Turn its cancellation into our error."""

@@ -85,7 +85,11 @@ class Database(Generic[S]):
         self.has_connected: bool = False
         self._first: dict[str, asyncio.AbstractEventLoop] = {}
         self._home: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[Pool]] | None = None
-        self._make(self.engine)
+        if self._make(self.engine).sync_session.twophase:
+            raise TypeError(
+                f"{self._maker.class_.__name__} is made with twophase=True, but a unit is one transaction on one engine, and "
+                "knows what became of one COMMIT; leave it out"
+            )
         install(self.sync_engine, shared=self.within is not None or isinstance(self.pool, StaticPool))
         # Of the pool, as managers share it through copies of their engine.
         self.budget: Budget = _budgets.setdefault(self.pool, Budget(time.monotonic()))

@@ -11,7 +11,9 @@ from typing_extensions import TypeVar
 
 from sqla_uow._predicates import ask
 from sqla_uow._records import record
+from sqla_uow._rollback import wait_briefly
 from sqla_uow._session import has_changes
+from sqla_uow._settle import cut
 from sqla_uow._shield import shielded
 
 if TYPE_CHECKING:
@@ -131,12 +133,19 @@ class Nested(Generic[S]):
                 savepoint.rollback()
 
         outcome = await shielded(partial(self._unit.session.run_sync, undo), limit=SAVEPOINT_SECONDS)
-        if not outcome.stop() and (trouble := outcome.trouble) is not None:
+        transaction = self._unit._transaction
+        if not outcome.task.done():
+            reason = f"rolling back a savepoint in it took more than {SAVEPOINT_SECONDS:g} s"
+            transaction.damage.add(None, hard=True, reason=reason)  # at once: the caller may go on
+            if not cut(transaction.connection):
+                outcome.stop()
+            await wait_briefly(outcome.task)
+        elif (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
-            self._unit._transaction.damage.add(trouble, hard=True)
+            transaction.damage.add(trouble, hard=True)
             record(
                 logging.DEBUG, "rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__,
-                function=self._unit._transaction.name, error=trouble,
+                function=transaction.name, error=trouble,
             )  # fmt: skip
         if outcome.cancelled is not None:
             raise outcome.cancelled

@@ -167,7 +167,7 @@ async def test_nothing_is_sent_where_nothing_changes(db, manager):
 
 async def test_a_request_whose_body_is_too_long_to_be_replayed(db, held):
     """It is the last attempt by the middleware's own decision: no 503 for a row that is busy."""
-    _, hold = held
+    _locked, hold = held
     manager = UnitOfWorkManager(db.engine(), retry=RetryPolicy(base=0, cap=0))
     began, over = asyncio.Event(), asyncio.Event()
 

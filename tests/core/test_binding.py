@@ -62,6 +62,21 @@ class RoutingSession(Session):
 
 # -- refused
 
+
+class TwoPhaseSession(Session):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **(kwargs | {"twophase": True}))
+
+
+class TwoPhaseAsyncSession(AsyncSession):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **(kwargs | {"twophase": True}))
+
+
+TWO_PHASES = (
+    "{} is made with twophase=True, but a unit is one transaction on one engine, and knows what became of one COMMIT; "
+    "leave it out"
+)
 REFUSED = {
     "sync engine": (
         lambda _engine: create_engine("sqlite://"),
@@ -103,6 +118,14 @@ REFUSED = {
             "RoutingSession chooses its engine in get_bind(), but a unit is one transaction on one engine; "
             "make a manager for each engine"
         ),
+    ),
+    "twophase in __init__": (
+        lambda engine: async_sessionmaker(engine, class_=TwoPhaseAsyncSession),
+        TWO_PHASES.format("TwoPhaseAsyncSession"),
+    ),
+    "twophase in the sync session": (
+        lambda engine: async_sessionmaker(engine, sync_session_class=TwoPhaseSession),
+        TWO_PHASES.format("AsyncSession"),
     ),
     "no Session": (
         lambda engine: async_sessionmaker(engine, sync_session_class=dict),
