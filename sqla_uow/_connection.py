@@ -23,6 +23,7 @@ from sqla_uow._classify import Kind, classify
 from sqla_uow._driver_state import Ended, in_transaction
 from sqla_uow._isolation import limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
+from sqla_uow._self_wait import connect_unless_stuck
 from sqla_uow._settle import settle
 from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
@@ -132,6 +133,11 @@ class UnitEngine(OptionEngine):
         return connection
 
     def _connect(self, transaction: Transaction) -> Connection:
+        if transaction.enclosing and transaction.database.is_exhausted():
+            return await_only(connect_unless_stuck(transaction, lambda: self._connect_to(transaction)))
+        return self._connect_to(transaction)
+
+    def _connect_to(self, transaction: Transaction) -> Connection:
         database = transaction.database
         if database.has_connected:
             return UnitConnection(self, transaction)
@@ -360,6 +366,9 @@ def _handle_error(context: ExceptionContext) -> None:
         connection.connection.invalidate(soft=True)
     explain(context.sqlalchemy_exception, connection.dialect.driver)
     unit.failed(error, context.sqlalchemy_exception, lost=context.is_disconnect, sent=sent)
+    if unit.self_wait is not None:
+        unit.damage.add(unit.self_wait, hard=True)
+        raise unit.self_wait
     failure = classify(error) if unit.read_only and isinstance(error, Exception) else None
     if failure is not None and failure.kind is Kind.READ_ONLY:
         raise ReadOnlyError(unit.read_only_message("a write was sent"))

@@ -214,6 +214,12 @@ class Database(Generic[S]):
             return None
         return int(pool.size()) + int(overflow)
 
+    def is_exhausted(self) -> bool:
+        """Say whether whoever asks the pool for a connection now must wait."""
+        pool: Any = self.pool
+        capacity = self.capacity()
+        return capacity is not None and pool.checkedout() >= capacity
+
     def default_isolation(self) -> str | None:
         """Return the level of a unit that asks for none; None before the first connection."""
         if self.family == "sqlite":

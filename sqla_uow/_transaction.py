@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sqla_uow._instances import Tainted
     from sqla_uow._observing import Times
     from sqla_uow._replicas import LastWrite, Replica, Replicas
+    from sqla_uow._self_wait import Watch
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
 
@@ -100,6 +101,7 @@ class Transaction:
         "joined",
         "last_write",
         "lock_wait",
+        "lock_watch",
         "name",
         "on_rollback",
         "owner",
@@ -110,6 +112,7 @@ class Transaction:
         "replicas",
         "rolling_back_to_savepoint",
         "scope_read",
+        "self_wait",
         "slot",
         "tainted",
         "times",
@@ -156,6 +159,10 @@ class Transaction:
         self.joined: int = 0
         self.slot: Slot | None = None
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
+        self.lock_watch: Watch | None = None
+        self.self_wait: PropagationError | None = (
+            None  # its statement is being stopped, as it waits for a unit around it
+        )
         self.wrote: bool = False
         self.wrote_rows: bool = False  # since MariaDB has committed, as DDL makes it
         self.watch: Callable[[bool], Ended | None] | None = None
