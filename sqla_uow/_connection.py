@@ -405,8 +405,8 @@ def _release_savepoint(connection: UnitConnection, name: str, _context: None) ->
     connection.unit.damage.leave(name)
 
 
-def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    if state.asyncio_safe and record.info:
+def _reset(dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
+    if state.asyncio_safe and record is not None and record.info:  # None: it was detached, and goes back to no pool
         restore_sqlite(dbapi_connection, record.info)
 
 
