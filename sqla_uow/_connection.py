@@ -26,7 +26,7 @@ from sqla_uow._poolers import explain
 from sqla_uow._self_wait import connect_unless_stuck
 from sqla_uow._settle import settle
 from sqla_uow._transaction import Phase, Transaction
-from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
+from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +53,8 @@ class UnitConnection(Connection):
             else:  # ours alone, and one dispatch for all connections: to make it anew would cost one 15 us
                 self.dispatch = _dispatch
                 super().__init__(engine, _has_events=True)
+            if not engine._has_events and in_transaction(self):
+                self._check_lent(engine)
             if engine.settings:
                 self._set_up(engine)
         except BaseException:
@@ -61,6 +63,20 @@ class UnitConnection(Connection):
             if lent is not None:
                 lent.invalidate()
             raise
+
+    def _check_lent(self, engine: UnitEngine) -> None:
+        """Refuse a connection that the pool has lent in the middle of somebody else's transaction, and discard it.
+
+        Where listeners see a connection before we do, the transaction may be theirs.  SQLite's driver may be told to be in
+        one always, and a unit of a test is inside the test's.
+        """
+        pool: Any = engine.pool
+        if pool.dispatch.checkout or engine.dialect.name == "sqlite" or self.unit.database.within is not None:
+            return
+        raise PropagationError(
+            f"the pool has lent {self.unit.name} a connection in the middle of a transaction, which is discarded; let who used "
+            "it before end what it began, also on the driver's own connection, and leave pool_reset_on_return as it is"
+        )
 
     def _set_up(self, engine: UnitEngine) -> None:
         """Do what ``execution_options(isolation_level=...)`` would, which looks each up anew: that costs a fortieth of a unit."""

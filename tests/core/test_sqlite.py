@@ -535,5 +535,5 @@ async def test_who_uses_no_unit_may_detach_a_connection(db, caplog):
         driver_connection = raw.driver_connection
         raw.detach()
     assert "Exception during reset" not in caplog.text
-    with pytest.raises(ValueError, match="closed|no active connection"):
+    with pytest.raises(ValueError, match=r"closed|no active connection"):
         await driver_connection.execute("SELECT 1")
