@@ -25,7 +25,7 @@ from sqla_uow._turns import Turns
 from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.pool import Pool
@@ -156,7 +156,7 @@ class Database(Generic[S]):
         self._home = weakref.ref(loop), weakref.ref(pool)
 
     @contextmanager
-    def first_alone(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    def first_alone(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
         """Let one event loop make the engine's first connections; in SQLAlchemy's greenlet.
 
         SQLAlchemy learns what server it is with the first one, under a lock of asyncio that only one loop can wait for.
