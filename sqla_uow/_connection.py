@@ -28,10 +28,11 @@ from sqla_uow._driver_state import Ended, State, in_transaction, is_fit, state_o
 from sqla_uow._isolation import lift_lock_wait, limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
 from sqla_uow._records import record
+from sqla_uow._self_wait import connect_unless_stuck
 from sqla_uow._settle import settle
 from sqla_uow._streams import open_stream
 from sqla_uow._transaction import Phase, Transaction
-from sqla_uow.errors import ReadOnlyError, UnitOfWorkError
+from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +59,8 @@ class UnitConnection(Connection):
             else:  # ours alone, and one dispatch for all connections: to make it anew would cost one 15 us
                 self.dispatch = _dispatch
                 super().__init__(engine, _has_events=True)
+            if not engine._has_events and in_transaction(self):
+                self._check_lent(engine)
             if engine.settings:
                 self._set_up(engine)
         except BaseException:
@@ -66,6 +69,20 @@ class UnitConnection(Connection):
             if lent is not None:
                 lent.invalidate()
             raise
+
+    def _check_lent(self, engine: UnitEngine) -> None:
+        """Refuse a connection that the pool has lent in the middle of somebody else's transaction, and discard it.
+
+        Where listeners see a connection before we do, the transaction may be theirs.  SQLite's driver may be told to be in
+        one always, and a unit of a test is inside the test's.
+        """
+        pool: Any = engine.pool
+        if pool.dispatch.checkout or engine.dialect.name == "sqlite" or self.unit.database.within is not None:
+            return
+        raise PropagationError(
+            f"the pool has lent {self.unit.name} a connection in the middle of a transaction, which is discarded; let who used "
+            "it before end what it began, also on the driver's own connection, and leave pool_reset_on_return as it is"
+        )
 
     def _set_up(self, engine: UnitEngine) -> None:
         """Do what ``execution_options(isolation_level=...)`` would, which looks each up anew: that costs a fortieth of a unit."""
@@ -168,6 +185,9 @@ class UnitConnection(Connection):
                 if isinstance(shown, DBAPIError):
                     shown.connection_invalidated = True
             unit.failed(e, shown, lost=self.invalidated, sent=sent)
+            if unit.self_wait is not None:
+                unit.damage.add(unit.self_wait, hard=True)
+                raise unit.self_wait from e
             failure = classify(e) if unit.read_only and isinstance(e, Exception) else None
             if failure is not None and failure.kind is Kind.READ_ONLY:
                 raise ReadOnlyError(unit.read_only_message("a write was sent")) from e
@@ -234,6 +254,11 @@ class UnitEngine(OptionEngine):
         return connection
 
     def _connect(self, transaction: Transaction) -> Connection:
+        if transaction.enclosing and transaction.database.is_exhausted():
+            return await_only(connect_unless_stuck(transaction, lambda: self._connect_to(transaction)))
+        return self._connect_to(transaction)
+
+    def _connect_to(self, transaction: Transaction) -> Connection:
         database = transaction.database
         if database.has_connected:
             return UnitConnection(self, transaction)
@@ -495,8 +520,8 @@ def _release_savepoint(connection: UnitConnection, name: str, _context: None) ->
     connection.unit.damage.leave(name)
 
 
-def _reset(dbapi_connection: Any, record: ConnectionPoolEntry, state: PoolResetState) -> None:
-    if state.asyncio_safe and record.info:
+def _reset(dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
+    if state.asyncio_safe and record is not None and record.info:  # None: it was detached, and goes back to no pool
         restore_sqlite(dbapi_connection, record.info)
 
 

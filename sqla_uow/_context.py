@@ -189,7 +189,10 @@ def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs)
 
 
 def _register(
-    kind: Literal["after_commit", "after_rollback"], hook: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    kind: Literal["after_commit", "after_rollback"],
+    hook: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Add a hook to the unit that is open here, or, outside any, to those of its kind that are being run."""
     running = being_run(kind)

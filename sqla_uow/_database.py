@@ -26,7 +26,7 @@ from sqla_uow._turns import Turns
 from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.pool import Pool
@@ -161,7 +161,7 @@ class Database(Generic[S]):
         self._home = weakref.ref(loop), weakref.ref(pool)
 
     @contextmanager
-    def first_alone(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    def first_alone(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
         """Let one event loop make the engine's first connections; in SQLAlchemy's greenlet.
 
         SQLAlchemy learns what server it is with the first one, under a lock of asyncio that only one loop can wait for.
@@ -218,6 +218,12 @@ class Database(Generic[S]):
         if overflow is None or overflow < 0:
             return None
         return int(pool.size()) + int(overflow)
+
+    def is_exhausted(self) -> bool:
+        """Say whether whoever asks the pool for a connection now must wait."""
+        pool: Any = self.pool
+        capacity = self.capacity()
+        return capacity is not None and pool.checkedout() >= capacity
 
     def default_isolation(self) -> str | None:
         """Return the level of a unit that asks for none; None before the first connection."""

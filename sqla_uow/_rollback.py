@@ -207,6 +207,8 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
     transaction.closer = None
     transaction.connection = None
     transaction.watch = None
+    if transaction.lock_watch is not None:
+        transaction.lock_watch.stop()
     transaction.engine = None
     transaction.enclosing = ()
     transaction.owner.release()

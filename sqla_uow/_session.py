@@ -24,6 +24,7 @@ from sqla_uow._load_advice import NO_WAITING, refusal
 from sqla_uow._load_origin import UNASKED, origin_of
 from sqla_uow._records import record
 from sqla_uow._savepoint import UnitSavepoint
+from sqla_uow._self_wait import watch_locks
 from sqla_uow._settle import remember
 from sqla_uow._transaction import Phase, Transaction, committing
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
@@ -263,6 +264,8 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     )
     unit.beginnings = beginnings  # what we have sent has read nothing
     unit.watch = watch(connection)
+    if unit.enclosing:
+        unit.lock_watch = watch_locks(unit)
     try:
         database.check_honoured(connection, unit.isolation, who=unit.name)
     except ValueError as error:  # else a body that catches it would go on at the other level

@@ -23,7 +23,7 @@ from sqla_uow._shield import shielded
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
-__all__ = ["cut", "remember", "settle"]
+__all__ = ["cut", "identity_of", "is_server_of", "remember", "settle"]
 
 
 SETTLE_SECONDS = 5.0
@@ -33,6 +33,10 @@ INTERRUPT_SECONDS = 0.05
 
 
 _CANCEL = "sqla_uow.cancel"
+_IDENTITY = "sqla_uow.server"
+_WHO_ARE_YOU = "SELECT @@hostname, @@port, @@server_id, @@datadir, @@pid_file"
+BALANCER_TRIES = 4
+"""Connections made to find the server that a statement runs on, where one address leads to several."""
 
 
 def remember(connection: Connection) -> None:
@@ -43,6 +47,37 @@ def remember(connection: Connection) -> None:
             connection.info[_CANCEL] = raw.pgconn.cancel_conn()
         except raw.NotSupportedError:  # libpq before 17; its way to cancel would block the loop
             connection.info[_CANCEL] = None
+    elif connection.dialect.driver in _KILLED and _IDENTITY not in connection.info:
+        try:
+            connection.info[_IDENTITY] = await_only(_ask_identity(raw_connection(connection)))
+        except Exception as error:  # as those of a cursor are handled; there is no public way
+            connection._handle_dbapi_exception(error, _WHO_ARE_YOU, None, None, None)
+
+
+async def _ask_identity(raw: Any) -> tuple[Any, ...]:
+    """Ask a server of MariaDB who it is: a connection's number is its own, and means another one elsewhere.
+
+    Once for each connection, as a balancer may lead the next one to another server.  It begins no transaction.  A cancel
+    request of PostgreSQL needs no such proof: it carries a secret, and another server takes no notice of it.
+    """
+    async with raw.cursor() as cursor:
+        await cursor.execute(_WHO_ARE_YOU)
+        found: tuple[Any, ...] = tuple(await cursor.fetchone())
+    return found
+
+
+def identity_of(connection: Connection) -> tuple[Any, ...] | None:
+    """Return what is known of the server behind a connection; None where that is no matter."""
+    identity: tuple[Any, ...] | None = connection.info.get(_IDENTITY)
+    return identity
+
+
+def is_server_of(connection: Connection, identity: tuple[Any, ...] | None) -> bool:
+    """Say whether this connection leads to the server of that identity."""
+    if identity is None:
+        return True
+    raw: Any = raw_connection(connection)
+    return await_only(_ask_identity(raw)) == identity
 
 
 def settle(connection: Connection, cursor: Any) -> None:
@@ -127,14 +162,17 @@ async def _end_of_statement(raw: Any, cursor: Any) -> None:
 
 
 async def _mysql(raw: Any, connection: Connection, _cursor: Any) -> None:
-    pool, thread_id = connection.engine.pool, raw.thread_id()
+    pool, thread_id, identity = connection.engine.pool, raw.thread_id(), identity_of(connection)
 
-    def kill() -> None:
+    def kill() -> bool:
         # The pool may be exhausted by this very connection, so not from it; its twin connects in the same way.
         twin = pool.recreate()
         try:
             spare = twin.connect()
             try:
+                if await_only(_ask_identity(spare.driver_connection)) != identity:
+                    spare.invalidate()
+                    return False
                 cursor = spare.cursor()
                 cursor.execute(f"KILL {int(thread_id)}")
                 cursor.close()
@@ -142,11 +180,21 @@ async def _mysql(raw: Any, connection: Connection, _cursor: Any) -> None:
                 spare.close()
         finally:
             twin.dispose()
+        return True
 
-    await greenlet_spawn(kill)
+    for _ in range(BALANCER_TRIES):
+        if await greenlet_spawn(kill):
+            break
+    else:
+        record(
+            logging.WARNING,
+            "a cancelled statement goes on: KILL reached other servers than the one it runs on, behind a balancer say, and "
+            "was not sent there; its locks last until it ends",
+        )
     await asyncio.sleep(0)
 
 
+_KILLED = ("asyncmy", "aiomysql")
 _STOP = {
     "asyncpg": _asyncpg,
     "psycopg": _psycopg,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sqla_uow._instances import Tainted
     from sqla_uow._observing import Idle, Times
     from sqla_uow._replicas import LastWrite, Replica, Replicas
+    from sqla_uow._self_wait import Watch
     from sqla_uow._streams import Stream
     from sqla_uow._versions import Versions
     from sqla_uow.typing import IsolationLevel
@@ -110,6 +111,7 @@ class Transaction:
         "lifted_lock_wait",
         "lifts_lock_wait",
         "lock_wait",
+        "lock_watch",
         "name",
         "on_rollback",
         "owner",
@@ -121,6 +123,7 @@ class Transaction:
         "replicas",
         "rolling_back_to_savepoint",
         "scope_read",
+        "self_wait",
         "slot",
         "stream",
         "tainted",
@@ -174,6 +177,10 @@ class Transaction:
         self.lifts_lock_wait: bool = False  # with the next statement
         self.lifted_lock_wait: bool = False
         self.chosen: BaseException | None = None  # an error that the `retry_on` of a joined call has said to retry
+        self.lock_watch: Watch | None = None
+        self.self_wait: PropagationError | None = (
+            None  # its statement is being stopped, as it waits for a unit around it
+        )
         self.wrote: bool = False
         self.raw_taken: bool = False  # the driver's own connection, by user code
         self.unwatch: Callable[[], object] | None = None  # ends the watch on it

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import OperationalError as SAOperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.schema import CreateTable
 
 from sqla_uow._classify import Kind, classify, code_of
 from sqla_uow._per_loop import PerLoop
@@ -42,6 +43,8 @@ POLL_SECONDS = 0.05
 
 MARKERS = Table("sqla_uow_commits", MetaData(), Column("token", String(36), primary_key=True))
 """The marker rows.  Made on first need; each transaction takes over a free one, so there are as many as units at a time."""
+# In the connection's own schema: a map that leads each tenant to another would ask for as many tables.
+_UNTRANSLATED = {"schema_translate_map": None}
 
 
 _TABLE_EXISTS = frozenset({1050, "42P07"})
@@ -131,13 +134,13 @@ class Witness:
 
     def _mark(self, connection: Connection) -> None:
         if not self._notary.ready:  # the one writer is this transaction, SQLite's or a test's; its DDL is part of it
-            MARKERS.create(connection, checkfirst=True)
+            connection.execute(CreateTable(MARKERS, if_not_exists=True), execution_options=_UNTRANSLATED)
         self._token = str(uuid.uuid4())
         if self._old is not None:
             taken_over = update(MARKERS).where(MARKERS.c.token == self._old).values(token=self._token)
-            if connection.execute(taken_over).rowcount:
+            if connection.execute(taken_over, execution_options=_UNTRANSLATED).rowcount:
                 return
-        connection.execute(insert(MARKERS).values(token=self._token))
+        connection.execute(insert(MARKERS).values(token=self._token), execution_options=_UNTRANSLATED)
 
     def settle(self, status: Status) -> None:
         """Take note of the outcome: the marker that is there now is free for another transaction."""
@@ -190,8 +193,8 @@ class Witness:
     async def _ask_marker(self, connection: AsyncConnection) -> str:
         try:
             if not self._database.makes_tables_apart():  # by the transaction in question, if there was none before
-                await connection.run_sync(MARKERS.metadata.create_all)
-            await connection.execute(insert(MARKERS).values(token=self._token))
+                await connection.execute(CreateTable(MARKERS, if_not_exists=True), execution_options=_UNTRANSLATED)
+            await connection.execute(insert(MARKERS).values(token=self._token), execution_options=_UNTRANSLATED)
             if self._database.server is not None or (
                 self._database.family == "mysql" and await _is_cluster(connection)
             ):

@@ -521,3 +521,19 @@ async def _engine_that_refuses(db, **pool):
 
 def _check_foreign_keys(dbapi_connection, _record):
     dbapi_connection.cursor().execute("PRAGMA foreign_keys=ON")
+
+
+async def test_who_uses_no_unit_may_detach_a_connection(db, caplog):
+    """S8: our listener on the pool has no part in it; the connection is closed."""
+    engine = db.engine()
+    manager = UnitOfWorkManager(engine)
+    async with manager.begin(read_only=True, timeout=5) as unit:
+        await unit.session.execute(READ)
+    async with engine.connect() as connection:
+        await connection.execute(READ)
+        raw = await connection.get_raw_connection()
+        driver_connection = raw.driver_connection
+        raw.detach()
+    assert "Exception during reset" not in caplog.text
+    with pytest.raises(ValueError, match=r"closed|no active connection"):
+        await driver_connection.execute("SELECT 1")

@@ -182,3 +182,25 @@ async def test_a_user_that_may_not_make_the_marker_table(unmarked):
     assert caught.value.orig.args[0] == 1142  # ER_TABLEACCESS_DENIED_ERROR
     assert unit.status is Status.ROLLED_BACK
     assert await unmarked.rows("SELECT id FROM account") == []
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+@pytest.mark.parametrize("of", ["engine", "unit"])
+async def test_a_schema_for_each_tenant_needs_no_marker_table_for_each(unmarked, of):
+    """The markers stay in the connection's own schema, whichever the map leads the tables of a unit to."""
+    tenant = f"{unmarked.name}_tenant"
+    await unmarked.run(f"CREATE DATABASE {tenant}", f"CREATE TABLE {tenant}.account LIKE account")
+    try:
+        schemas = {"schema_translate_map": {None: tenant}}
+        engine = unmarked.engine(execution_options=schemas if of == "engine" else {})
+        manager = UnitOfWorkManager(engine, ambiguous_commit="verify")
+        for key in (1, 2):
+            async with manager.begin() as unit:
+                if of == "unit":
+                    await unit.session.connection(execution_options=schemas)
+                unit.session.add(Account(id=key))
+            assert unit.status is Status.COMMITTED
+        assert await unmarked.rows(f"SELECT id FROM {tenant}.account ORDER BY id") == [(1,), (2,)]
+        assert await unmarked.scalar(COUNT) == 1
+    finally:
+        await unmarked.run(f"DROP DATABASE {tenant}")
