@@ -104,11 +104,11 @@ def _base_of(state: InstanceState[Any], name: str) -> Mapper[Any] | None:
 
     SQLAlchemy marks such columns as expired, all that a class adds to its base at once.
     """
-    owner: Mapper[Any] | None = state.mapper
-    while owner is not None and owner.inherits is not None and name in owner.inherits.attrs:
+    owner: Mapper[Any] = state.mapper
+    while owner.inherits is not None and name in owner.inherits.attrs:
         owner = owner.inherits
     left_out: Mapper[Any] | None = None
-    while owner is not None and owner.inherits is not None and _is_left_out(state, owner):
+    while owner.inherits is not None and _is_left_out(state, owner):
         left_out = owner = owner.inherits
     return left_out
 
