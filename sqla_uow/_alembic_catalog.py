@@ -11,6 +11,8 @@ from sqla_uow._alembic_triggers import PREFIX, qualified
 from sqla_uow._servers import family_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sqlalchemy import TextClause
     from sqlalchemy.engine import Connection
 
@@ -115,7 +117,7 @@ def is_used(connection: Connection, function: int) -> bool:
 
 
 def _postgresql(connection: Connection, statement: Any, table: str, schema: str | None) -> list[Found]:
-    rows = connection.execute(statement, {"table": qualified(connection.dialect, table, schema)}).all()
+    rows: Sequence[Any] = connection.execute(statement, {"table": qualified(connection.dialect, table, schema)}).all()
     return [
         Found(name, column, table, schema, (int(number), function), bool(of_child))
         for name, source, table, schema, number, function, of_child in rows

@@ -35,6 +35,10 @@ def adapt_dialects() -> None:
 class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is installed
     _copied: tuple[str, list[tuple[Found, str]]] = "", []
 
+    @property
+    def _above(self) -> Any:
+        return super()
+
     def prep_table_for_batch(self, batch_impl: ApplyBatchImpl, table: Table) -> None:
         """Note the triggers of a table that is to be copied: the database drops them with it, without a word."""
         if not unnamed(self):
@@ -47,11 +51,11 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
                     if found.of_child or found.column in columns
                 ],
             )
-        super().prep_table_for_batch(batch_impl, table)
+        self._above.prep_table_for_batch(batch_impl, table)
 
     def rename_table(self, old_table_name: str, new_table_name: str, schema: str | None = None) -> None:
         """Bring the triggers back when the copy takes the table's name."""
-        super().rename_table(old_table_name, new_table_name, schema=schema)
+        self._above.rename_table(old_table_name, new_table_name, schema=schema)
         copy, kept = self._copied
         if copy == old_table_name:
             del self._copied
@@ -63,7 +67,7 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
     def drop_table(self, table: Table, **options: Any) -> None:
         """Drop the triggers' functions with the table, whose triggers the database drops."""
         found = [] if unnamed(self) else triggers_of(self.connection, table.name, table.schema)
-        super().drop_table(table, **options)
+        self._above.drop_table(table, **options)
         for one in found:
             if one.function is not None and not is_used(self.connection, one.function[0]):
                 self.execute(literally(f"DROP FUNCTION IF EXISTS {one.function[1]}()"))
@@ -71,15 +75,15 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
     def alter_column(self, table_name: str, column_name: str, *, name: str | None = None, **options: Any) -> None:
         """Have the triggers that count in a column count on when it is renamed."""
         if name is None or name == column_name:
-            super().alter_column(table_name, column_name, name=name, **options)
+            self._above.alter_column(table_name, column_name, name=name, **options)
             return
         with in_step(self, table_name, column_name, name, options.get("schema")):
-            super().alter_column(table_name, column_name, name=name, **options)
+            self._above.alter_column(table_name, column_name, name=name, **options)
 
     def render_type(self, type_obj: TypeEngine[Any], autogen_context: AutogenContext) -> Any:
         """Write our type with its public name, whatever prefix the user's own types have."""
         if type(type_obj) is not UtcTimestamp:
-            return super().render_type(type_obj, autogen_context)
+            return self._above.render_type(type_obj, autogen_context)
         autogen_context.imports.add("import sqla_uow.alembic")
         return "sqla_uow.alembic.UtcTimestamp()"
 
@@ -95,7 +99,7 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
         ours = metadata_column.info.get(INFO_KEY) in (TIMESTAMP.name, UUID.name)
         if ours and len({str(one).strip("'").replace("-", "") for one in defaults}) == 1:
             return False
-        return super().compare_server_default(inspector_column, metadata_column, *defaults)
+        return self._above.compare_server_default(inspector_column, metadata_column, *defaults)
 
     def _follow_table(self, table: str, schema: str | None) -> None:
         # With this setting SQLite leaves the old name in a trigger's body.

@@ -324,7 +324,8 @@ class RenameVersionColumnOp(VersionOp):
         """Do it, on a database or into a script."""
         impl: Any = operations.impl
         old, new = self.column_name, self.new_column_name
-        if isinstance(impl, BatchOperationsImpl):
+        in_batch = isinstance(operations.impl, BatchOperationsImpl)
+        if in_batch:
             impl.alter_column(self.table_name, old, name=new, schema=self.schema)
             return
         if impl.as_sql and family_of(impl.dialect) != "sqlite":

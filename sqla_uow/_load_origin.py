@@ -9,13 +9,14 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sqlalchemy import Column
 from sqlalchemy.orm import PassiveFlag
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-    from sqlalchemy.orm import InstanceState, Mapper, MapperProperty
+    from sqlalchemy.orm import ColumnProperty, InstanceState, Mapper, MapperProperty
 
 __all__ = ["NEVER_LOADED", "UNASKED", "Cause", "Origin", "origin_of"]
 
@@ -93,7 +94,8 @@ def _expired(frame: FrameType) -> Origin:
     assert caller is not None  # the attribute
     state, name = frame.f_locals["self"], caller.f_locals["key"]
     asked_for = frame.f_locals["passive"] & PassiveFlag.NO_RAISE  # as above
-    base = None if asked_for or state.expired else _base_of(state, name)
+    made_here = state.runid is None  # no statement has loaded it; what the INSERT made up is expired
+    base = None if asked_for or made_here or state.expired else _base_of(state, name)
     if base is None:
         return Origin(Cause.EXPIRED, state.mapper, (name,))
     return Origin(Cause.SUBCLASS, state.mapper, (name,), state.load_path.path[:-1] if state.load_path else (), base)
@@ -104,19 +106,25 @@ def _base_of(state: InstanceState[Any], name: str) -> Mapper[Any] | None:
 
     SQLAlchemy marks such columns as expired, all that a class adds to its base at once.
     """
-    owner: Mapper[Any] | None = state.mapper
-    while owner is not None and owner.inherits is not None and name in owner.inherits.attrs:
+    owner: Mapper[Any] = state.mapper
+    while owner.inherits is not None and name in owner.inherits.attrs:
         owner = owner.inherits
     left_out: Mapper[Any] | None = None
-    while owner is not None and owner.inherits is not None and _is_left_out(state, owner):
+    while owner.inherits is not None and _is_left_out(state, owner):
         left_out = owner = owner.inherits
     return left_out
 
 
 def _is_left_out(state: InstanceState[Any], mapper: Mapper[Any]) -> bool:
     assert mapper.inherits is not None
-    own = [one.key for one in mapper.column_attrs if one.key not in mapper.inherits.attrs and not one.deferred]
+    own = [one.key for one in mapper.column_attrs if one.key not in mapper.inherits.attrs and _is_kept(one)]
     return bool(own) and state.expired_attributes.issuperset(own)
+
+
+def _is_kept(loaded: ColumnProperty[Any]) -> bool:
+    """Say whether an UPDATE leaves the attribute as it is: others are expired by a flush, too."""
+    column: Any = loaded.columns[0]
+    return isinstance(column, Column) and not (loaded.deferred or column.onupdate or column.server_onupdate)
 
 
 def _refresh(frame: FrameType) -> Origin:

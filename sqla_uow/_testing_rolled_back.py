@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from sqlalchemy.engine import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
@@ -18,9 +18,9 @@ from sqla_uow._manager import UnitOfWorkManager
 from sqla_uow._servers import family_of
 from sqla_uow._settle import remember, settle
 from sqla_uow._shield import shielded
-from sqla_uow._testing_savepoints import Outer, dialect_within
+from sqla_uow._testing_savepoints import Outer, check_loop, dialect_within
 from sqla_uow._testing_statements import engine_of
-from sqla_uow.errors import PropagationError
+from sqla_uow.errors import PropagationError, TaskBoundaryError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -70,6 +70,7 @@ def rolled_back(
 
     Raises:
         PropagationError: the engine, or the manager, of another such block.
+        TaskBoundaryError: the engine's pool has a connection of another event loop.
         TypeError: neither an engine nor a manager.
         ValueError: a level that this database does not have.
     """
@@ -119,6 +120,14 @@ async def _engine_rolled_back(engine: AsyncEngine, isolation: IsolationLevel | N
 
 async def _take(engine: AsyncEngine, isolation: IsolationLevel | None) -> tuple[AsyncConnection, Outer]:
     connection = await engine.connect()
+    raw = await connection.get_raw_connection()
+    try:
+        check_loop(
+            raw.driver_connection, "the engine's pool has given rolled_back() a connection of another event loop"
+        )
+    except TaskBoundaryError:
+        _put_back(raw)
+        raise
     try:
         if isolation is not None:
             await connection.execution_options(isolation_level=isolation)
@@ -127,6 +136,14 @@ async def _take(engine: AsyncEngine, isolation: IsolationLevel | None) -> tuple[
     except BaseException:
         await connection.close()
         raise
+
+
+def _put_back(raw: Any) -> None:
+    """Return a connection to its pool as it is: a reset or a goodbye would be sent on the other loop."""
+    record = raw._connection_record
+    connection = record.dbapi_connection
+    raw.detach()  # puts the record back without it
+    record.dbapi_connection, raw.dbapi_connection = connection, None
 
 
 async def _give_back(connection: AsyncConnection, outer: Outer, *, cut_off: bool) -> None:
@@ -162,7 +179,14 @@ def _begin(connection: Connection, family: str) -> Outer:
     if family == "sqlite":
         raw: Any = connection.connection.driver_connection
         if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            except OperationalError as error:
+                error.add_note(
+                    "sqla_uow: rolled_back() waited for SQLite's one writer; where tests run side by side, as with "
+                    "pytest-xdist, give each worker a file of its own"
+                )
+                raise
     else:
         connection.exec_driver_sql("SELECT 1")
     remember(connection)

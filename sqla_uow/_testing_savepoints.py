@@ -6,19 +6,24 @@ errors are understood.  Only what is sent differs: SAVEPOINT for BEGIN, RELEASE 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from typing import TYPE_CHECKING, Any, cast
 
+from sqla_uow._classify import code_of
 from sqla_uow._isolation import is_weaker_or_same
-from sqla_uow.errors import IsolationConflictError, PropagationError
+from sqla_uow.errors import IsolationConflictError, PropagationError, TaskBoundaryError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from sqlalchemy.engine import Dialect
 
-__all__ = ["Outer", "dialect_within"]
+__all__ = ["Outer", "check_loop", "dialect_within"]
 
 _NAME = "uow_unit"
+_ENDING = {1213, 1020}
 _TIMEOUTS = ("statement_timeout", "lock_timeout", "transaction_timeout")
 _OPENING = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BEGIN = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
@@ -45,6 +50,7 @@ class Outer:
         self.read_only = False
         self._open = False
         self._lost: BaseException | None = None
+        self._ended_by: int | None = None
         self._at_commit = self._checks() if family == "postgresql" else None
 
     def is_of(self, dbapi_connection: Any) -> bool:
@@ -62,21 +68,34 @@ class Outer:
         return self.connection
 
     def check(self) -> None:
-        """Refuse what would really be committed.
+        """Refuse what would really be committed, and what the driver would refuse in words of its own.
 
         Raises:
             PropagationError: the transaction has ended, or has been lost.
+            TaskBoundaryError: this is another event loop, to which the driver's connection does not belong.
         """
+        check_loop(self.connection.driver_connection, "rolled_back() has begun in another event loop")
         if self.is_over:
             raise PropagationError("rolled_back() has ended, and its engine with it; use the engine inside the block")
         if self._open:
             with contextlib.suppress(Exception):
                 self.undo()
+        if self._ended_by is not None:
+            raise PropagationError(
+                f"MariaDB has ended the transaction of rolled_back() by {self._ended_by}, a deadlock with another connection, and "
+                "with it what the test wrote; where tests run side by side, as with pytest-xdist, give each worker a database "
+                "of its own"
+            ) from self._lost
         if self._lost is not None:
             raise PropagationError(
                 f"the transaction of rolled_back() is gone ({type(self._lost).__name__}), and with it what the test wrote; "
                 "use a database of its own for a test that cancels statements, loses the connection or sends DDL on MariaDB"
             ) from self._lost
+
+    def note(self, error: BaseException) -> None:
+        """Remember an error by which MariaDB ends all of a transaction, savepoints or not."""
+        if self.family == "mysql" and (code := code_of(error)) in _ENDING:
+            self._ended_by, self._lost = int(code), error
 
     def begin(self) -> None:
         self.check()
@@ -211,11 +230,42 @@ class _Within:
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         if not self.outer.replaces(cursor, statement):
-            self._above.do_execute(cursor, statement, parameters, context)
+            with self._noting():
+                self._above.do_execute(cursor, statement, parameters, context)
+
+    def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        with self._noting():
+            self._above.do_executemany(cursor, statement, parameters, context)
+
+    @contextlib.contextmanager
+    def _noting(self) -> Generator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.outer.note(error)
+            raise
 
     @property
     def _above(self) -> Any:
         return super()
+
+
+def check_loop(driver_connection: Any, fact: str) -> None:
+    """Refuse a connection that its driver has bound to another event loop than this one; asyncpg, asyncmy, aiomysql do.
+
+    Args:
+        driver_connection: the driver's own.
+        fact: what has happened, for the message.
+
+    Raises:
+        TaskBoundaryError: with the cure.
+    """
+    loop = getattr(driver_connection, "_loop", None)
+    if loop is not None and loop is not asyncio.get_running_loop():
+        raise TaskBoundaryError(
+            f"{fact}; use httpx.AsyncClient with ASGITransport(app) instead of the sync TestClient, one loop_scope for fixtures "
+            "and tests, and poolclass=NullPool for an engine that outlives a test"
+        )
 
 
 def dialect_within(dialect: Dialect, outer: Outer) -> Dialect:

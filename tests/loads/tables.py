@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, String
+from sqlalchemy import ForeignKey, String, func
 from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, DynamicMapped, Mapped, WriteOnlyMapped, mapped_column, relationship
 
@@ -111,6 +111,16 @@ class Trainee(Person):
 
     mentor: Mapped[str | None] = mapped_column(NAME)
     __mapper_args__ = {"polymorphic_identity": "trainee"}
+
+
+class Visitor(Person):
+    """What it adds is made by the database."""
+
+    __tablename__ = "blog_visitor"
+    id: Mapped[int] = mapped_column(ForeignKey("blog_person.id"), primary_key=True)
+    badge: Mapped[str] = mapped_column(NAME, server_default="new")
+    seen: Mapped[str] = mapped_column(NAME, server_default="0", onupdate=func.lower("X"))
+    __mapper_args__ = {"polymorphic_identity": "visitor", "eager_defaults": False}
 
 
 class Paper(Base):

@@ -37,6 +37,7 @@ from tests.loads.tables import (
     Tag,
     Trainee,
     User,
+    Visitor,
 )
 
 two = pytest.mark.drivers("sqlite", "asyncpg")
@@ -216,6 +217,24 @@ async def test_a_column_of_a_subclass_that_was_expired(blog, unit):
         assert await staff.awaitable_attrs.room == "a"
         work.session.expire(staff)
         assert await staff.awaitable_attrs.phone == "b"
+
+
+@two
+async def test_what_a_flush_has_expired(blog, unit):
+    """What the database makes up of a subclass's columns is loaded, as ever: by the INSERT and by an UPDATE."""
+    async with unit("raise") as work:
+        work.session.add(visitor := Visitor(id=1))
+        await work.session.flush()
+        assert await visitor.awaitable_attrs.badge == "new"
+        assert await visitor.awaitable_attrs.seen == "0"
+        visitor.badge = "old"
+        await work.session.flush()
+        assert await visitor.awaitable_attrs.seen == "x"
+        work.session.expunge_all()
+        visitor = (await work.session.scalars(select(Visitor))).one()
+        visitor.badge = "older"
+        await work.session.flush()
+        assert await visitor.awaitable_attrs.seen == "x"
 
 
 @two
