@@ -234,6 +234,12 @@ class Attempt(Generic[S]):
         try:
             await attempts.go_on(failure, error, frame, is_last=unit.is_last_attempt)
         except StaleVersionError as gave_up:
+            named = failure.error
+            if isinstance(named, StaleVersionError) and named.model is not None:
+                named.attempts, named.elapsed = gave_up.attempts, gave_up.elapsed
+                if named is error:
+                    return False
+                raise named from error
             if versions is not None and (stale := await self._find_stale(versions)) is not None:
                 gave_up.model, gave_up.key = stale.model, stale.key
                 gave_up.expected, gave_up.found = stale.expected, stale.found

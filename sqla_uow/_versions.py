@@ -90,25 +90,26 @@ class Versions:
 
     # -- around the flush
 
-    def writing(self, session: Session, mapper: Mapper[Any], instance: object) -> None:
+    def writing(self, session: Session, state: InstanceState[Any], version: Any) -> None:
         """Compare once more, before SQL is made of an object: it may have been refreshed since."""
-        state: InstanceState[Any] = inspect(instance)
         expectation = self.expectations.get(state)
         if expectation is not None:
-            expectation.compare(getattr(expectation.instance, attribute_of(mapper)))
-        self.being_written.append((instance, state.dict.get(attribute_of(mapper))))
+            expectation.compare(version)
+        self.being_written.append((state.obj(), version))
         self.save(session, state)
 
+    def move_on(self, state: InstanceState[Any], version: Any) -> None:
+        """Take note that the unit has written a row itself: that version is expected from now on."""
+        expectation = self.expectations.get(state)
+        if expectation is not None:
+            expectation.now = version
+            expectation.checked = True
+
     def flushed(self) -> None:
-        """Move on the expectations that the unit's own flush has met."""
+        """Take note that a flush has written all it had to."""
         self.being_written.clear()
         for state, expectation in self.expectations.items():
             if state.deleted:
-                expectation.checked = True
-                continue
-            now = state.dict.get(attribute_of(state.mapper), expectation.now)
-            if now != expectation.now:
-                expectation.now = now
                 expectation.checked = True
 
     def check_unwritten(self, session: Session) -> None:
