@@ -292,6 +292,8 @@ class Attempt(Generic[S]):
             aftermath = any(isinstance(link, PendingRollbackError) for link in chained)
             if forced or aftermath or id(mark.cause) in links or id(mark.failure.error) in links:
                 return mark.failure
+        if transaction.stale is not None and id(transaction.stale.error) in links:
+            return transaction.stale
         refused = transaction.connect_failure
         if refused is not None and refused.retryable and id(refused.error) in links:
             return refused

@@ -76,8 +76,10 @@ class UnitSession(Session):
 
     def _is_stale(self, error: StaleDataError) -> None:
         """Have an error that came out of no flush count as one that did: it dooms the unit, and is retried."""
-        if self.transaction_of_unit is not None:
-            self.transaction_of_unit.damage.add(error, failure=classify(error))
+        transaction = self.transaction_of_unit
+        if transaction is not None:
+            transaction.stale = classify(error)
+            transaction.damage.add(error, failure=transaction.stale)
 
     def _get_impl(self, *args: Any, **kwargs: Any) -> Any:
         # get() with a lock compares the version of an object that is in memory.
@@ -127,6 +129,9 @@ class UnitSession(Session):
         before = transaction.owner.hold()
         try:
             super().flush(objects)
+        except StaleDataError as error:
+            self._is_stale(error)
+            raise
         except Exception as error:
             transaction.damage.add(error, failure=classify(error))
             raise

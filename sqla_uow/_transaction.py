@@ -110,6 +110,7 @@ class Transaction:
         "rolling_back_to_savepoint",
         "scope_read",
         "slot",
+        "stale",
         "tainted",
         "times",
         "versions",
@@ -159,6 +160,7 @@ class Transaction:
         self.replicas: Replicas | None = None  # where it may read
         self.replica: Replica | None = None  # where it does
         self.last_write: LastWrite | None = None  # of its client, where there are replicas
+        self.stale: Failure | None = None  # the last write that found another version, though a savepoint took it back
         self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
 
