@@ -98,11 +98,9 @@ class _Bulk:
     def family(self) -> str:
         return self.transaction.database.family
 
-    def run(self, params: Any, **settings: Any) -> Any:
-        """Execute the statement as it is by now, with other execution options than were given."""
-        given: dict[str, Any] = dict(self._options.get("execution_options") or {})
-        options = {**self._options, "execution_options": {**given, **settings}} if settings else self._options
-        return self._run(self.statement, params, **options)
+    def run(self, params: Any) -> Any:
+        """Execute the statement as it is by now."""
+        return self._run(self.statement, params, **self._options)
 
     def affected(self) -> list[InstanceState[Any]]:
         """Return the objects in memory whose versions the statement might change."""
@@ -122,7 +120,7 @@ class _Bulk:
         for state, version in now.items():
             if seen[state] is not None:
                 set_seen(state, version if before[state] == seen[state] else seen[state])
-            if version != before[state] is not None:
+            if before[state] is not None and version != before[state]:
                 self.versions.move_on(state, version)
 
     def read(self, states: Iterable[InstanceState[Any]], *, lock: bool = False) -> _Found:
@@ -182,8 +180,7 @@ def _execute_now(session: UnitSession, run: Any, statement: Any, params: Any, op
         writes = statement._post_values_clause is not None or statement._prefixes
         return _execute(bulk, bulk.prepare() if writes else [], lambda: bulk.run(params))
     if statement.is_delete:
-        if session.transaction_of_unit.versions is not None:
-            bulk.versions.check_before_bulk(session, mapper)
+        bulk.versions.check_before_bulk(session, mapper)
         return run(statement, params, **options)
     strategy = bulk.settings.get("dml_strategy", "auto")
     if strategy == "core_only":

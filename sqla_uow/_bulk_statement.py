@@ -77,10 +77,12 @@ def count_by_join(statement: Any, mapper: Mapper[Any]) -> Any:
     kind, table = kind_of(mapper), version_table(mapper)
     assert kind is not None
     assert mapper.version_id_col is not None
-    parent = table.alias()
+    parent: Any = table.alias()
     pairs = zip(key_columns(mapper, mapper.local_table), key_columns(mapper), strict=True)
     joined = [_Given(own == parent.c[key.key]) for own, key in pairs]
-    joined += [_Given(condition) for condition in _links(mapper, _tables(statement.table, _criteria(statement, mapper)))]
+    joined += [
+        _Given(condition) for condition in _links(mapper, _tables(statement.table, _criteria(statement, mapper)))
+    ]
     statement = statement.where(*joined)
     if kind.bumped is None:
         return statement

@@ -29,7 +29,7 @@ from sqla_uow._transaction import Phase, Transaction
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState
@@ -46,10 +46,10 @@ class UnitSession(Session):
     transaction_of_unit: Transaction | None = None
     on_dml: ClassVar[Callable[..., Any] | None] = None
     """What `mixins` does to INSERT, UPDATE and DELETE; see `sqla_uow._bulk`."""
-    on_expire: ClassVar[Callable[[InstanceState[Any], Collection[str] | None], None] | None] = None
+    on_expire: ClassVar[Callable[..., None] | None] = None
     """What `mixins` does before attributes are expired; see `sqla_uow._version_reading`, and for the next."""
-    on_refresh: ClassVar[Callable[[Session, object, Iterable[str]], Iterable[str] | None] | None] = None
-    on_merge: ClassVar[Callable[[Session, InstanceState[Any], Callable[[], Any]], Any] | None] = None
+    on_refresh: ClassVar[Callable[..., Iterable[str] | None] | None] = None
+    on_merge: ClassVar[Callable[..., Any] | None] = None
     """What `mixins` does around `merge`; see `sqla_uow._version_events`."""
 
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
@@ -215,9 +215,10 @@ class UnitSession(Session):
                 self.on_expire(state, None)
         super().expire_all()
 
-    def _expire_state(self, state: InstanceState[Any], attribute_names: Collection[str] | None) -> None:
+    def _expire_state(self, state: InstanceState[Any], attribute_names: Iterable[str] | None) -> None:
         # expire() and refresh() come by here, for whole objects and what hangs on them also by the one below.
         if self.on_expire is not None and attribute_names:
+            attribute_names = list(attribute_names)
             self.on_expire(state, attribute_names)
         super()._expire_state(state, attribute_names)
 

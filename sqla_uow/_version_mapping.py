@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import ColumnDefault, DateTime, DefaultClause, Table, event, inspect
-from sqlalchemy.orm import ColumnProperty, Mapped, Mapper, declared_attr, mapped_column, synonym
+from sqlalchemy.orm import ColumnProperty, Mapped, Mapper, MapperProperty, declared_attr, mapped_column, synonym
 from sqlalchemy.util import get_annotations
 
 from sqla_uow._instances import describe
@@ -202,11 +202,12 @@ class _LoadedAlways:
         return None
 
 
-def _load_always(version: ColumnProperty[Any]) -> None:
+def _load_always(version: MapperProperty[Any]) -> None:
     """Have each load of an object load its version, whatever ``load_only()``, ``defer()`` and ``deferred=True`` say.
 
     The options of a query come to a property by the one method above, and nothing public says that it takes none.
     """
+    assert isinstance(version, ColumnProperty)
     plain: Any = type(version)
     if not issubclass(plain, _LoadedAlways):
         version.__class__ = type(plain.__name__, (_LoadedAlways, plain), {"__slots__": (), "inherit_cache": True})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, event, inspect, select
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.base import LoaderCallableStatus
 
@@ -26,13 +27,18 @@ if TYPE_CHECKING:
 __all__ = ["seen", "set_seen", "settle"]
 
 _SEEN = "sqla_uow.version_seen"
-"""In ``state.info``: the version of data that were expired, or None where the version in memory is later than the data."""
+"""In ``state.info``: the version of data that were expired; `_LATER`, or what that becomes when such data are expired."""
+_LATER = None
+"""The version in memory is later than the data, which can be compared themselves."""
+_LOST = False
+"""Nothing tells any more."""
 
 
 def seen(state: InstanceState[Any]) -> Any:
     """Return the version that an object's data had when they were read, None if nothing tells."""
     version = state.dict.get(attribute_of(state.mapper))
-    return _noted(state) if version is None else version
+    noted = _noted(state) if version is None else version
+    return None if noted is _LOST else noted
 
 
 def set_seen(state: InstanceState[Any], version: Any) -> None:
@@ -50,6 +56,10 @@ def _noted(state: InstanceState[Any]) -> Any:
     return state.info.get(_SEEN) if "info" in state.__dict__ else None
 
 
+def _is_later(state: InstanceState[Any]) -> bool:
+    return "info" in state.__dict__ and state.info.get(_SEEN, _LOST) is _LATER
+
+
 # -- what parts a version from its data
 
 
@@ -64,10 +74,10 @@ def _forget(state: InstanceState[Any], names: Collection[str] | None) -> None:
         return
     attribute = attribute_of(state.mapper)
     version = state.dict.get(attribute)
-    if version is None or (names is not None and attribute not in names):
-        return
-    # That a version is later than its data, stays true of what is left of them.
-    if not ("info" in state.__dict__ and state.info.get(_SEEN, version) is None):
+    if _is_later(state):
+        if names is None or any(key in names and key in state.dict for key, _ in _data(state.mapper)):
+            state.info[_SEEN] = _LOST
+    elif version is not None and (names is None or attribute in names) and _noted(state) is not _LOST:
         state.info[_SEEN] = version
 
 
@@ -92,21 +102,21 @@ def _refreshed(instance: VersionMixin, context: Any, names: Collection[str] | No
     state: InstanceState[Any] = inspect(instance)
     attribute = attribute_of(state.mapper)
     if names is None:
-        if "info" in state.__dict__:
-            state.info.pop(_SEEN, None)
+        # All was read, but for what a load_only() left out: that is still in memory as it was (SQLAlchemy 2.0.58, 2.1.9).
+        before = bool(state.callables) and any(key in state.dict for key in state.callables)
+        noted = None
+    elif attribute not in names or context.session._flushing:
         return
-    if attribute not in names or context.session._flushing:
-        return
-    if not any(key in state.dict and key not in names for key, _ in _data(state.mapper)):
-        if "info" in state.__dict__:
-            state.info.pop(_SEEN, None)
-        return
-    noted = _noted(state)
-    if noted is None:
-        state.info[_SEEN] = None
     else:
+        before = any(key in state.dict and key not in names for key, _ in _data(state.mapper))
+        noted = _noted(state)
+    if before and (noted is None or noted is _LOST):
+        state.info[_SEEN] = _LATER if noted is None else _LOST
+        return
+    if before:
         state.dict[attribute] = noted
-        del state.info[_SEEN]
+    if "info" in state.__dict__:
+        state.info.pop(_SEEN, None)
 
 
 def _data(mapper: Mapper[Any]) -> Iterator[tuple[str, Column[Any]]]:
@@ -126,19 +136,35 @@ def settle(session: Session, state: InstanceState[Any]) -> Any:
 
     Raises:
         StaleVersionError: nothing tells the version of its data, and the row has other data by now, or is gone.
+        sqlalchemy.exc.InvalidRequestError: nor are there any data that could be compared.
     """
     attribute = attribute_of(state.mapper)
     version = state.dict.get(attribute)
     if "info" in state.__dict__ and _SEEN in state.info:
         noted = state.info.pop(_SEEN)
-        if version is None and noted is not None:
+        if noted is _LOST:
+            raise _unread(state)
+        if noted is _LATER:
+            version = None
+        elif version is None:
             version = noted
             set_committed_value(state.obj(), attribute, version)
-        elif noted is None:
-            version = None
     if version is None and state.key is not None:
         version = _compare_data(session, state)
     return version
+
+
+def _unread(state: InstanceState[Any]) -> InvalidRequestError:
+    assert state.key is not None
+    return InvalidRequestError(
+        f"{_name(state)} is to be written, and nothing tells at which version its data were read; refresh() it before, or "
+        "write it by an update()"
+    )
+
+
+def _name(state: InstanceState[Any]) -> str:
+    assert state.key is not None
+    return f"{state.class_.__name__}({', '.join(map(repr, state.key[1]))})"
 
 
 def _compare_data(session: Session, state: InstanceState[Any]) -> Any:
@@ -148,6 +174,8 @@ def _compare_data(session: Session, state: InstanceState[Any]) -> Any:
     assert instance is not None
     read = {key: _as_read(state, key) for key, _ in _data(mapper)}
     read = {key: value for key, value in read.items() if value is not LoaderCallableStatus.NO_VALUE}
+    if not read:
+        raise _unread(state)
     columns = [getattr(mapper.class_, key) for key in read]
     version = getattr(mapper.class_, attribute_of(mapper))
     keys = zip(mapper.primary_key, state.key[1], strict=True)
@@ -158,9 +186,8 @@ def _compare_data(session: Session, state: InstanceState[Any]) -> Any:
     types = dict(_data(mapper))
     for (key, value), found in zip(read.items(), row[1:], strict=True):
         if not types[key].type.compare_values(value, found):
-            name = f"{mapper.class_.__name__}({', '.join(map(repr, state.key[1]))})"
             raise StaleVersionError(
-                f"{name} is at version {row[0]!r}, and its {key} is not what was read before; read it again",
+                f"{_name(state)} is at version {row[0]!r}, and its {key} is not what was read before; read it again",
                 model=mapper.class_,
                 key=state.key[1],
                 found=row[0],

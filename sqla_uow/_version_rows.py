@@ -78,7 +78,8 @@ def find_rows(
     found = {key: (key, read[key]) for key in keys if key in read}
     others = [key for key in keys if key not in read] if len(read) > len(found) else []
     for key in others:
-        found.update({key: row for row in read_versions(connection, mapper, [key], lock=lock).items()})
+        for row in read_versions(connection, mapper, [key], lock=lock).items():
+            found[key] = row
     return found
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import inspect
 from sqlalchemy.orm.attributes import set_committed_value
 
 from sqla_uow._version_mapping import attribute_of
+from sqla_uow._version_reading import seen
 from sqla_uow._version_rows import read_versions, stale_version, version_table
 from sqla_uow.errors import StaleVersionError
 
@@ -125,6 +126,7 @@ class Versions:
         unchecked = [each for each in self.expectations.values() if not each.checked and each.state.mapper.isa(mapper)]
         self._compare_in_database(session, unchecked)
         for expectation in unchecked:
+            self.save(session, expectation.state)  # with a savepoint the lock goes, and the check with it
             expectation.checked = True
 
     def _compare_in_database(self, session: Session, expectations: Sequence[Expectation]) -> None:
@@ -141,11 +143,11 @@ class Versions:
         if savepoint is None:
             return
         saved = self._saved.setdefault(savepoint, {})
-        attribute = attribute_of(state.mapper)
-        if state not in saved and attribute in state.dict:
+        version = seen(state)
+        if state not in saved and version is not None:
             expectation = self.expectations.get(state)
             now, checked = (None, False) if expectation is None else (expectation.now, expectation.checked)
-            saved[state] = _Saved(state.obj(), state.dict[attribute], now, checked)
+            saved[state] = _Saved(state.obj(), version, now, checked)
 
     def undo(self, savepoint: SessionTransaction) -> None:
         """Take note that a savepoint is being rolled back."""

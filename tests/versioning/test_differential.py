@@ -65,6 +65,7 @@ async def test_a_statement_and_its_twin(db, subtests, kind_of_version):
 
 
 async def made(db, *families):
+    """Make the tables of these models."""
     engine = db.engine()
     async with engine.begin() as connection:
         for family in families:
