@@ -491,7 +491,7 @@ class Hunt:
             self.instance = await load(self)
             self.look()
             version = inspect(self.instance).dict.get(self.model.__version_attr__)
-            if version is not None:
+            if version is not None and self.seen is not None:
                 self.loaded = self.seen, version
             if expects and version is not None:
                 expect_version(self.instance, version)
