@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import InstanceState, Mapper, Session
 
-__all__ = ["seen", "set_seen", "settle"]
+__all__ = ["bring_back", "seen", "set_seen", "settle"]
 
 _SEEN = "sqla_uow.version_seen"
 """In ``state.info``: the version of data that were expired; `_LATER`, or what that becomes when such data are expired."""
+_KNOWN = "sqla_uow.version_known"
+"""In ``state.info``: the attributes that were expired with it; the body may still know what they were."""
 _LATER = None
 """The version in memory is later than the data, which can be compared themselves."""
 _LOST = False
@@ -56,10 +58,6 @@ def _noted(state: InstanceState[Any]) -> Any:
     return state.info.get(_SEEN) if "info" in state.__dict__ else None
 
 
-def _is_later(state: InstanceState[Any]) -> bool:
-    return "info" in state.__dict__ and state.info.get(_SEEN, _LOST) is _LATER
-
-
 # -- what parts a version from its data
 
 
@@ -74,11 +72,19 @@ def _forget(state: InstanceState[Any], names: Collection[str] | None) -> None:
         return
     attribute = attribute_of(state.mapper)
     version = state.dict.get(attribute)
-    if _is_later(state):
-        if names is None or any(key in names and key in state.dict for key, _ in _data(state.mapper)):
-            state.info[_SEEN] = _LOST
-    elif version is not None and (names is None or attribute in names) and _noted(state) is not _LOST:
-        state.info[_SEEN] = version
+    known = {key for key, _ in _data(state.mapper) if key in state.dict and (names is None or key in names)}
+    if "info" not in state.__dict__ or _SEEN not in state.info:
+        if version is not None and names is not None and attribute not in names:
+            return  # it stays with what else is left
+        if version is None and not known:
+            return
+        state.info[_SEEN] = _LOST if version is None else version
+    elif known and state.info[_SEEN] is _LATER:
+        state.info[_SEEN] = _LOST
+    elif version is not None and state.info[_SEEN] is not _LOST:
+        state.info[_SEEN] = version  # read whole since the last time
+        state.info.pop(_KNOWN, None)
+    state.info[_KNOWN] = known | state.info.get(_KNOWN, set())
 
 
 def _widen(session: Session, instance: object, names: Iterable[str]) -> Iterable[str] | None:
@@ -108,15 +114,38 @@ def _refreshed(instance: VersionMixin, context: Any, names: Collection[str] | No
     elif attribute not in names or context.session._flushing:
         return
     else:
-        before = any(key in state.dict and key not in names for key, _ in _data(state.mapper))
         noted = _noted(state)
+        read = {key for key in names if key in state.dict}
+        before = any(key in state.dict and key not in read for key, _ in _data(state.mapper))
+        before = before or (noted is not None and not state.info.get(_KNOWN, read) <= read)
     if before and (noted is None or noted is _LOST):
         state.info[_SEEN] = _LATER if noted is None else _LOST
         return
     if before:
         state.dict[attribute] = noted
     if "info" in state.__dict__:
-        state.info.pop(_SEEN, None)
+        _drop_note(state)
+
+
+@event.listens_for(VersionMixin, "expire", propagate=True)
+def _expired(instance: VersionMixin, names: Collection[str] | None) -> None:
+    """Take note that a savepoint's rollback has expired data of which nothing tells the version.
+
+    Where something does, it is noted by now, or brought back behind this.
+    """
+    state: InstanceState[Any] = inspect(instance)
+    if names is not None or state.key is None or not isinstance(state.session, UnitSession):
+        return
+    if state.info.setdefault(_SEEN, _LOST) is _LOST:
+        state.info[_KNOWN] = {key for key, _ in _data(state.mapper)}
+
+
+def bring_back(instance: object, version: Any) -> None:
+    """Put a version of before into memory, where the data are expired by a savepoint's rollback."""
+    state: InstanceState[Any] = inspect(instance)
+    set_committed_value(instance, attribute_of(state.mapper), version)
+    if "info" in state.__dict__:
+        _drop_note(state)
 
 
 def _data(mapper: Mapper[Any]) -> Iterator[tuple[str, Column[Any]]]:
@@ -141,7 +170,7 @@ def settle(session: Session, state: InstanceState[Any]) -> Any:
     attribute = attribute_of(state.mapper)
     version = state.dict.get(attribute)
     if "info" in state.__dict__ and _SEEN in state.info:
-        noted = state.info.pop(_SEEN)
+        noted = state.info[_SEEN]
         if noted is _LOST:
             raise _unread(state)
         if noted is _LATER:
@@ -151,7 +180,14 @@ def settle(session: Session, state: InstanceState[Any]) -> Any:
             set_committed_value(state.obj(), attribute, version)
     if version is None and state.key is not None:
         version = _compare_data(session, state)
+    if "info" in state.__dict__:
+        _drop_note(state)
     return version
+
+
+def _drop_note(state: InstanceState[Any]) -> None:
+    for name in (_SEEN, _KNOWN):
+        state.info.pop(name, None)
 
 
 def _unread(state: InstanceState[Any]) -> InvalidRequestError:

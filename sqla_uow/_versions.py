@@ -6,10 +6,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import inspect
-from sqlalchemy.orm.attributes import set_committed_value
 
-from sqla_uow._version_mapping import attribute_of
-from sqla_uow._version_reading import seen
+from sqla_uow._version_reading import bring_back, seen
 from sqla_uow._version_rows import read_versions, stale_version, version_table
 from sqla_uow.errors import StaleVersionError
 
@@ -170,7 +168,7 @@ class Versions:
     def _restore(self, session: Session, state: InstanceState[Any], before: _Saved) -> None:
         if state.key is None or state.session is not session:
             return
-        set_committed_value(before.instance, attribute_of(state.mapper), before.version)
+        bring_back(before.instance, before.version)
         expectation = self.expectations.get(state)
         if expectation is not None and before.now is not None:
             expectation.now, expectation.checked = before.now, before.checked
