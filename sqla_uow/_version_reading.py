@@ -79,8 +79,8 @@ def _forget(state: InstanceState[Any], names: Collection[str] | None) -> None:
         if version is None and not known:
             return
         state.info[_SEEN] = _LOST if version is None else version
-    elif known and state.info[_SEEN] is _LATER:
-        state.info[_SEEN] = _LOST
+    elif state.info[_SEEN] is _LATER:
+        state.info[_SEEN] = _LOST if known else _LATER
     elif version is not None and state.info[_SEEN] is not _LOST:
         state.info[_SEEN] = version  # read whole since the last time
         state.info.pop(_KNOWN, None)
