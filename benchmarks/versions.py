@@ -53,9 +53,7 @@ async def every_call(url: str, stack: contextlib.AsyncExitStack) -> dict[str, Ca
     return {"without a version": changing(manager, Unversioned), "sqla_uow, with one": changing(manager, WithVersion)}
 
 
-def changing(
-    manager: UnitOfWorkManager, model: type[Unversioned | WithVersion]
-) -> Callable[[], Awaitable[object]]:
+def changing(manager: UnitOfWorkManager, model: type[Unversioned | WithVersion]) -> Callable[[], Awaitable[object]]:
     """Return what reads the object and changes it, in a unit of its own."""
 
     async def call() -> None:
