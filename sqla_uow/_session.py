@@ -222,10 +222,10 @@ class UnitSession(Session):
             self.on_expire(state, attribute_names)
         super()._expire_state(state, attribute_names)
 
-    def _conditional_expire(self, state: InstanceState[Any], *args: Any) -> None:
+    def _conditional_expire(self, state: InstanceState[Any], autoflush: bool | None = None) -> None:  # noqa: FBT001  # SQLAlchemy's signature
         if self.on_expire is not None:
             self.on_expire(state, None)
-        super()._conditional_expire(state, *args)
+        super()._conditional_expire(state, autoflush)
 
     def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
         # The before_attach event comes too late: after SQLAlchemy's own "already attached to session".
