@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import middleware, overhead
+from benchmarks import middleware, overhead, versions
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -40,7 +40,9 @@ async def every_call(url: str, stack: contextlib.AsyncExitStack) -> dict[str, di
     for what in middleware.BASELINES:
         path, sides = middleware.compared(what, apps)
         calls[f"request, {what}"] = {name: middleware.in_process(app, path) for name, app in sides.items()}
-    wanted = {*(f"transaction, {what}" for what in CASES), *(f"request, {what}" for what in middleware.BASELINES)}
+    calls[f"transaction, {versions.CASE}"] = await versions.every_call(url, stack)
+    cases = {f"transaction, {what}" for what in (*CASES, versions.CASE)}
+    wanted = cases | {f"request, {what}" for what in middleware.BASELINES}
     return {what: dict(_ours(sides)) for what, sides in calls.items() if what in wanted}
 
 

@@ -255,11 +255,21 @@ class Attempt(Generic[S]):
         try:
             await attempts.go_on(failure, error, frame, is_last=unit.is_last_attempt)
         except StaleVersionError as gave_up:
-            if versions is not None and (stale := await self._find_stale(versions)) is not None:
-                gave_up.model, gave_up.key = stale.model, stale.key
-                gave_up.expected, gave_up.found = stale.expected, stale.found
-            raise
+            named = failure.error
+            if not isinstance(named, StaleVersionError):
+                await self._name(gave_up, versions)
+                raise
+            named.attempts, named.elapsed = gave_up.attempts, gave_up.elapsed
+            if named is error:
+                return False
+            raise named from error
         return True
+
+    async def _name(self, gave_up: StaleVersionError, versions: Versions | None) -> None:
+        """Say of which row it is, as far as that can be found."""
+        if versions is not None and (stale := await self._find_stale(versions)) is not None:
+            gave_up.model, gave_up.key = stale.model, stale.key
+            gave_up.expected, gave_up.found = stale.expected, stale.found
 
     async def _check_expectations(self, versions: Versions, failure: Failure | None, error: Exception) -> None:
         """Raise where a client's version is stale: running the body again cannot make it fresh.

@@ -1,28 +1,34 @@
-"""ORM statements on versioned models: an UPDATE counts for each row, and versions in memory stay those of the rows.
-
-What an UPDATE is about and sets is in no public place.  The private names of statements that are read here are alike in
-SQLAlchemy 2.0.58 and 2.1.9, but for `_ordered_values`, and the tests of each form run on both.
-"""
+"""ORM statements on versioned models: an UPDATE counts for each row, and versions in memory stay those of the rows."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from sqlalchemy import inspect, select, tuple_, update
+from sqlalchemy.engine.result import null_result
 from sqlalchemy.orm.attributes import set_committed_value
-from sqlalchemy.util import immutabledict
 
+from sqla_uow._bulk_statement import (
+    count_by_itself,
+    count_by_join,
+    counting_beside,
+    limit_of,
+    only_rows,
+    select_keys,
+    unchanged,
+)
 from sqla_uow._session import UnitSession
 from sqla_uow._version_mapping import attribute_of, check_type, kind_of
-from sqla_uow._version_rows import counting, key_columns, read_versions, stale_version, version_table
-from sqla_uow._version_types import INTEGER
+from sqla_uow._version_reading import seen, set_seen
+from sqla_uow._version_rows import counting, find_rows, key_columns, read_versions, stale_version, version_table
 from sqla_uow._versions import versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from sqlalchemy import Update
-    from sqlalchemy.orm import InstanceState, Mapper
+    from sqlalchemy import Table, Update
+    from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState
 
     from sqla_uow._transaction import Transaction
     from sqla_uow._version_mapping import VersionMixin
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["next_version"]
 
 _Found: TypeAlias = "Mapping[InstanceState[Any], Any]"
+_Key: TypeAlias = tuple[Any, ...]
+_Row: TypeAlias = tuple[_Key, dict[str, Any]]
 
 
 def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
@@ -90,16 +98,14 @@ class _Bulk:
     def family(self) -> str:
         return self.transaction.database.family
 
-    def run(self, params: Any, **settings: Any) -> Any:
-        """Execute the statement as it is by now, with other execution options than were given."""
-        given: dict[str, Any] = dict(self._options.get("execution_options") or {})
-        options = {**self._options, "execution_options": {**given, **settings}} if settings else self._options
-        return self._run(self.statement, params, **options)
+    def run(self, params: Any) -> Any:
+        """Execute the statement as it is by now."""
+        return self._run(self.statement, params, **self._options)
 
-    def loaded(self) -> list[InstanceState[Any]]:
-        """Return the objects in memory that the statement might change."""
-        states = self.session.identity_map.all_states()
-        return [state for state in states if state.mapper.isa(self.mapper) and self.attribute in state.dict]
+    def affected(self) -> list[InstanceState[Any]]:
+        """Return the objects in memory whose versions the statement might change."""
+        states = [state for state in self.session.identity_map.all_states() if state.mapper.isa(self.mapper)]
+        return [state for state in states if seen(state) is not None or state in self.versions.expectations]
 
     def remember(self, now: _Found, *, seen: _Found, before: _Found) -> None:
         """Put the rows' versions into memory, as loaded ones.
@@ -108,13 +114,14 @@ class _Bulk:
 
         Args:
             now: the rows' versions.
-            seen: those in memory.
+            seen: those in memory, before the statement.
             before: the rows', before the statement.
         """
         for state, version in now.items():
-            instance = state.obj()
-            if instance is not None:
-                set_committed_value(instance, self.attribute, version if before[state] == seen[state] else seen[state])
+            if seen[state] is not None:
+                set_seen(state, version if before[state] == seen[state] else seen[state])
+            if before[state] is not None and version != before[state]:
+                self.versions.move_on(state, version)
 
     def read(self, states: Iterable[InstanceState[Any]], *, lock: bool = False) -> _Found:
         """Return the rows' versions, None for one that is gone."""
@@ -122,27 +129,18 @@ class _Bulk:
         found = read_versions(self.session.connection(), self.mapper, list(keys.values()), lock=lock)
         return {state: found.get(key) for state, key in keys.items()}
 
-    def refresh(self, states: Sequence[InstanceState[Any]]) -> None:
-        """Read objects anew, as the rows are after the statement."""
-        keys = [state.key[1] for state in states if state.key is not None]
-        if keys:
-            chosen = tuple_(*key_columns(self.mapper)).in_(keys)
-            anew = select(self.mapper).where(chosen).execution_options(populate_existing=True)
-            self.session.execute(anew).all()
-
     def prepare(self) -> list[InstanceState[Any]]:
         """Flush, check what is expected, and keep the versions in memory for a savepoint's rollback."""
-        if self.session.autoflush:
-            self.session.flush()
+        self.session._autoflush()
         self.versions.check_before_bulk(self.session, self.mapper)
-        states = self.loaded()
+        states = self.affected()
         for state in states:
             self.versions.save(self.session, state)
         return states
 
 
 def execute(session: UnitSession, run: Any, statement: Any, params: Any, options: dict[str, Any]) -> Any:
-    """Execute an INSERT, UPDATE or DELETE that was given to a unit's session; only an ORM UPDATE is changed.
+    """Execute an INSERT, UPDATE or DELETE that was given to a unit's session; an ORM UPDATE is changed.
 
     Args:
         session: the unit's.
@@ -151,15 +149,39 @@ def execute(session: UnitSession, run: Any, statement: Any, params: Any, options
         params: with it; a list is an UPDATE by primary key.
         options: SQLAlchemy's own, handed through.
     """
-    mapper = _versioned(statement)
-    transaction = session.transaction_of_unit
-    if mapper is None or transaction is None or statement.is_insert:
+    if session.transaction_of_unit is None or _versioned(statement) is None:
         return run(statement, params, **options)
-    if statement.is_delete:
-        if transaction.versions is not None:
-            transaction.versions.check_before_bulk(session, mapper)
+    if session.dispatch.do_orm_execute:
+        if options.get("_parent_execute_state") is not None:  # a listener goes on with it; ours is behind all of them
+            return run(statement, params, **options)
+        # Behind the listeners of the user, who may add criteria, and see the statement as it was written.
+        options = {**options, "_add_event": partial(_execute_behind_listeners, run)}
+        return run(statement, params, **options)
+    return _execute_now(session, run, statement, params, options)
+
+
+def _execute_behind_listeners(run: Callable[..., Any], state: ORMExecuteState) -> Any:
+    options = {
+        "execution_options": state.execution_options,
+        "bind_arguments": state.bind_arguments,
+        "_parent_execute_state": state,
+    }
+    assert isinstance(state.session, UnitSession)
+    return _execute_now(state.session, run, state.statement, state.parameters, options)
+
+
+def _execute_now(session: UnitSession, run: Any, statement: Any, params: Any, options: dict[str, Any]) -> Any:
+    mapper = _versioned(statement)
+    if mapper is None:
         return run(statement, params, **options)
     bulk = _Bulk(session, mapper, run, statement, options)
+    if statement.is_insert:
+        # An upsert, or a REPLACE.
+        writes = statement._post_values_clause is not None or statement._prefixes
+        return _execute(bulk, bulk.prepare() if writes else [], lambda: bulk.run(params))
+    if statement.is_delete:
+        bulk.versions.check_before_bulk(session, mapper)
+        return run(statement, params, **options)
     strategy = bulk.settings.get("dml_strategy", "auto")
     if strategy == "core_only":
         return bulk.run(params)
@@ -200,110 +222,56 @@ def _refuse_version(bulk: _Bulk, params: Any) -> None:
 
 def _where(bulk: _Bulk, params: Any) -> Any:
     states = bulk.prepare()
-    synchronize = bulk.settings.get("synchronize_session", "auto")
-    joined = bulk.mapper.local_table is not version_table(bulk.mapper)
-    if not joined or bulk.family == "mysql":
-        _count_here(bulk, joined=joined)
-        # SQLAlchemy counts in memory by the same expression, if it is `version + 1`.
-        counted = bulk.kind is INTEGER and synchronize not in (False, None)
-        result = _execute(bulk, [] if counted else states, lambda: bulk.run(params))
-        if joined:
-            result.context._rowcount = result.context.rowcount // 2  # MariaDB counts the rows of both tables
-    elif bulk.family == "postgresql":
-        result = _execute_with_cte(bulk, states, params)
-    else:
-        result = _execute(bulk, states, lambda: _execute_both(bulk, params))
-    bulk.versions.flushed()
-    return result
+    mapper = bulk.mapper
+    if mapper.local_table is version_table(mapper):  # an alias of it too
+        bulk.statement = count_by_itself(bulk.statement, mapper)
+        return _execute(bulk, states, lambda: bulk.run(params))
+    if bulk.statement._propagate_attrs["plugin_subject"].is_aliased_class:
+        return bulk.run(params)  # SQLAlchemy has no UPDATE of two tables under another name, and says so
+    if bulk.family == "mysql":
+        _take_limit(bulk, params)
+        bulk.statement = count_by_join(bulk.statement, mapper)
+        result = _execute(bulk, states, lambda: bulk.run(params))
+        result.context._rowcount = result.context.rowcount // 2  # MariaDB counts the rows of both tables
+        return result
+    beside = counting_beside(bulk.statement, mapper)
+    if bulk.family == "postgresql":
+        # By the same statement, or a row that begins to match in between would not be counted.  The rows are looked up in
+        # what was counted, so that the parents are locked first, as a flush does: the other way round the two deadlock.
+        counted = beside.returning(*key_columns(mapper)).cte("counted")
+        bulk.statement = only_rows(bulk.statement, mapper, select(*counted.columns))
+        return _execute(bulk, states, lambda: bulk.run(params))
+    return _execute(bulk, states, lambda: _execute_both(bulk, beside, params))
 
 
-def _execute(bulk: _Bulk, states: list[InstanceState[Any]], run: Callable[[], Any], *, refresh: bool = False) -> Any:
-    """Execute, and put into memory what became of the versions there: two more statements, if there are any.
-
-    Args:
-        bulk: the statement's model and session.
-        states: the objects in memory.
-        run: executes it.
-        refresh: read all of an object that was changed; SQLAlchemy has not.
-    """
-    if not states:
-        return run()
-    seen = {state: state.dict[bulk.attribute] for state in states}
-    locked = bulk.read(states, lock=True)
-    result = run()
-    now = bulk.read(states)
-    if refresh:
-        bulk.refresh([state for state in states if now[state] != locked[state]])
-    bulk.remember(now, seen=seen, before=locked)
-    return result
-
-
-def _execute_both(bulk: _Bulk, params: Any) -> Any:
+def _execute_both(bulk: _Bulk, beside: Any, params: Any) -> Any:
     """Count in the parent's table first: afterwards other rows might match.  Nobody else writes meanwhile (SQLite)."""
-    bulk.session.connection().execute(_counting(bulk), params or {})
+    bulk.session.connection().execute(beside, params or {})
     return bulk.run(params)
 
 
-def _execute_with_cte(bulk: _Bulk, states: list[InstanceState[Any]], params: Any) -> Any:
-    """Count in the parent's table by the same statement, or a row that begins to match in between would not be counted.
+def _take_limit(bulk: _Bulk, params: Any) -> None:
+    """Choose the rows of an UPDATE ... LIMIT first: MariaDB has none of two tables."""
+    connection = bulk.session.connection()
+    limit, bulk.statement = limit_of(bulk.statement, connection.dialect.name)
+    if limit is not None:
+        chosen = select_keys(bulk.statement, bulk.mapper).limit(limit).with_for_update()
+        keys = [tuple(row) for row in connection.execute(chosen, params or {})]
+        bulk.statement = only_rows(bulk.statement, bulk.mapper, keys)
 
-    The rows are looked up in what was counted, so that the parents are locked first, as a flush does: the other way round
-    the two deadlock.  SQLAlchemy can neither evaluate that in Python nor have RETURNING, which 'fetch' needs, where a CTE
-    is an UPDATE too (2.1.9): what is in memory is read anew.
+
+def _execute(bulk: _Bulk, states: list[InstanceState[Any]], run: Callable[[], Any]) -> Any:
+    """Execute, and put into memory what became of the versions there: two more statements, if there are any.
+
+    Never what SQLAlchemy has evaluated in Python: which rows match, collations, types and limits decide in the database.
     """
-    mapper = bulk.mapper
-    counted = _counting(bulk).returning(*key_columns(mapper)).cte("counted")
-    local = tuple_(*key_columns(mapper, mapper.local_table))
-    bulk.statement = bulk.statement.where(local.in_(select(*counted.columns)))
-    if bulk.settings.get("synchronize_session", "auto") in (False, None):
-        return _execute(bulk, states, lambda: bulk.run(params))
-    return _execute(bulk, states, lambda: bulk.run(params, synchronize_session=False), refresh=True)
-
-
-def _count_here(bulk: _Bulk, *, joined: bool) -> None:
-    """Have the statement itself set the version; on MariaDB also one in a parent's table, which it may join."""
-    if bulk.kind.bumped is None:
-        return
-    statement, mapper = bulk.statement, bulk.mapper
-    entity = statement._propagate_attrs["plugin_subject"].entity
-    version = getattr(entity, bulk.attribute)
-    values = {version: bulk.kind.bumped(version)}
-    if joined:
-        statement = statement.where(*_join(mapper))
-    ordered = getattr(statement, "_maintain_values_ordering", False) or getattr(statement, "_ordered_values", None)
-    if not ordered:
-        bulk.statement = statement.values(values)
-        return
-    bulk.statement = statement = statement._generate()  # values() after ordered_values() is refused
-    added = update(entity).values(values)._values
-    assert added is not None
-    if getattr(statement, "_ordered_values", None):  # SQLAlchemy 2.0
-        statement._ordered_values = [*statement._ordered_values, *added.items()]
-    else:
-        statement._values = immutabledict({**statement._values, **added})
-
-
-def _join(mapper: Mapper[Any]) -> list[Any]:
-    """Return what joins a model's table with that of its version; without it MariaDB would change every row."""
-    owner = next(each for each in mapper.iterate_to_root() if each.local_table is version_table(mapper))
-    pairs = zip(key_columns(mapper, mapper.local_table), key_columns(mapper), strict=True)
-    # As attributes, if they are: SQLAlchemy evaluates those in Python too.
-    return [_attribute(mapper, local) == _attribute(owner, counted) for local, counted in pairs]
-
-
-def _attribute(mapper: Mapper[Any], column: Any) -> Any:
-    found = mapper.get_property_by_column(column)
-    return getattr(mapper.class_, found.key) if found.columns[0] is column else column
-
-
-def _counting(bulk: _Bulk) -> Any:
-    """Return the UPDATE of the parent's table that counts for the rows the statement is about."""
-    mapper, statement = bulk.mapper, bulk.statement
-    keys = key_columns(mapper)
-    matching = select(*keys).select_from(mapper).options(*statement._with_options)
-    if statement.whereclause is not None:
-        matching = matching.where(statement.whereclause)
-    return update(version_table(mapper)).where(tuple_(*keys).in_(matching.correlate(None))).values(counting(mapper))
+    if not states:
+        return run()
+    before = {state: seen(state) for state in states}
+    locked = bulk.read(states, lock=True)
+    result = run()
+    bulk.remember(bulk.read(states), seen=before, before=locked)
+    return result
 
 
 # -- a list by primary key
@@ -312,44 +280,107 @@ def _counting(bulk: _Bulk) -> Any:
 def _by_key(bulk: _Bulk, params: list[dict[str, Any]]) -> Any:
     """Compare rows that come with a version, count those that come without, after one SELECT that locks them all."""
     states = {state.key[1]: state for state in bulk.prepare() if state.key is not None}
-    rows = _rows(bulk, params)
-    found = read_versions(bulk.session.connection(), bulk.mapper, [key for key, _ in rows], lock=True)
-    for key, row in rows:
-        _compare(bulk, key, row, found.get(key))
-    before = {states[key]: found.get(key) for key, _ in rows if key in states}
-    seen = {state: state.dict[bulk.attribute] for state in before}
-    result = _run_rows(bulk, [row for _, row in rows])
-    bulk.remember(bulk.read(before), seen=seen, before=before)
-    bulk.versions.flushed()
+    rows, result = _rows(bulk, params), None
+    if not rows:
+        return null_result()  # as SQLAlchemy's of a model without version
+    while rows:
+        several, rows = _once_each(rows)
+        found = find_rows(bulk.session.connection(), bulk.mapper, [key for key, _ in several], lock=True)
+        for key, row in several:
+            _compare(bulk, key, row, None if key not in found else found[key][-1])
+        _leave_parents(bulk, several)
+        before = {states[key]: version for key, version in found.values() if key in states}
+        noted = {state: seen(state) for state in before}
+        result = _run_rows(bulk, [row for _, row in several])
+        bulk.remember(bulk.read(before), seen=noted, before=before)
     return result
+
+
+def _leave_parents(bulk: _Bulk, rows: Sequence[_Row]) -> None:
+    """Have a row that sets nothing in the version's table change nothing there but the version.
+
+    SQLAlchemy writes that table for the version's sake, and with it what its columns' ``onupdate`` says.
+    """
+    mapper, table = bulk.mapper, version_table(bulk.mapper)
+    names = {column: mapper.get_property_by_column(column).key for column in table.columns}
+    stamped = [column for column in table.columns if column.onupdate is not None]
+    if mapper.local_table is table or not stamped:
+        return
+    keys = key_columns(mapper)
+    set_there = {name for column, name in names.items() if column not in keys} - {bulk.attribute}
+    silent = {key: row for key, row in rows if not set_there & row.keys()}
+    if silent:
+        chosen = select(*keys, *stamped).where(tuple_(*keys).in_(silent))
+        for found in bulk.session.connection().execute(chosen):
+            values = zip(stamped, found[len(keys) :], strict=True)
+            silent[tuple(found[: len(keys)])].update({names[column]: value for column, value in values})
+
+
+def _once_each(rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
+    """Return rows up to the first whose key was there before, and the others: that one is of the version made by then."""
+    keys: set[_Key] = set()
+    for index, (key, _) in enumerate(rows):
+        if key in keys:
+            return list(rows[:index]), list(rows[index:])
+        keys.add(key)
+    return list(rows), []
 
 
 def _run_rows(bulk: _Bulk, rows: list[dict[str, Any]]) -> Any:
     if bulk.kind.following is not None:
         return bulk.run(rows)
     # SQLAlchemy would write xmin too.  The rows are locked and compared, so each is an UPDATE of its own.
-    result: Any = None
-    statement = bulk.statement
-    names = [bulk.mapper.get_property_by_column(column).key for column in bulk.mapper.primary_key]
+    mapper, statement = bulk.mapper, bulk.statement
+    names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
     for row in rows:
         values = {name: value for name, value in row.items() if name not in (*names, bulk.attribute)}
-        where = [getattr(bulk.mapper.class_, name) == row[name] for name in names]
-        bulk.statement = statement.where(*where).values(values)
-        result = bulk.run(None)
-    return result
+        key = [row[name] for name in names]
+        if len(mapper.tables) > 1:
+            _write_tables(bulk, key, values)
+        else:
+            where = [getattr(mapper.class_, name) == value for name, value in zip(names, key, strict=True)]
+            bulk.statement = statement.where(*where).values(values)
+            bulk.run(None)
+    bulk.statement = statement
+    return null_result()
 
 
-def _rows(bulk: _Bulk, params: list[dict[str, Any]]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _write_tables(bulk: _Bulk, key: Sequence[Any], values: Mapping[str, Any]) -> None:
+    """Write a row of joined inheritance, whose version the database makes when its table is written."""
+    mapper = bulk.mapper
+    for table in cast("Sequence[Table]", mapper.tables):
+        here: dict[Any, Any] = {}
+        for column in table.columns:
+            name = mapper.get_property_by_column(column).key
+            if name in values and not column.primary_key:
+                here[column] = values[name]
+        if not here and table is version_table(mapper):
+            here = {**unchanged(table), **counting(mapper)}
+        if here:
+            is_key = [own == value for own, value in zip(key_columns(mapper, table), key, strict=True)]
+            bulk.session.connection().execute(update(table).where(*is_key).values(here))
+    instance = bulk.session.identity_map.get(mapper.identity_key_from_primary_key(tuple(key)))
+    if instance is not None and bulk.settings.get("synchronize_session", "auto") not in (False, None):
+        for name in values.keys() & inspect(instance).dict.keys() - inspect(instance).committed_state.keys():
+            set_committed_value(instance, name, values[name])
+
+
+def _rows(bulk: _Bulk, params: list[dict[str, Any]]) -> list[_Row]:
     """Return a copy of each row with its key, its version under the name that it is mapped by."""
     names = [bulk.mapper.get_property_by_column(column).key for column in bulk.mapper.primary_key]
+    column = bulk.mapper.version_id_col
+    assert column is not None
+    # The column's name too: SQLAlchemy ignores what is no attribute, and a version that is ignored is not compared.
+    synonyms = ["version"] + [column.name] * (not bulk.mapper.has_property(column.name))
     rows = [dict(given) for given in params]
     for row in rows:
-        if "version" in row:
-            row[bulk.attribute] = row.pop("version")
+        for name in synonyms:
+            if name in row:
+                row[bulk.attribute] = row.pop(name)
     return [(tuple(row.get(name) for name in names), row) for row in rows]
 
 
-def _compare(bulk: _Bulk, key: tuple[Any, ...], row: dict[str, Any], found: Any) -> None:
+def _compare(bulk: _Bulk, key: _Key, row: dict[str, Any], found: Any) -> None:
     """Raise for a row that is at another version than the list says; put the version in where the list says none."""
     if bulk.attribute in row:
         check_type(bulk.mapper, row[bulk.attribute])

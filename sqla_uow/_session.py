@@ -1,18 +1,20 @@
 """The session of a unit, and what SQLAlchemy tells of it.
 
-`UnitSession` overrides public methods of `Session` and three private ones.
+`UnitSession` overrides public methods of `Session` and six private ones.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from greenlet import getcurrent
 from sqlalchemy import event
 from sqlalchemy.exc import MissingGreenlet, StatementError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import classify
@@ -30,7 +32,7 @@ from sqla_uow._transaction import Phase, Transaction, committing
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState
@@ -47,11 +49,16 @@ class UnitSession(Session):
     transaction_of_unit: Transaction | None = None
     on_dml: ClassVar[Callable[..., Any] | None] = None
     """What `mixins` does to INSERT, UPDATE and DELETE; see `sqla_uow._bulk`."""
+    on_expire: ClassVar[Callable[..., None] | None] = None
+    """What `mixins` does before attributes are expired; see `sqla_uow._version_reading`, and for the next."""
+    on_refresh: ClassVar[Callable[..., Iterable[str] | None] | None] = None
+    on_merge: ClassVar[Callable[..., Any] | None] = None
+    """What `mixins` does around `merge`; see `sqla_uow._version_events`."""
 
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
         # execute(), scalars() and scalar() come by here.  A do_orm_execute listener would be paid for by each SELECT.
-        if getattr(statement, "is_dml", False) and self.on_dml is not None:
-            return self.on_dml(self, super()._execute_internal, statement, params, options)
+        if getattr(statement, "is_dml", False):
+            return self._execute_dml(super()._execute_internal, statement, params, options)
         try:
             return super()._execute_internal(statement, params, **options)
         except (MissingGreenlet, StatementError, OSError) as error:
@@ -62,6 +69,30 @@ class UnitSession(Session):
             if origin is None or origin.cause not in UNASKED:
                 raise
             raise refusal(origin, NO_WAITING) from missing
+
+    def _execute_dml(self, run: Callable[..., Any], statement: Any, params: Any, options: dict[str, Any]) -> Any:
+        try:
+            if self.on_dml is None:
+                return run(statement, params, **options)
+            return self.on_dml(self, run, statement, params, options)
+        except StaleDataError as error:
+            self._is_stale(error)
+            raise
+
+    def _is_stale(self, error: StaleDataError) -> None:
+        """Have an error that came out of no flush count as one that did: it dooms the unit, and is retried."""
+        transaction = self.transaction_of_unit
+        if transaction is not None:
+            transaction.stale = classify(error)
+            transaction.damage.add(error, failure=transaction.stale)
+
+    def _get_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # get() with a lock compares the version of an object that is in memory.
+        try:
+            return super()._get_impl(*args, **kwargs)
+        except StaleDataError as error:
+            self._is_stale(error)
+            raise
 
     def _begins_again(self, error: Exception) -> bool:
         """Say whether the first statement of a read session is to be sent again, on another connection than a dead one."""
@@ -117,6 +148,9 @@ class UnitSession(Session):
         before = transaction.owner.hold()
         try:
             super().flush(objects)
+        except StaleDataError as error:
+            self._is_stale(error)
+            raise
         except Exception as error:
             transaction.damage.add(error, failure=classify(error))
             raise
@@ -185,7 +219,40 @@ class UnitSession(Session):
         # merge(), merge_all() and the cascades of both come by here.
         if self.transaction_of_unit is not None:
             check_merge(self.transaction_of_unit, state)
-        return super()._merge(state, *args, **kwargs)
+        if self.on_merge is None:
+            return super()._merge(state, *args, **kwargs)
+        try:
+            return self.on_merge(self, state, partial(super()._merge, state, *args, **kwargs))
+        except StaleDataError as error:
+            self._is_stale(error)
+            raise
+
+    def refresh(
+        self, instance: object, attribute_names: Iterable[str] | None = None, with_for_update: Any = None
+    ) -> None:
+        """Refresh an object; the version of one that has it stands for all of it."""
+        if attribute_names is not None and self.on_refresh is not None:
+            attribute_names = self.on_refresh(self, instance, attribute_names)
+        super().refresh(instance, attribute_names, with_for_update)
+
+    def expire_all(self) -> None:
+        """Expire all objects."""
+        if self.on_expire is not None:
+            for state in self.identity_map.all_states():
+                self.on_expire(state, None)
+        super().expire_all()
+
+    def _expire_state(self, state: InstanceState[Any], attribute_names: Iterable[str] | None) -> None:
+        # expire() and refresh() come by here, for whole objects and what hangs on them also by the one below.
+        if self.on_expire is not None and attribute_names:
+            attribute_names = list(attribute_names)
+            self.on_expire(state, attribute_names)
+        super()._expire_state(state, attribute_names)
+
+    def _conditional_expire(self, state: InstanceState[Any], autoflush: bool | None = None) -> None:  # noqa: FBT001  # SQLAlchemy's signature
+        if self.on_expire is not None:
+            self.on_expire(state, None)
+        super()._conditional_expire(state, autoflush)
 
     def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
         # The before_attach event comes too late: after SQLAlchemy's own "already attached to session".

@@ -125,6 +125,7 @@ class Transaction:
         "scope_read",
         "self_wait",
         "slot",
+        "stale",
         "stream",
         "tainted",
         "times",
@@ -194,6 +195,7 @@ class Transaction:
         self.replica: Replica | None = None  # where it does
         self.beginnings: int = 0  # how often its first statement may be sent again, on another connection
         self.last_write: LastWrite | None = None  # of its client, where there are replicas
+        self.stale: Failure | None = None  # the last write that found another version, though a savepoint took it back
         self.versions: Versions | None = None  # made by `mixins`, where there is something to know
         self._required: tuple[str, IsolationLevel] | None = None
 
@@ -480,6 +482,8 @@ class Transaction:
             aftermath = any(isinstance(link, PendingRollbackError) for link in links)
             if forced or aftermath or id(mark.cause) in ids or id(mark.failure.error) in ids:
                 return mark.failure
+        if self.stale is not None and id(self.stale.error) in ids:
+            return self.stale
         refused = self.connect_failure
         return refused if refused is not None and refused.retryable and id(refused.error) in ids else None
 

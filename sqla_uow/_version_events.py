@@ -12,13 +12,17 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqla_uow._instances import describe
 from sqla_uow._session import UnitSession
 from sqla_uow._transaction import transaction_of
-from sqla_uow._version_mapping import INFO_KEY, VersionMixin, kind_of
-from sqla_uow._version_rows import version_table
+from sqla_uow._version_mapping import INFO_KEY, VersionMixin, attribute_of, kind_of
+from sqla_uow._version_reading import seen, settle
+from sqla_uow._version_rows import stale_version, version_table
 from sqla_uow._versions import versions_of
+from sqla_uow.errors import StaleVersionError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from sqlalchemy.engine import Connection
-    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
 
     from sqla_uow._versions import Versions
 
@@ -52,17 +56,24 @@ def _writing(mapper: Mapper[Any], connection: Connection, instance: object) -> V
             "rows; set engine.dialect.supports_sane_rowcount = True where it does, as psycopg 3, or use another driver"
         )
     versions = versions_of(transaction)
-    versions.writing(session, mapper, instance)
+    state: InstanceState[Any] = inspect(instance)
+    version = state.dict.get(attribute_of(mapper))
+    if version is None or "info" in state.__dict__:
+        version = settle(session, state)
+    versions.writing(session, state, version)
     return versions
 
 
 def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: object) -> None:
     """Have the flush send an UPDATE of an object without any change.
 
-    A key that is flagged as modified, but has no old value, is in no SET clause: the version alone is.  Where the
-    database makes the version something has to be set, so it is another column to its own value.
+    A key that is flagged as modified, but has no old value, is in no SET clause: the version alone is.  A key that is
+    changed makes an UPDATE anyway.  Where the database makes the version something has to be set, so it is another column to its own value.
     """
     kind, table = kind_of(mapper), version_table(mapper)
+    keys = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+    if any(key in state.committed_state and state.committed_state[key] != state.dict.get(key) for key in keys):
+        return  # flagged, a key that is changed would lose its old value, by which the row is found
     attribute = mapper.get_property_by_column(mapper.primary_key[0]).key
     if kind is not None and kind.following is None:
         plain = [column for column in table.columns if not (column.primary_key or column.system)]
@@ -72,6 +83,16 @@ def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: objec
     if attribute not in state.dict:
         getattr(instance, attribute)  # in a flush, where SQL is allowed
     flag_modified(instance, attribute)
+
+
+@event.listens_for(VersionMixin, "refresh_flush", propagate=True)
+def _written(instance: VersionMixin, _flush: Any, names: Collection[str]) -> None:
+    """Move an expectation on with the unit's own write of that row, and with nothing else."""
+    transaction = transaction_of(object_session(instance))
+    if transaction is not None and transaction.versions is not None and transaction.versions.expectations:
+        state: InstanceState[Any] = inspect(instance)
+        if attribute_of(state.mapper) in names:
+            transaction.versions.move_on(state, state.dict[attribute_of(state.mapper)])
 
 
 @event.listens_for(VersionMixin, "before_delete", propagate=True)
@@ -95,6 +116,36 @@ def _check_deleted(
         raise StaleDataError(
             f"a DELETE on table {statement.table.name!r} found no row of that version; read the object again"
         )
+
+
+def _merge(session: Session, state: InstanceState[Any], merge: Callable[[], Any]) -> Any:
+    """Name what a merged object's version is compared with, where the two differ.
+
+    Raises:
+        StaleVersionError: the row, or the object of this session, is at another version.
+    """
+    mapper = state.mapper
+    if not issubclass(state.class_, VersionMixin):
+        return merge()
+    key, attribute = _key_of(state), attribute_of(mapper)
+    there = session.identity_map.get(key)
+    if there is not None and attribute not in inspect(there).dict and attribute in state.dict:
+        getattr(there, attribute)  # expired: SQLAlchemy would not compare, but assign
+    try:
+        return merge()
+    except StaleVersionError:  # of a merged object that hangs on this one
+        raise
+    except StaleDataError as error:
+        there = session.identity_map.get(key)
+        found = None if there is None else seen(inspect(there))
+        raise stale_version(state.class_, key[1], state.dict.get(attribute), found) from error
+
+
+def _key_of(state: InstanceState[Any]) -> Any:
+    return state.mapper.identity_key_from_instance(state.obj()) if state.key is None else state.key
+
+
+UnitSession.on_merge = staticmethod(_merge)
 
 
 @event.listens_for(UnitSession, "after_rollback")

@@ -9,13 +9,13 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sqlalchemy import ColumnDefault, DefaultClause, Table, event, inspect
-from sqlalchemy.orm import Mapped, Mapper, declared_attr, mapped_column, synonym
+from sqlalchemy import ColumnDefault, DateTime, DefaultClause, Table, event, inspect
+from sqlalchemy.orm import ColumnProperty, Mapped, Mapper, MapperProperty, declared_attr, mapped_column, synonym
 from sqlalchemy.util import get_annotations
 
 from sqla_uow._instances import describe
 from sqla_uow._servers import distributed
-from sqla_uow._version_types import INTEGER, TIMESTAMP, UUID, XMIN, Kind
+from sqla_uow._version_types import INTEGER, TIMESTAMP, UUID, XMIN, Kind, UtcTimestamp
 
 if TYPE_CHECKING:
     import uuid
@@ -163,6 +163,7 @@ def _constructed(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
         mapper.version_id_generator = kind.following or False
     mapper.version_id_col = column
     _send_no_returning(mapper, kind)
+    _load_always(mapper.get_property_by_column(column))
     event.listen(getattr(model, model.__version_attr__), "set", _refuse_assignment, propagate=True)
 
 
@@ -190,6 +191,28 @@ def _send_no_returning(mapper: Mapper[Any], kind: Kind) -> None:
     """
     if kind.following is not None:
         mapper.__dict__["_version_id_has_server_side_value"] = False  # memoized there; nothing public says it
+
+
+class _LoadedAlways:
+    """What makes a column's property one that no loader option leaves out: an object without its version could not be checked."""
+
+    __slots__ = ()
+
+    def _get_context_loader(self, *_: Any) -> None:
+        return None
+
+
+def _load_always(version: MapperProperty[Any]) -> None:
+    """Have each load of an object load its version, whatever ``load_only()``, ``defer()`` and ``deferred=True`` say.
+
+    The options of a query come to a property by the one method above, and nothing public says that it takes none.
+    """
+    assert isinstance(version, ColumnProperty)
+    plain: Any = type(version)
+    if not issubclass(plain, _LoadedAlways):
+        version.__class__ = type(plain.__name__, (_LoadedAlways, plain), {"__slots__": (), "inherit_cache": True})
+    version.deferred = False
+    version.strategy_key = (("deferred", False), ("instrument", True))
 
 
 def _check_child(mapper: Mapper[Any], inherited: Any) -> None:
@@ -243,6 +266,8 @@ def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> Non
         )
     column.nullable = False
     column.info.setdefault(INFO_KEY, kind.name)
+    if kind is TIMESTAMP:
+        _keep_in_utc(column, model)
     if kind.following is None:
         event.listen(column.table, "before_create", _only_postgresql)
         return
@@ -252,6 +277,24 @@ def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> Non
     if column.server_default is None:
         assert kind.server_default is not None
         DefaultClause(kind.server_default)._set_parent(column)
+
+
+def _keep_in_utc(column: Column[Any], model: type[VersionMixin]) -> None:
+    """Give a column of the model's own the type that keeps microseconds and UTC on every database.
+
+    SQLAlchemy's own gives naive timestamps back on MariaDB and SQLite, and whole seconds on MariaDB.
+
+    Raises:
+        TypeError: it was declared without a time zone, and PostgreSQL would make another column of it.
+    """
+    if type(column.type) is not DateTime:
+        return
+    if not column.type.timezone:
+        raise TypeError(
+            f"{model.__name__} maps its version to {column.name!r}, which is declared without a time zone; declare it as "
+            "mapped_column(DateTime(timezone=True))"
+        )
+    column.type = UtcTimestamp()
 
 
 def _only_postgresql(table: Table, connection: Connection, **_: Any) -> None:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import Mapper
 
-__all__ = ["counting", "key_columns", "read_versions", "stale_version", "version_table"]
+__all__ = ["counting", "find_rows", "key_columns", "read_versions", "stale_version", "version_table"]
+
+_AT_ONCE = 5_000
+"""Keys in one statement: a driver takes no more than 32,767 parameters."""
 
 
 def version_table(mapper: Mapper[Any]) -> Table:
@@ -57,10 +60,27 @@ def read_versions(
         keys: identities.
         lock: keep others from changing them until the transaction ends, in the order of the keys.
     """
-    if not keys:
-        return {}
-    rows = connection.execute(_select_versions(mapper, keys, lock=lock)).all()
-    return {tuple(row[:-1]): row[-1] for row in rows}
+    found: dict[tuple[Any, ...], Any] = {}
+    for start in range(0, len(keys), _AT_ONCE):
+        rows = connection.execute(_select_versions(mapper, keys[start : start + _AT_ONCE], lock=lock))
+        found.update({tuple(row[:-1]): row[-1] for row in rows})
+    return found
+
+
+def find_rows(
+    connection: Connection, mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool = False
+) -> dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]]:
+    """Read the versions of rows by keys that a user has spelled, each with the key as its row has it.
+
+    'ABC' is the key of the row 'abc' where the collation says so, and "1" may be that of the row 1.
+    """
+    read = read_versions(connection, mapper, keys, lock=lock)
+    found = {key: (key, read[key]) for key in keys if key in read}
+    others = [key for key in keys if key not in read] if len(read) > len(found) else []
+    for key in others:
+        for row in read_versions(connection, mapper, [key], lock=lock).items():
+            found[key] = row
+    return found
 
 
 def _select_versions(mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool) -> Select[Any]:

@@ -71,6 +71,11 @@ class Xid(UserDefinedType[int]):
 
     cache_ok = True
 
+    @property
+    def python_type(self) -> type[int]:
+        """Return int: factories of test data ask."""
+        return int
+
     def get_col_spec(self, **_: Any) -> str:
         """Return PostgreSQL's name of it."""
         return "xid"

@@ -6,9 +6,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import inspect
-from sqlalchemy.orm.attributes import set_committed_value
 
-from sqla_uow._version_mapping import attribute_of
+from sqla_uow._version_reading import bring_back, seen
 from sqla_uow._version_rows import read_versions, stale_version, version_table
 from sqla_uow.errors import StaleVersionError
 
@@ -90,25 +89,26 @@ class Versions:
 
     # -- around the flush
 
-    def writing(self, session: Session, mapper: Mapper[Any], instance: object) -> None:
+    def writing(self, session: Session, state: InstanceState[Any], version: Any) -> None:
         """Compare once more, before SQL is made of an object: it may have been refreshed since."""
-        state: InstanceState[Any] = inspect(instance)
         expectation = self.expectations.get(state)
         if expectation is not None:
-            expectation.compare(getattr(expectation.instance, attribute_of(mapper)))
-        self.being_written.append((instance, state.dict.get(attribute_of(mapper))))
+            expectation.compare(version)
+        self.being_written.append((state.obj(), version))
         self.save(session, state)
 
+    def move_on(self, state: InstanceState[Any], version: Any) -> None:
+        """Take note that the unit has written a row itself: that version is expected from now on."""
+        expectation = self.expectations.get(state)
+        if expectation is not None:
+            expectation.now = version
+            expectation.checked = True
+
     def flushed(self) -> None:
-        """Move on the expectations that the unit's own flush has met."""
+        """Take note that a flush has written all it had to."""
         self.being_written.clear()
         for state, expectation in self.expectations.items():
             if state.deleted:
-                expectation.checked = True
-                continue
-            now = state.dict.get(attribute_of(state.mapper), expectation.now)
-            if now != expectation.now:
-                expectation.now = now
                 expectation.checked = True
 
     def check_unwritten(self, session: Session) -> None:
@@ -124,6 +124,7 @@ class Versions:
         unchecked = [each for each in self.expectations.values() if not each.checked and each.state.mapper.isa(mapper)]
         self._compare_in_database(session, unchecked)
         for expectation in unchecked:
+            self.save(session, expectation.state)  # with a savepoint the lock goes, and the check with it
             expectation.checked = True
 
     def _compare_in_database(self, session: Session, expectations: Sequence[Expectation]) -> None:
@@ -140,11 +141,11 @@ class Versions:
         if savepoint is None:
             return
         saved = self._saved.setdefault(savepoint, {})
-        attribute = attribute_of(state.mapper)
-        if state not in saved and attribute in state.dict:
+        version = seen(state)
+        if state not in saved and version is not None:
             expectation = self.expectations.get(state)
             now, checked = (None, False) if expectation is None else (expectation.now, expectation.checked)
-            saved[state] = _Saved(state.obj(), state.dict[attribute], now, checked)
+            saved[state] = _Saved(state.obj(), version, now, checked)
 
     def undo(self, savepoint: SessionTransaction) -> None:
         """Take note that a savepoint is being rolled back."""
@@ -167,7 +168,7 @@ class Versions:
     def _restore(self, session: Session, state: InstanceState[Any], before: _Saved) -> None:
         if state.key is None or state.session is not session:
             return
-        set_committed_value(before.instance, attribute_of(state.mapper), before.version)
+        bring_back(before.instance, before.version)
         expectation = self.expectations.get(state)
         if expectation is not None and before.now is not None:
             expectation.now, expectation.checked = before.now, before.checked
