@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow._classify import Kind, classify
 
@@ -34,3 +35,50 @@ def kind_of(code, function):
     asyncpg = pytest.importorskip("asyncpg.exceptions")
     theirs = asyncpg.PostgresError.new({"C": code, "M": "message"} | ({"R": function} if function else {}))
     return classify(DBAPIError("SELECT 1", {}, theirs)).kind
+
+
+def adapted(theirs):
+    """Make what SQLAlchemy makes of an error of asyncpg's; without a code, as of a statement it had prepared."""
+    adapter = pytest.importorskip("sqlalchemy.dialects.postgresql.asyncpg").AsyncAdapt_asyncpg_dbapi
+    error = adapter.Error("message")
+    error.__cause__ = theirs
+    return DBAPIError("SELECT 1", {}, error)
+
+
+def test_the_code_is_behind_sqlalchemys_own_error():
+    """Of the adapter around asyncpg only, and only where there is something behind it."""
+    exceptions = pytest.importorskip("asyncpg.exceptions")
+    failure = classify(adapted(exceptions.PostgresError.new({"C": "40001", "M": "message"})))
+    assert (failure.kind, failure.code) == (Kind.CONFLICT, "40001")
+    assert classify(adapted(exceptions.OutdatedSchemaCacheError("message"))).kind is Kind.STALE_PLAN
+    assert classify(adapted(ValueError("message"))) is None
+    assert classify(adapted(None)) is None
+    unrelated = RuntimeError("message")
+    unrelated.__cause__ = exceptions.PostgresError.new({"C": "40001", "M": "message"})
+    assert classify(unrelated) is None
+
+
+def test_a_mistake_found_while_connecting():
+    """Told by the driver without a code: another attempt would be told the same.  What could not be reached did not start."""
+    asyncpg = pytest.importorskip("asyncpg.exceptions")
+    psycopg = pytest.importorskip("psycopg")
+    mistakes = (
+        psycopg.ProgrammingError,
+        psycopg.NotSupportedError,
+        psycopg.DataError,
+        asyncpg.ClientConfigurationError,
+    )
+    for mistake in mistakes:
+        assert classify(mistake("message"), connecting=True) is None
+    for trouble in (psycopg.OperationalError, psycopg.InterfaceError, asyncpg.InterfaceError):
+        assert classify(trouble("message"), connecting=True).kind is Kind.NOT_STARTED
+    assert classify(BaseException("message"), connecting=True) is None
+
+
+def test_the_error_itself_is_kept():
+    """By which the unit that met it is known again."""
+    stale = StaleDataError("message")
+    assert classify(stale) == (Kind.STALE, None, stale)
+    theirs = pytest.importorskip("psycopg.errors").lookup("40001")("message")
+    assert classify(DBAPIError("SELECT 1", {}, theirs)) == (Kind.CONFLICT, "40001", theirs)
+    assert classify(theirs, connecting=True).error is theirs
