@@ -236,13 +236,13 @@ def hidden_conflict(error: BaseException) -> Failure | None:
     return None
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and all it came from: `orig`, `__cause__`, `__context__`, the members of a group.
 
     ``raise ... from None`` ends that branch: who wrote it said that the origin does not matter.
     """
     seen: set[int] = set()
-    todo = [] if error is None else [error]
+    todo = [error]
     while todo:
         current = todo.pop()
         if id(current) in seen:

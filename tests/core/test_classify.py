@@ -95,7 +95,9 @@ def test_each_extended_code_of_sqlite(code, kind):
     assert classify(sqlite_error(code)).code == f"CODE_{code}"
 
 
-@pytest.mark.parametrize(("code", "kind"), [(8177, CONFLICT), (60, CONFLICT), (1, PERMANENT), (3113, PERMANENT)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(8177, CONFLICT), (60, CONFLICT), (1, PERMANENT), (3113, PERMANENT), (10060, PERMANENT)]
+)
 def test_oracle_keeps_its_code_in_an_object(code, kind):
     """R2: oracledb's `args[0].full_code`."""
     detail = type("_Error", (), {"code": code, "full_code": f"ORA-{code:05}"})()

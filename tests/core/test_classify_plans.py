@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
+from types import SimpleNamespace
+
 import pytest
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm.exc import StaleDataError
 
+from sqla_uow import is_retryable
 from sqla_uow._classify import Kind, classify
 
 FUNCTIONS = {
@@ -21,6 +25,20 @@ FUNCTIONS = {
 def test_what_was_prepared_before_a_migration(function, code):
     """A plan, or a type, that is no more: the next attempt prepares anew."""
     assert kind_of(code, function) is Kind.STALE_PLAN
+
+
+@pytest.mark.parametrize(("function", "code"), FUNCTIONS.items())
+def test_wherever_the_driver_keeps_the_function(function, code):
+    """In `diag` of psycopg; in the error of asyncpg, which stands behind SQLAlchemy's own."""
+    asyncpg = pytest.importorskip("asyncpg.exceptions")
+    adapter = pytest.importorskip("sqlalchemy.dialects.postgresql.asyncpg").AsyncAdapt_asyncpg_dbapi
+    theirs = pytest.importorskip("psycopg.errors").lookup(code)("message")
+    diagnosed = type("Diagnosed", (type(theirs),), {"diag": SimpleNamespace(source_function=function)})("message")
+    assert classify(diagnosed).kind is Kind.STALE_PLAN
+    behind = asyncpg.PostgresError.new({"C": code, "M": "message", "R": function})
+    around = adapter.Error("message", behind)
+    around.__cause__ = behind
+    assert classify(around).kind is Kind.STALE_PLAN
 
 
 @pytest.mark.parametrize("code", ["0A000", "XX000"])
@@ -81,4 +99,29 @@ def test_the_error_itself_is_kept():
     assert classify(stale) == (Kind.STALE, None, stale)
     theirs = pytest.importorskip("psycopg.errors").lookup("40001")("message")
     assert classify(DBAPIError("SELECT 1", {}, theirs)) == (Kind.CONFLICT, "40001", theirs)
-    assert classify(theirs, connecting=True).error is theirs
+    assert classify(theirs, connecting=True) == (Kind.CONFLICT, "40001", theirs)
+    refused = ConnectionRefusedError("message")
+    assert classify(refused, connecting=True) == (Kind.NOT_STARTED, None, refused)
+
+
+def test_the_code_is_spelled_as_the_database_names_it():
+    """SQLite's by name; none where there is none, though the connection is lost."""
+    busy = sqlite3.OperationalError("message")
+    busy.sqlite_errorcode, busy.sqlite_errorname = sqlite3.SQLITE_BUSY, "SQLITE_BUSY"
+    assert classify(busy, connecting=True) == (Kind.CONFLICT, "SQLITE_BUSY", busy)
+    lost = classify(DBAPIError("SELECT 1", {}, ValueError("message"), connection_invalidated=True))
+    assert (lost.kind, lost.code) == (Kind.LOST, None)
+
+
+def test_what_two_errors_come_from_hides_no_third():
+    """It is looked at once, and the looking goes on."""
+    shared, late = KeyError("shared"), ValueError("late")
+    late.__cause__ = shared
+    conflict = DBAPIError("SELECT 1", {}, pytest.importorskip("psycopg.errors").lookup("40001")("message"))
+    assert is_retryable(ExceptionGroup("of a task group", [conflict, shared, late]))
+
+
+def test_what_a_column_type_has_met():
+    """SQLAlchemy keeps it in `orig`, also where the error has lost its cause on the way from another process."""
+    conflict = DBAPIError("SELECT 1", {}, pytest.importorskip("psycopg.errors").lookup("40001")("message"))
+    assert is_retryable(StatementError("in a type", "SELECT :x", {}, conflict))
