@@ -125,3 +125,9 @@ def test_what_a_column_type_has_met():
     """SQLAlchemy keeps it in `orig`, also where the error has lost its cause on the way from another process."""
     conflict = DBAPIError("SELECT 1", {}, pytest.importorskip("psycopg.errors").lookup("40001")("message"))
     assert is_retryable(StatementError("in a type", "SELECT :x", {}, conflict))
+
+
+def test_the_sync_driver_of_postgresql():
+    """`is_retryable` is for code outside of units too, which may use psycopg2; its code has another name."""
+    theirs = type("SerializationFailure", (Exception,), {"pgcode": "40001"})("message")
+    assert is_retryable(DBAPIError("SELECT 1", {}, theirs))
