@@ -143,6 +143,7 @@ _SKIPPED = (
     )
     | m.Assign(value=m.Call(func=m.Name("TypeVar")) | m.Subscript(slice=[m.SubscriptElement(m.Index(m.Name("Any")))]))
     | m.Assign(value=m.BinaryOperation(operator=m.BitOr(), right=m.Name("None")))
+    | m.AnnAssign(annotation=m.Annotation(m.Name("TypeAlias")))
     | m.ConcatenatedString()
     | m.FormattedString()
 )
