@@ -116,11 +116,8 @@ _SAVEPOINT_GONE = 1305  # MariaDB: the deadlock that rolled everything back is o
 _SQLITE = {5: Kind.CONFLICT, 6: Kind.CONFLICT, 8: Kind.READ_ONLY}
 _ORACLE = {8177: Kind.CONFLICT, 60: Kind.CONFLICT}
 _MSSQL = {1205: Kind.CONFLICT, 3960: Kind.CONFLICT}
-# Not 08P01, though a startup parameter that is not supported has it: with PgBouncer, so has a server that is away or full.
 _ADAPTER = "sqlalchemy.dialects.postgresql.asyncpg"
 """Whose errors have no code where asyncpg's own, behind them, has one: InvalidCachedStatementError."""
-_CONNECT_PERMANENT_STATES = frozenset({"28P01", "28000", "3D000"})
-_CONNECT_PERMANENT_ERRNOS = frozenset({1044, 1045, 1049, 1698})
 # Of drivers, without a code: what was asked of them cannot be, today or tomorrow.
 _MISTAKES = frozenset({"ProgrammingError", "NotSupportedError", "DataError", "ClientConfigurationError"})
 
@@ -203,17 +200,18 @@ def _raised_by(error: BaseException) -> str | None:
 
 
 def _classify_connect(error: BaseException, code: str | int | None) -> Failure | None:
-    spelled = _spelled(error, code)
-    if isinstance(error, Exception) and code is None:
+    if code is None:
         # psycopg gives no SQLSTATE at connect and asyncpg raises plain OSError; programming errors stay what they are.
         of_driver = hasattr(error, "sqlstate") or _is_a(error, frozenset({"OperationalError", "InterfaceError"}))
         refused = isinstance(error, OSError) or (of_driver and not _is_a(error, _MISTAKES))
         return Failure(Kind.NOT_STARTED, None, error) if refused else None
-    permanent = code in _CONNECT_PERMANENT_STATES or code in _CONNECT_PERMANENT_ERRNOS
     kind = _kind(error, code)
-    if permanent or kind in (None, Kind.PERMANENT, Kind.READ_ONLY):
-        return Failure(Kind.PERMANENT, spelled, error)
-    return Failure(Kind.CONFLICT if kind is Kind.CONFLICT else Kind.NOT_STARTED, spelled, error)
+    # Not 08P01, though a startup parameter that is not supported has it: with PgBouncer, so has a server that is away or full.
+    if kind in (Kind.PERMANENT, Kind.READ_ONLY):
+        kind = Kind.PERMANENT
+    elif kind is not Kind.CONFLICT:
+        kind = Kind.NOT_STARTED
+    return Failure(kind, _spelled(error, code), error)
 
 
 def _is_a(error: BaseException, names: frozenset[str]) -> bool:
@@ -238,13 +236,13 @@ def hidden_conflict(error: BaseException) -> Failure | None:
     return None
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and all it came from: `orig`, `__cause__`, `__context__`, the members of a group.
 
     ``raise ... from None`` ends that branch: who wrote it said that the origin does not matter.
     """
     seen: set[int] = set()
-    todo = [] if error is None else [error]
+    todo = [error]
     while todo:
         current = todo.pop()
         if id(current) in seen:

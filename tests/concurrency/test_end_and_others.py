@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from sqlalchemy import insert, text
 
 from sqla_uow import Status, UnitOfWorkManager, errors
@@ -34,3 +35,21 @@ async def test_a_task_that_was_waiting_for_the_end_of_the_body(db):
     assert manager.engine.pool.checkedout() == 0
     async with manager.begin() as following:  # on the same connection
         assert await following.session.scalar(text("SELECT 1")) == 1
+
+
+async def test_a_cancellation_that_comes_under_the_rollback(db):
+    """It is not lost for the error that rolled the unit back, nor that for it; with no hook that could bring it."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+
+    async def work():
+        async with manager.begin() as unit:
+            await unit.session.execute(insert(Note).values(text="undone"))
+            task.cancel()  # reaches it at its next wait, which is for the answer to ROLLBACK
+            raise KeyError("mine")
+
+    task = asyncio.create_task(work())
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await task
+    assert type(cancelled.value.__context__) is KeyError
+    assert await db.rows("SELECT text FROM note") == []
+    assert manager.engine.pool.checkedout() == 0

@@ -28,7 +28,7 @@ POSTGRESQL = {
 }  # fmt: skip
 MARIADB = {
     1213: CONFLICT, 1020: CONFLICT, 1205: LOCK, 1040: NOT_STARTED, 1047: NOT_STARTED, 2002: NOT_STARTED,
-    2003: NOT_STARTED, 2006: LOST, 2013: LOST, 2055: LOST, 1927: LOST, 1792: READ_ONLY, 1969: TIMEOUT,
+    2003: NOT_STARTED, 2006: LOST, 2013: LOST, 2055: LOST, 1927: LOST, 1792: READ_ONLY, 1969: TIMEOUT, 3024: TIMEOUT,
     1044: PERMANENT, 1045: PERMANENT, 1049: PERMANENT, 1054: PERMANENT, 1062: PERMANENT, 1064: PERMANENT,
     1305: PERMANENT, 1290: PERMANENT, 1317: PERMANENT, 1452: PERMANENT,
 }  # fmt: skip
@@ -95,7 +95,9 @@ def test_each_extended_code_of_sqlite(code, kind):
     assert classify(sqlite_error(code)).code == f"CODE_{code}"
 
 
-@pytest.mark.parametrize(("code", "kind"), [(8177, CONFLICT), (60, CONFLICT), (1, PERMANENT), (3113, PERMANENT)])
+@pytest.mark.parametrize(
+    ("code", "kind"), [(8177, CONFLICT), (60, CONFLICT), (1, PERMANENT), (3113, PERMANENT), (10060, PERMANENT)]
+)
 def test_oracle_keeps_its_code_in_an_object(code, kind):
     """R2: oracledb's `args[0].full_code`."""
     detail = type("_Error", (), {"code": code, "full_code": f"ORA-{code:05}"})()

@@ -90,7 +90,7 @@ def _without_statement(node: cst.Expr | cst.Raise | cst.Del) -> Iterable[cst.CST
 
 
 def _without_value(node: cst.Return) -> Iterable[cst.CSTNode]:
-    if node.value is not None and not m.matches(node.value, m.Name("None")):
+    if node.value is not None and not m.matches(node.value, m.Name("None") | m.Name("False")):
         yield node.with_changes(value=cst.Name("None"))
 
 
@@ -138,9 +138,12 @@ _SKIPPED = (
     | m.Call(func=m.Name("record") | m.Name("cast"))
     | m.Expr(m.Call(func=m.Name("record")))
     | m.Assign(targets=[m.AssignTarget(target=m.Name("__all__") | m.Name("__slots__"))])
-    | m.Assign(targets=[m.AssignTarget(target=m.Name(value=m.MatchRegex("[A-Z_]+_SECONDS")))])
+    | m.Assign(
+        targets=[m.AssignTarget(target=m.Name(value=m.MatchRegex("[A-Z][A-Z_]*")))], value=m.Integer() | m.Float()
+    )
     | m.Assign(value=m.Call(func=m.Name("TypeVar")) | m.Subscript(slice=[m.SubscriptElement(m.Index(m.Name("Any")))]))
     | m.Assign(value=m.BinaryOperation(operator=m.BitOr(), right=m.Name("None")))
+    | m.AnnAssign(annotation=m.Annotation(m.Name("TypeAlias")))
     | m.ConcatenatedString()
     | m.FormattedString()
 )

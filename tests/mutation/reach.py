@@ -36,6 +36,7 @@ class Reach:
         self.modules = {name: _digest(path) for name, path in sources.items()}
         self.files: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self.seen: set[str] = set()
         self._lines: dict[str, dict[int, set[str]]] = {name: defaultdict(set) for name in sources}
         self._load()
 
@@ -43,7 +44,7 @@ class Reach:
         if not self._file.exists():
             return
         known = json.loads(self._file.read_text())
-        self.files, self.seconds = known["files"], known["seconds"]
+        self.files, self.seconds, self.seen = known["files"], known["seconds"], set(known["seen"])
         for name, lines in known["lines"].items():
             self._carry(name, known["texts"][name], {int(line): set(tests) for line, tests in lines.items()})
 
@@ -70,11 +71,17 @@ class Reach:
             for tests in lines.values():
                 tests.difference_update(gone)
         self.files.update((str(path), digests[path]) for path in changed)
-        return [item for item in items if item.path in changed]
+        return [item for item in items if item.path in changed or item.nodeid not in self.seen]
 
     def save(self) -> None:
         lines = {name: {line: sorted(tests) for line, tests in lines.items()} for name, lines in self._lines.items()}
-        known = {"texts": self.texts, "files": self.files, "seconds": self.seconds, "lines": lines}
+        known = {
+            "texts": self.texts,
+            "files": self.files,
+            "seconds": self.seconds,
+            "seen": sorted(self.seen),
+            "lines": lines,
+        }
         self._file.write_text(json.dumps(known))
 
     def measure(self, session: pytest.Session, items: list[pytest.Item]) -> None:
@@ -92,6 +99,7 @@ class Reach:
             recorder.switch_context(item.nodeid)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         recorder.stop()
+        self.seen.update(item.nodeid for item in items)
         self.seconds.update((test, seconds) for test, seconds in times.passed.items() if test not in times.unfit)
         data = recorder.get_data()
         for name, path in self.sources.items():
