@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from sqla_uow._classify import Kind, classify
-from sqla_uow._driver import CommitAnswer, begin_now, raw_connection, tell_raw_calls
+from sqla_uow._driver import begin_now, listen_to_commit, tell_raw_calls
 from sqla_uow._driver_state import Ended, State, in_transaction, is_fit, state_of
 from sqla_uow._isolation import lift_lock_wait, limit_statement, restore_sqlite
 from sqla_uow._poolers import explain
@@ -59,13 +59,15 @@ class UnitConnection(Connection):
             else:  # ours alone, and one dispatch for all connections: to make it anew would cost one 15 us
                 self.dispatch = _dispatch
                 super().__init__(engine, _has_events=True)
+            lent: Any = self._dbapi_connection
+            self.raw: Any = engine.dialect.get_driver_connection(lent.dbapi_connection)
             if not engine._has_events and in_transaction(self):
                 self._check_lent(engine)
             if engine.settings:
                 self._set_up(engine)
         except BaseException:
             # Cut off while the isolation level is set, for which psycopg awaits: nobody else knows the connection yet.
-            lent: PoolProxiedConnection | None = self.__dict__.get("_dbapi_connection")
+            lent = self.__dict__.get("_dbapi_connection")
             if lent is not None:
                 lent.invalidate()
             raise
@@ -115,7 +117,7 @@ class UnitConnection(Connection):
     def _hand_out(self, unit: Transaction) -> None:
         unit.raw_taken = True
         unit.wrote = unit.wrote or not unit.read_only
-        driver, raw = self.dialect.driver, raw_connection(self)
+        driver, raw = self.dialect.driver, self.raw
         try:
             begin_now(self)
         except BaseException as error:
@@ -137,15 +139,21 @@ class UnitConnection(Connection):
             self.dispatch.commit(self)
         if self._echo:
             self._log_info("COMMIT")
-        unit.check_sound()  # a listener may have sent what failed
-        unit.close_left_stream()
-        driver = self.dialect.driver
+        if unit.damage.mark is not None:  # a listener may have sent what failed
+            unit.check_sound()
+        if unit.stream is not None:
+            unit.close_left_stream()
+        dialect, answer = self.engine.dialect, None
         if not self.invalidated:
-            unit.hear(state_of(driver, raw_connection(self)))
+            if (
+                unit.raw_taken or dialect.driver == "psycopg"
+            ):  # asyncpg does not tell a failed transaction; its server will
+                unit.hear(state_of(dialect.driver, self.raw))
+            if dialect.driver == "asyncpg":
+                answer = listen_to_commit(self)
         unit.sending_commit()
-        answer = None if self.invalidated else CommitAnswer.listen(self)
         try:
-            self.engine.dialect.do_commit(super().connection)
+            dialect.do_commit(super().connection)
         except BaseException as error:
             self._handle_dbapi_exception(error, None, None, None, None)
         if answer is not None and answer.is_rollback:
@@ -239,7 +247,8 @@ class UnitEngine(OptionEngine):
                 None if transaction.replicas is None else self._connect_to_replica(transaction.replicas, transaction)
             )
             if connection is None:
-                connection = self._connect(transaction)
+                simple = transaction.database.has_connected and not transaction.enclosing
+                connection = UnitConnection(self, transaction) if simple else self._connect(transaction)
             if not transaction.phase.is_open:  # it has ended meanwhile
                 connection.close()
                 transaction.check_usable()

@@ -11,11 +11,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-__all__ = ["CommitAnswer", "RawCalls", "begin_now", "raw_connection", "tell_raw_calls"]
+__all__ = ["CommitAnswer", "RawCalls", "begin_now", "listen_to_commit", "raw_connection", "tell_raw_calls"]
 
 
 def raw_connection(connection: Connection) -> Any:
     """Return the driver's own connection, without the note that it is taken; see `UnitConnection.connection`."""
+    raw = connection.__dict__.get("raw")  # a unit's connection looks it up once
+    if raw is not None:
+        return raw
     lent: Any = connection._dbapi_connection
     if lent is None:  # lost, or closed
         return None
@@ -35,38 +38,35 @@ def begin_now(connection: Connection) -> None:
 class CommitAnswer:
     """asyncpg's connection as its transaction sees it at COMMIT: keeps the server's answer, which the transaction drops."""
 
-    tag: str | None = None
+    __slots__ = ("_pool_release_ctr", "_raw", "_top_xact", "tag")  # what the transaction looks at, and nothing else
 
     def __init__(self, raw: Any) -> None:
-        self.__dict__["_raw"] = raw
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._raw, name, value)
+        self._raw = raw
+        self._pool_release_ctr: int = raw._pool_release_ctr
+        self._top_xact: Any = raw._top_xact
+        self.tag: str | None = None
 
     async def execute(self, query: str) -> str:
-        tag: str = await self._raw.execute(query)
-        self.__dict__["tag"] = tag
-        return tag
+        self._raw._top_xact = self._top_xact
+        self.tag = tag = await self._raw.execute(query)
+        return str(tag)
 
-    @classmethod
-    def listen(cls, connection: Connection) -> CommitAnswer | None:
-        """Have the answer to the COMMIT that is about to be sent kept; None where there is nothing to listen to."""
-        if connection.dialect.driver != "asyncpg":
-            return None
-        lent: Any = connection._dbapi_connection
-        transaction = getattr(lent.dbapi_connection, "_transaction", None)
-        if transaction is None:
-            return None
-        answer = cls(transaction._connection)
-        transaction._connection = answer
-        return answer
+    def is_closed(self) -> bool:
+        return bool(self._raw.is_closed())
 
     @property
     def is_rollback(self) -> bool:
         return self.tag == "ROLLBACK"
+
+
+def listen_to_commit(connection: Connection) -> CommitAnswer | None:
+    """Have the answer to the COMMIT that is about to be sent kept; None where there is nothing to listen to."""
+    lent: Any = connection._dbapi_connection
+    transaction = getattr(lent.dbapi_connection, "_transaction", None)  # of the adapter of asyncpg
+    if transaction is None:
+        return None
+    transaction._connection = answer = CommitAnswer(transaction._connection)
+    return answer
 
 
 class RawCalls(Protocol):

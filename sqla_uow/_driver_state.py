@@ -13,12 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only
 
-from sqla_uow._driver import raw_connection
-
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from sqlalchemy.engine import Connection
 
 __all__ = ["Ended", "State", "in_autocommit", "in_transaction", "is_fit", "state_of", "watch"]
 
@@ -43,13 +39,11 @@ class Ended(enum.Enum):
     AUTOCOMMIT = "the connection was switched to autocommit"
 
 
-def in_autocommit(connection: Connection) -> bool:
-    """Say whether each statement commits by itself."""
-    driver = connection.dialect.driver
-    lent: Any = connection._dbapi_connection
-    adapted, raw = lent.dbapi_connection, raw_connection(connection)
+def in_autocommit(connection: Any) -> bool:
+    """Say whether each statement on a unit's connection commits by itself."""
+    driver, raw = connection.dialect.driver, connection.raw
     if driver == "asyncpg":
-        return bool(adapted.autocommit)
+        return bool(connection._dbapi_connection.dbapi_connection.isolation_level == "autocommit")  # the adapter's
     if driver == "psycopg":
         return bool(raw.autocommit)
     if driver == "aiosqlite":
@@ -73,9 +67,9 @@ def state_of(driver: str, raw: Any) -> State | None:
     return None if ask is None or raw is None else ask(raw)
 
 
-def in_transaction(connection: Connection) -> bool:
-    """Say whether a transaction is open, before anything was sent on it here."""
-    return state_of(connection.dialect.driver, raw_connection(connection)) in (State.OPEN, State.FAILED)
+def in_transaction(connection: Any) -> bool:
+    """Say whether a transaction is open on a unit's connection, before anything was sent on it here."""
+    return state_of(connection.dialect.driver, connection.raw) in (State.OPEN, State.FAILED)
 
 
 def is_fit(driver: str, raw: Any) -> bool:
@@ -127,15 +121,13 @@ def _agree(raw: Any, flag: int) -> bool:
     return bool((raw.server_status or 0) & flag) and (latest is None or bool(latest & flag))
 
 
-def watch(connection: Connection) -> Callable[[bool], Ended | None] | None:
+def watch(connection: Any) -> Callable[[bool], Ended | None] | None:
     """Return what says, after each statement, what that did to the transaction; None for other drivers.
 
     It is told whether the unit has written rows, so that there is something that could be committed behind its back.
     """
-    driver = connection.dialect.driver
-    raw = raw_connection(connection)
-    make = _WATCHES.get(driver)
-    return None if make is None else make(raw)
+    make = _WATCHES.get(connection.dialect.driver)
+    return None if make is None else make(connection.raw)
 
 
 def _asyncpg(raw: Any) -> Callable[[bool], Ended | None]:

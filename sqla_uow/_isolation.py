@@ -14,6 +14,8 @@ from sqla_uow._driver_state import in_transaction
 from sqla_uow.typing import IsolationLevel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import TextClause
     from sqlalchemy.engine import Connection
 
@@ -116,7 +118,7 @@ def opening(
     read_only: bool,
     seconds: float | None,
     lock_wait: float | None = None,
-    keeps_snapshot: bool = False,
+    keeps_snapshot: Callable[[IsolationLevel | None], bool] = lambda _: False,
     server: Distributed | None = None,
 ) -> None:
     """Send what this transaction needs before its first statement.
@@ -128,7 +130,7 @@ def opening(
         read_only: have the database refuse writes.
         seconds: what is left of the deadline, for the server to enforce as well.
         lock_wait: how long to wait for a lock, on PostgreSQL: it looks for deadlocks only after a second (deadlock_timeout).
-        keeps_snapshot: the first query decides what all see, so that must be one of the body's.
+        keeps_snapshot: says whether at this level the first query decides what all see, so that it must be one of the body's.
         server: which one speaks as PostgreSQL does, if it is another.  It looks for deadlocks at once.
     """
     if family == "postgresql" and server is not None:
@@ -138,7 +140,9 @@ def opening(
         if read_only and in_transaction(connection):  # a listener has sent SQL, so BEGIN as well
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
         if seconds is not None or lock_wait is not None:
-            _limit_postgresql(connection, _limits(connection, seconds, lock_wait), keeps_snapshot=keeps_snapshot)
+            _limit_postgresql(
+                connection, _limits(connection, seconds, lock_wait), keeps_snapshot=keeps_snapshot(isolation)
+            )
     elif family == "mysql":
         parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
         parts += ["READ ONLY"] if read_only else []

@@ -326,7 +326,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         read_only=unit.read_only,
         seconds=seconds,
         lock_wait=unit.lock_wait,
-        keeps_snapshot=database.keeps_snapshot(unit.isolation),
+        keeps_snapshot=database.keeps_snapshot,
         server=database.server,
     )
     unit.beginnings = beginnings  # what we have sent has read nothing

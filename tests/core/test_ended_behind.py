@@ -185,16 +185,17 @@ async def test_a_procedure_that_writes_is_part_of_the_unit(db):
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 async def test_a_pool_that_lends_in_the_middle_of_a_transaction_is_told(db):
     """A3: rows of somebody else would be committed with the unit's, or the unit's own BEGIN be none."""
-    engine = db.engine(pool_size=1, max_overflow=0, pool_reset_on_return=None)
+    engine = db.engine(pool_size=1, max_overflow=0)
     manager = UnitOfWorkManager(engine)
     async with engine.connect() as connection:
         raw = (await connection.get_raw_connection()).driver_connection
-        if db.driver == "asyncpg":
-            await raw.execute("BEGIN")
-            await raw.execute("INSERT INTO account (id, balance) VALUES (1, 0)")
-        else:
-            async with raw.cursor() as cursor:
-                await cursor.execute("INSERT INTO account (id, balance) VALUES (1, 0)")
+    # Somebody has kept it, and goes on when it is back in the pool.
+    if db.driver == "asyncpg":
+        await raw.execute("BEGIN")
+        await raw.execute("INSERT INTO account (id, balance) VALUES (1, 0)")
+    else:
+        async with raw.cursor() as cursor:
+            await cursor.execute("INSERT INTO account (id, balance) VALUES (1, 0)")
     with pytest.raises(errors.PropagationError, match="in the middle of a transaction"):
         async with manager.begin() as unit:
             await unit.session.execute(ADD, {"id": 2})

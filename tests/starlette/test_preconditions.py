@@ -52,7 +52,10 @@ async def test_one_of_many_writers_wins(db, isolation, caplog):
         writing = app(read=read.wait, isolation=isolation, retries=5)
         assert await race(writing, {"If-Match": await tag_of(writing)}) == {200: 1, 412: WRITERS - 1}
         assert read.met
-        assert not retried(caplog)
+        # MariaDB reads with shared locks then.  Their deadlocks may name their victims before anybody has committed: the
+        # version is the same, so those are run again, and find the other one.
+        if db.family == "postgresql" or isolation != "SERIALIZABLE":
+            assert not retried(caplog)
     assert await db.scalar("SELECT version FROM page") == 2
 
 
