@@ -55,3 +55,20 @@ def test_code_without_an_event_loop_has_no_unit(db, register):
     """In a thread, say: told so, like everybody outside a unit."""
     with UnitOfWorkManager(db.engine()).activate(), pytest.raises(errors.NoUnitError):
         register(print)
+
+
+@pytest.mark.parametrize("register", [after_commit, after_rollback])
+async def test_many_hooks_are_no_endless_chain(manager, register):
+    """All that were registered run, however many; only a chain of hooks that register hooks is cut off."""
+    calls = []
+
+    @transactional
+    async def work():
+        for number in range(250):
+            register(calls.append, number)
+        if register is after_rollback:
+            raise KeyError
+
+    with contextlib.suppress(KeyError):
+        await work()
+    assert calls == list(range(250))
