@@ -32,13 +32,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sqla_uow import errors
-    from sqla_uow._classify import is_retryable
-    from sqla_uow._context import after_commit, after_rollback, before_commit, current_session, current_unit
-    from sqla_uow._decorator import transactional
-    from sqla_uow._manager import UnitOfWorkManager
-    from sqla_uow._retry import RetryPolicy
-    from sqla_uow._scope import Scope
-    from sqla_uow._unit import UnitOfWork
+    from sqla_uow._api.current import after_commit, after_rollback, before_commit, current_session, current_unit
+    from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._api.transactional import transactional
+    from sqla_uow._databases.failures import is_retryable
+    from sqla_uow._retry.policy import RetryPolicy
+    from sqla_uow._scope.scope import Scope
+    from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.typing import IsolationLevel, Propagation, Status
 
 __all__ = [
@@ -63,18 +63,18 @@ __all__ = [
 _MODULES = {
     "IsolationLevel": "typing",
     "Propagation": "typing",
-    "RetryPolicy": "_retry",
-    "Scope": "_scope",
+    "RetryPolicy": "_retry.policy",
+    "Scope": "_scope.scope",
     "Status": "typing",
-    "UnitOfWork": "_unit",
-    "UnitOfWorkManager": "_manager",
-    "after_commit": "_context",
-    "after_rollback": "_context",
-    "before_commit": "_context",
-    "current_session": "_context",
-    "current_unit": "_context",
-    "is_retryable": "_classify",
-    "transactional": "_decorator",
+    "UnitOfWork": "_unit.unit",
+    "UnitOfWorkManager": "_api.manager",
+    "after_commit": "_api.current",
+    "after_rollback": "_api.current",
+    "before_commit": "_api.current",
+    "current_session": "_api.current",
+    "current_unit": "_api.current",
+    "is_retryable": "_databases.failures",
+    "transactional": "_api.transactional",
 }
 
 

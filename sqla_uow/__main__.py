@@ -8,8 +8,8 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from sqla_uow._doctor import Options, UnreachableError, examine
-from sqla_uow._doctor_report import as_json, as_table
+from sqla_uow._doctor.examine import Options, UnreachableError, examine
+from sqla_uow._doctor.report import as_json, as_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

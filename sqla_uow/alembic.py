@@ -28,10 +28,10 @@ In migrations, written by hand or by ``alembic revision --autogenerate``::
 
 from functools import cache
 
-from sqla_uow._alembic_autogenerate import register_renderers
-from sqla_uow._alembic_impl import adapt_dialects
-from sqla_uow._alembic_lock import migration_lock
-from sqla_uow._alembic_operations import (
+from sqla_uow._alembic.autogenerate import register_renderers
+from sqla_uow._alembic.impl import adapt_dialects
+from sqla_uow._alembic.lock import migration_lock
+from sqla_uow._alembic.operations import (
     AddVersionColumnOp,
     CreateVersionTriggerOp,
     DropVersionColumnOp,
@@ -39,8 +39,8 @@ from sqla_uow._alembic_operations import (
     RenameVersionColumnOp,
     register,
 )
-from sqla_uow._alembic_run import run_migrations
-from sqla_uow._version_types import UtcTimestamp
+from sqla_uow._alembic.run import run_migrations
+from sqla_uow._versions.kinds import UtcTimestamp
 
 __all__ = [
     "AddVersionColumnOp",

@@ -33,7 +33,7 @@ from sqlalchemy.orm.exc import StaleDataError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqla_uow._unit import UnitOfWork
+    from sqla_uow._unit.unit import UnitOfWork
 
 __all__ = [
     "AfterCommitError",

@@ -16,11 +16,9 @@
   for each change of the objects of a relationship.
 """
 
-import sqla_uow._follows  # pyright: ignore[reportUnusedImport]  # for its listeners
-import sqla_uow._version_events  # noqa: F401  # pyright: ignore[reportUnusedImport]  # likewise
-from sqla_uow._bulk import next_version
-from sqla_uow._expecting import expect_version, get_versioned, touch
-from sqla_uow._version_mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin
+from sqla_uow._versions.bulk import next_version
+from sqla_uow._versions.expect import expect_version, get_versioned, touch
+from sqla_uow._versions.mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin
 from sqla_uow.errors import StaleVersionError
 
 __all__ = [

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow._otel_metrics import Metrics
-from sqla_uow._otel_spans import Spans
+from sqla_uow._otel.metrics import Metrics
+from sqla_uow._otel.spans import Spans
 from sqla_uow.events import AttemptEvent, Observer, OutcomeEvent, RetryEvent
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
-    from sqla_uow._manager import UnitOfWorkManager
+    from sqla_uow._api.manager import UnitOfWorkManager
 
 __all__ = ["OpenTelemetryObserver"]
 

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sqla_uow._pytest_kit import Kit
-from sqla_uow._pytest_types import (
+from sqla_uow._testing.pytest_kit import Kit
+from sqla_uow._testing.pytest_types import (
     AssertNoLeaks,
     AssertNumQueries,
     CaptureAfterCommit,

@@ -8,13 +8,13 @@
 * `run_twice` runs transactional functions in vain first, to show what they do that no rollback undoes.
 """
 
-from sqla_uow._testing_cancel import cancel_at
-from sqla_uow._testing_captures import CapturedHook, capture_after_commit
-from sqla_uow._testing_faults import Fault, FaultPlan, FaultPoint
-from sqla_uow._testing_leaks import assert_no_leaks
-from sqla_uow._testing_queries import Queries, assert_max_num_queries, assert_num_queries, count_queries
-from sqla_uow._testing_rolled_back import rolled_back
-from sqla_uow._testing_twice import run_twice
+from sqla_uow._testing.cancel import cancel_at
+from sqla_uow._testing.captures import CapturedHook, capture_after_commit
+from sqla_uow._testing.faults import Fault, FaultPlan, FaultPoint
+from sqla_uow._testing.leaks import assert_no_leaks
+from sqla_uow._testing.queries import Queries, assert_max_num_queries, assert_num_queries, count_queries
+from sqla_uow._testing.rolled_back import rolled_back
+from sqla_uow._testing.twice import run_twice
 
 __all__ = [
     "CapturedHook",

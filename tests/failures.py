@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sqla_uow import errors
-from sqla_uow._classify import classify
+from sqla_uow._databases.failures import classify
 
 
 class Failed:

@@ -19,7 +19,7 @@ from benchmarks.simulation.machine import Cores, Thread
 from benchmarks.simulation.run import Situation, play, simulate
 from benchmarks.simulation.server import DatabaseError, Server, Settings, Transaction
 from benchmarks.simulation.sides import SIDES, Ours
-from sqla_uow._budget import LARGEST, PER_CALL, PER_SECOND
+from sqla_uow._retry.budget import LARGEST, PER_CALL, PER_SECOND
 
 pytestmark = pytest.mark.drivers("sqlite")  # what is about no database
 COSTS = Costs(

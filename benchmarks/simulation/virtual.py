@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
-from sqla_uow import _attempts
+from sqla_uow._attempts import call as _attempts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

@@ -12,9 +12,9 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
-from sqla_uow import _alembic_lock
-from sqla_uow._alembic_lock import _SQLite
-from sqla_uow._alembic_patience import Patience, _limit_mariadb
+from sqla_uow._alembic import lock as _alembic_lock
+from sqla_uow._alembic.lock import _SQLite
+from sqla_uow._alembic.patience import Patience, _limit_mariadb
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked
 from tests.alembic.project import Project
@@ -46,7 +46,7 @@ async def test_five_at_once(db, project):
 
 ASKED = """
 import pathlib
-from sqla_uow import _alembic_lock
+from sqla_uow._alembic import lock as _alembic_lock
 
 def sleep(connection, seconds, sleep=_alembic_lock.sleep):
     pathlib.Path("asked").touch()

@@ -16,8 +16,9 @@ import pytest
 from sqlalchemy import insert as insert_into
 from sqlalchemy import literal_column, select, text
 
-from sqla_uow import Status, UnitOfWorkManager, _rollback, current_session, current_unit, errors, transactional
-from sqla_uow._tasks import Frame, Place
+from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
+from sqla_uow._tasks.frames import Frame, Place
+from sqla_uow._unit import rollback as _rollback
 from tests import waiting
 from tests.models import Account
 

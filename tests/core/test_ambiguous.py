@@ -23,8 +23,8 @@ UNKNOWN = (
 @pytest.fixture
 def impatient(monkeypatch):
     """Bounds of a fifth of a second; psycopg alone would wait 5 s for the answer to its cancel request."""
-    monkeypatch.setattr("sqla_uow._commit.COMMIT_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.commit.COMMIT_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
 
 
 @APPLIED

@@ -12,8 +12,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_uow import Status, UnitOfWorkManager, _connection, errors
-from sqla_uow._transaction import Transaction
+from sqla_uow import Status, UnitOfWorkManager, errors
+from sqla_uow._session import connection as _connection
+from sqla_uow._transaction.transaction import Transaction
 from tests.models import Account
 from tests.statements import statements
 

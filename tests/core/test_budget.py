@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._budget import LARGEST, PER_CALL, PER_SECOND, Budget
+from sqla_uow._retry.budget import LARGEST, PER_CALL, PER_SECOND, Budget
 
 
 def test_a_fifth_of_the_calls_and_ten_a_second():

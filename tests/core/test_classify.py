@@ -11,7 +11,7 @@ from sqlalchemy import exc
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow import errors, is_retryable
-from sqla_uow._classify import Kind, classify, code_of, hidden_conflict
+from sqla_uow._databases.failures import Kind, classify, code_of, hidden_conflict
 
 CONFLICT, LOCK, NOT_STARTED, LOST = Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.NOT_STARTED, Kind.LOST
 STALE_PLAN = Kind.STALE_PLAN

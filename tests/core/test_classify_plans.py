@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow import is_retryable
-from sqla_uow._classify import Kind, classify
+from sqla_uow._databases.failures import Kind, classify
 
 FUNCTIONS = {
     "RevalidateCachedQuery": "0A000",

@@ -13,8 +13,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sqla_uow import RetryPolicy, UnitOfWorkManager, _contention, current_session, current_unit, errors, transactional
-from sqla_uow._contention import Controller
+from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
+from sqla_uow._retry import controller as _contention
+from sqla_uow._retry.controller import Controller
 from sqla_uow.typing import Contention
 from tests.models import Account
 from tests.waiting import until

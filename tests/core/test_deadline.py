@@ -32,7 +32,7 @@ async def test_the_servers_own_limit_is_the_deadline_too(db, monkeypatch):
         def expired(self):
             return False
 
-    monkeypatch.setattr("sqla_uow._attempt.asyncio.timeout", lambda _seconds: Never())
+    monkeypatch.setattr("sqla_uow._attempts.attempt.asyncio.timeout", lambda _seconds: Never())
     manager = UnitOfWorkManager(db.engine())
     started = time.monotonic()
     with manager.activate(), pytest.raises(errors.TransactionTimeoutError) as caught:

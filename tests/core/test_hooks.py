@@ -395,7 +395,7 @@ async def test_after_rollback_is_best_effort(manager, caplog):
 )
 async def test_hooks_that_hang_are_stopped_after_a_cancellation(manager, monkeypatch, caplog, register, failure):
     """C3: bounded for the hooks, whatever ended the unit; nothing of them goes on behind the caller's back."""
-    monkeypatch.setattr("sqla_uow._hooks.HOOK_SECONDS", 0.1)
+    monkeypatch.setattr("sqla_uow._transaction.hooks.HOOK_SECONDS", 0.1)
     running, stopped = asyncio.Event(), asyncio.Event()
 
     async def hang():

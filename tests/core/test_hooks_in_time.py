@@ -29,7 +29,7 @@ async def write():
 @pytest.mark.parametrize("register", [after_commit, after_rollback])
 async def test_without_a_cancellation_they_are_not_stopped(manager, monkeypatch, register):
     """The bound is for callers who want to leave."""
-    monkeypatch.setattr("sqla_uow._hooks.HOOK_SECONDS", 0.01)
+    monkeypatch.setattr("sqla_uow._transaction.hooks.HOOK_SECONDS", 0.01)
     calls = []
 
     async def take_long():
@@ -53,7 +53,7 @@ async def test_a_cancellation_before_them_bounds_them_too(manager, db, monkeypat
 
     Those behind them never run: their caller has gone.
     """
-    monkeypatch.setattr("sqla_uow._hooks.HOOK_SECONDS", 0.1)
+    monkeypatch.setattr("sqla_uow._transaction.hooks.HOOK_SECONDS", 0.1)
     stopped = []
 
     async def hang():

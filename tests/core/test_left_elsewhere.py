@@ -89,7 +89,7 @@ async def test_a_generator_that_comes_to_its_end(db, caplog):
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 async def test_a_savepoint_whose_rollback_hangs(db, monkeypatch):
     """The unit is doomed at once: whoever catches the error can neither go on nor commit."""
-    monkeypatch.setattr("sqla_uow._joining.SAVEPOINT_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.join.SAVEPOINT_SECONDS", 0.2)
     with Proxy("127.0.0.1", db.port) as proxy:
         engine = db.engine(port=proxy.port, pool_size=1, max_overflow=0, pool_timeout=5)
         manager = UnitOfWorkManager(engine)

@@ -30,13 +30,13 @@ from sqlalchemy.pool import NullPool
 from sqla_uow import (
     RetryPolicy,
     UnitOfWorkManager,
-    _otel_metrics,
-    _otel_spans,
     after_commit,
     current_session,
     errors,
     transactional,
 )
+from sqla_uow._otel import metrics as _otel_metrics
+from sqla_uow._otel import spans as _otel_spans
 from sqla_uow.opentelemetry import OpenTelemetryObserver
 from sqla_uow.testing import FaultPlan
 from tests.models import Note
@@ -412,7 +412,7 @@ async def test_statements_are_in_the_same_trace(db, telemetry):
 def test_it_is_loaded_only_where_it_is_asked_for():
     """The library, with a manager that has observers, does not import OpenTelemetry."""
     code = (
-        "import sys, sqla_uow, sqla_uow.events, sqla_uow._manager, sqla_uow_starlette\n"
+        "import sys, sqla_uow, sqla_uow.events, sqla_uow._api.manager, sqla_uow_starlette\n"
         "assert not any(name.split('.')[0] == 'opentelemetry' for name in sys.modules)\n"
         "import sqla_uow.opentelemetry\n"
         "assert 'opentelemetry.trace' in sys.modules\n"

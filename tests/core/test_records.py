@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._contention import Controller
-from sqla_uow._records import record
+from sqla_uow._log import record
+from sqla_uow._retry.controller import Controller
 
 KNOWN = {
     "function", "manager", "attempt", "attempts", "reason", "code", "wait", "elapsed", "status", "error", "hook", "width",

@@ -20,18 +20,18 @@ from sqla_uow import (
     RetryPolicy,
     Status,
     UnitOfWorkManager,
-    _commit,
-    _loops,
-    _settle,
     current_session,
     current_unit,
     errors,
     transactional,
 )
-from sqla_uow._contention import Controller, _Rate, _too_late
-from sqla_uow._isolation import opening
-from sqla_uow._shield import shielded
-from sqla_uow._tasks import Frame
+from sqla_uow._attempts import loop as _loops
+from sqla_uow._databases import interrupt as _settle
+from sqla_uow._databases.levels import opening
+from sqla_uow._retry.controller import Controller, _Rate, _too_late
+from sqla_uow._tasks.frames import Frame
+from sqla_uow._tasks.shield import shielded
+from sqla_uow._unit import commit as _commit
 from sqla_uow.testing import FaultPlan
 from tests.models import Note, Unique
 from tests.queueing import a_turn_that_does_not_come

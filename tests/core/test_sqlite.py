@@ -17,7 +17,7 @@ from sqlalchemy.pool import StaticPool
 from sqlalchemy.util import await_only
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._turns import Turns
+from sqla_uow._databases.writer_queue import Turns
 from sqla_uow.testing import assert_no_leaks
 from tests.models import Base
 from tests.slow import SLOW, sent
@@ -359,7 +359,7 @@ async def test_a_waiters_deadline_counts_in_the_line(db):
 
 async def test_a_turn_that_does_not_come_is_not_waited_for_for_ever(db, monkeypatch):
     """P5: without a deadline there is a bound all the same; nothing was started, so it may be tried again."""
-    monkeypatch.setattr("sqla_uow._turns.TURN_SECONDS", 0.1)
+    monkeypatch.setattr("sqla_uow._databases.writer_queue.TURN_SECONDS", 0.1)
     queue = Queue(db)
     holder, leave = await queue.holder()
     with pytest.raises(errors.ConflictError) as caught:
@@ -496,7 +496,7 @@ async def test_a_refused_commit_is_rolled_back(db):
 
 async def test_a_refused_commit_whose_rollback_hangs(db, monkeypatch, caplog):
     """D3: its connection is discarded, and the pool is whole."""
-    monkeypatch.setattr("sqla_uow._rollback.ROLLBACK_SECONDS", 0.1)
+    monkeypatch.setattr("sqla_uow._unit.rollback.ROLLBACK_SECONDS", 0.1)
     engine = await _engine_that_refuses(db, pool_timeout=1)
     manager, hangs = UnitOfWorkManager(engine), asyncio.Event()
     with pytest.raises(IntegrityError, match="FOREIGN KEY"):

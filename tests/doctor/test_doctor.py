@@ -12,11 +12,12 @@ import urllib.parse
 import pytest
 from sqlalchemy import make_url
 
-from sqla_uow import UnitOfWorkManager, __main__, _doctor_mariadb
+from sqla_uow import UnitOfWorkManager, __main__
 from sqla_uow.__main__ import main
-from sqla_uow._doctor_subject import Subject
-from sqla_uow._doctor_trials import Trial
-from sqla_uow._doctor_url import place_of
+from sqla_uow._doctor import mariadb as _doctor_mariadb
+from sqla_uow._doctor.subject import Subject
+from sqla_uow._doctor.trials import Trial
+from sqla_uow._doctor.url import place_of
 from tests.databases import ONE_OF_EACH
 from tests.servers import Proxy
 from tests.servers.pgbouncer import PgBouncer

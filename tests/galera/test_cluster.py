@@ -10,7 +10,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, transactional
-from sqla_uow._verify import Witness
+from sqla_uow._unit.verify import Witness
 from sqla_uow.errors import ConflictError
 from sqla_uow.testing import FaultPlan
 from tests.failures import Failed

@@ -28,8 +28,8 @@ from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.reach import Reach
 
 MODULES = (
-    "_damage", "_classify", "_hooks", "_commit", "_rollback", "_transaction", "_attempt", "_attempts", "_verify", "_tasks",
-    "_isolation",
+    "_transaction.doom", "_databases.failures", "_transaction.hooks", "_unit.commit", "_unit.rollback", "_transaction.transaction", "_attempts.attempt", "_attempts.call", "_unit.verify", "_tasks.frames",
+    "_databases.levels",
 )  # fmt: skip
 TESTS = ("core", "concurrency", "isolation", "properties", "testing", "versioning", "starlette")
 HERE = Path(__file__).parent

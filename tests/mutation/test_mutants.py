@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("mutmut", reason="the dependency group mutation is not installed")
 
-import sqla_uow._damage
+import sqla_uow._transaction.doom
 from tests.mutation import trial
 from tests.mutation.mutants import mutants
 
@@ -54,11 +54,11 @@ def test_what_is_changed():
 @pytest.fixture
 def changed():
     """Return what a function of the library says in a fork that has become a mutant."""
-    path = Path(sqla_uow._damage.__file__)
+    path = Path(sqla_uow._transaction.doom.__file__)
     source = path.read_text()
 
     def changed(was, becomes, work):
-        (mutant,) = (one for one in mutants("_damage", source) if (one.was, one.becomes) == (was, becomes))
+        (mutant,) = (one for one in mutants("_transaction.doom", source) if (one.was, one.becomes) == (was, becomes))
 
         def run():
             trial.apply(mutant, source, path)
@@ -71,7 +71,7 @@ def changed():
 
 def test_a_fork_becomes_a_mutant(changed):
     """Its body and its defaults, under whatever name somebody holds the function; this process stays as it is."""
-    damage = sqla_uow._damage.Damage(hooks=None)
+    damage = sqla_uow._transaction.doom.Damage(hooks=None)
     depth, add = type(damage).depth.fget, damage.add
 
     def hard():

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sqlalchemy import event, insert, text
 
 from sqla_uow import Status, UnitOfWorkManager, after_commit, current_session, transactional
-from sqla_uow._driver_state import State, state_of
+from sqla_uow._databases.driver_state import State, state_of
 from tests.models import Account, Note, Unique
 
 PROGRAMS = int(os.environ.get("SQLA_UOW_PROGRAMS", "100"))

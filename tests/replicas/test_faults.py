@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
-from sqla_uow import Status, UnitOfWorkManager, _replicas, current_session, transactional
-from sqla_uow._positions import UNKNOWN, to_text
+from sqla_uow import Status, UnitOfWorkManager, current_session, transactional
+from sqla_uow._replicas import router as _replicas
+from sqla_uow._replicas.position import UNKNOWN, to_text
 from sqla_uow.errors import AmbiguousCommitError, ConflictError
 from tests.replicas.conftest import at_replica, read, write
 from tests.servers import Proxy, Standby

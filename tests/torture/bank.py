@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_unit, transactional
-from sqla_uow._classify import code_of
+from sqla_uow._databases.failures import code_of
 from sqla_uow.errors import AmbiguousCommitError, ConflictError, TransactionTimeoutError
 
 WORKERS = 16

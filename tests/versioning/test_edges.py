@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, registry, relationship
 
 from sqla_uow import Status, errors
-from sqla_uow._version_types import UtcTimestamp
+from sqla_uow._versions.kinds import UtcTimestamp
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin, expect_version, touch
 from tests.versioning.others import overtake, version_of
 from tests.versioning.tables import ByTimestamp, Composite, Customer, Order, Plain

@@ -10,7 +10,8 @@ from sqlalchemy import ForeignKey, Integer, select
 from sqlalchemy.orm import DeclarativeBase, mapped_column, registry, relationship
 from sqlalchemy.util import greenlet_spawn
 
-from sqla_uow import _follows, errors
+from sqla_uow import errors
+from sqla_uow._versions import follows as _follows
 from sqla_uow.mixins import Versioned, expect_version, touch
 from tests.statements import statements
 from tests.versioning import tables

@@ -20,7 +20,7 @@ from sqlalchemy.orm import (
 )
 
 from sqla_uow import Status, errors
-from sqla_uow._version_types import UtcTimestamp, Xid
+from sqla_uow._versions.kinds import UtcTimestamp, Xid
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, expect_version, get_versioned, touch
 from tests.models import Account
 from tests.statements import statements

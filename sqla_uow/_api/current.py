@@ -1,0 +1,208 @@
+"""Where the current unit is looked up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, cast
+
+from sqla_uow._scope.places import ManagerPlace, UnitPlace, refuse_in_commit
+from sqla_uow._scope.scope import ScopePlace
+from sqla_uow._tasks.frames import current_places
+from sqla_uow._transaction.hooks import Hook, being_run
+from sqla_uow.errors import NoManagerError, NoUnitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._replicas.router import LastWrite, Replicas
+    from sqla_uow._scope.scope import Scope
+    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._unit.unit import UnitOfWork
+
+__all__ = [
+    "after_commit",
+    "after_rollback",
+    "before_commit",
+    "current_session",
+    "current_unit",
+    "last_write_of",
+    "locate",
+    "surroundings",
+]
+
+P = ParamSpec("P")
+
+
+def _place(using: str | UnitOfWorkManager[Any]) -> ManagerPlace | None:
+    """Return the innermost place of a manager."""
+    place: Any  # only ManagerPlaces are pushed; to assert it at each call would cost as much as finding the first
+    for place in current_places():
+        if place.name == using or place.manager is using:
+            return cast("ManagerPlace", place)
+    return None
+
+
+def locate(using: str | UnitOfWorkManager[Any], who: str) -> tuple[UnitOfWorkManager[Any], UnitOfWork[Any] | None]:
+    """Return the manager that `using` names in this context, and the unit that a call of it would join.
+
+    Raises:
+        NoManagerError: none is activated under that name.
+    """
+    place = _place(using)
+    if place is not None:
+        return place.manager, place.open_unit()
+    if isinstance(using, str):
+        raise NoManagerError(
+            f"{who} found no manager {using!r}; activate one with 'with manager.activate():', or run it behind a middleware"
+        )
+    return using, None
+
+
+def surroundings(manager: UnitOfWorkManager[Any]) -> tuple[Scope | None, bool, tuple[Transaction, ...]]:
+    """Return what is open around here.
+
+    Returns:
+        the innermost scope of this manager, whatever lies between; whether a unit of it lies between; and the
+        transactions of every manager.
+    """
+    scope: Scope | None = None
+    inside = False
+    transactions: tuple[Transaction, ...] = ()
+    for place in current_places():
+        if isinstance(place, UnitPlace):
+            unit = place.open_unit()
+            if unit is not None:
+                transactions += (unit._transaction,)
+                inside = inside or (scope is None and place.manager is manager)
+        elif isinstance(place, ScopePlace) and not place.closed:
+            if scope is None and place.manager is manager and place.scope.is_of_this_loop():
+                scope = place.scope
+            elif place.scope.reader is not None:
+                transactions += (place.scope.reader._transaction,)  # holds a connection, and will not give way to us
+    return scope, inside, transactions
+
+
+def last_write_of(manager: UnitOfWorkManager[Any], replicas: Replicas) -> LastWrite:
+    """Return what the client of this context has written: the innermost scope's, also behind its end; else everybody's."""
+    for place in current_places():
+        if isinstance(place, ScopePlace) and place.manager is manager and place.scope.last_write is not None:
+            return place.scope.last_write
+    return replicas.last_write
+
+
+def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:
+    """Return the unit of work of this context.
+
+    In a scope, outside any transactional function, that is the scope's read-only unit.
+
+    Args:
+        using: the name of a manager, or the manager itself.
+
+    Raises:
+        NoUnitError: none is open, or the one that was open here has ended.
+        NoManagerError: no manager of that name is activated.
+        TaskBoundaryError: another live task uses it, or this is a worker thread.
+        TypeError: `using` is neither.
+    """
+    place = _place(using)
+    return place.unit() if place is not None else _nowhere(using, "current_unit()")
+
+
+def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> AsyncSession:
+    """Return the session of this context's unit of work; see `current_unit`.
+
+    Args:
+        using: the name of a manager, or the manager itself.
+
+    Raises:
+        NoUnitError: none is open, or the one that was open here has ended.
+        NoManagerError: no manager of that name is activated.
+        TaskBoundaryError: another live task uses it, or this is a worker thread.
+        TypeError: `using` is neither.
+    """
+    place = _place(using)
+    unit = place.unit() if place is not None else _nowhere(using, "current_session()")
+    session: AsyncSession = unit.session
+    return session
+
+
+def _nowhere(using: object, who: str) -> NoReturn:
+    """Say why there is no unit of this manager, which is in no place here."""
+    if isinstance(using, str):
+        locate(using, who)
+    if not hasattr(using, "activate"):
+        raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
+    refuse_in_commit()
+    raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
+
+
+def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `hook` once after the current unit has committed; see `UnitOfWork.after_commit`.
+
+    In an `after_commit` hook, outside any unit, it adds to the hooks that are being run.  It is for the manager named
+    "default"; for another one use ``current_unit("name").after_commit(...)``.
+
+    Args:
+        hook: sync or async; what it returns is ignored.
+        args: passed to it.
+        kwargs: passed to it.
+
+    Raises:
+        NoUnitError: no unit is open here.
+        TypeError: `hook` cannot be called.
+    """
+    _register("after_commit", hook, args, kwargs)
+
+
+def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `hook` inside the transaction at the end of the current unit; see `UnitOfWork.before_commit`.
+
+    Args:
+        hook: sync or async; what it returns is ignored.
+        args: passed to it.
+        kwargs: passed to it.
+
+    Raises:
+        NoUnitError: no unit is open here.
+        TypeError: `hook` cannot be called.
+    """
+    current_unit().before_commit(hook, *args, **kwargs)
+
+
+def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `hook` after a rollback of the current unit or savepoint; see `UnitOfWork.after_rollback`.
+
+    In an `after_rollback` hook, outside any unit, it adds to the hooks that are being run.
+
+    Args:
+        hook: sync or async; what it returns is ignored.
+        args: passed to it.
+        kwargs: passed to it.
+
+    Raises:
+        NoUnitError: no unit is open here.
+        TypeError: `hook` cannot be called.
+    """
+    _register("after_rollback", hook, args, kwargs)
+
+
+def _register(
+    kind: Literal["after_commit", "after_rollback"],
+    hook: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Add a hook to the unit that is open here, or, outside any, to those of its kind that are being run."""
+    running = being_run(kind)
+    unit: UnitOfWork[Any] | None = None
+    try:
+        unit = current_unit()
+    except NoUnitError:
+        if running is None:
+            raise
+    if running is not None and (unit is None or unit._transaction.scope_read):
+        running.append(Hook.of(hook, args, kwargs))
+    elif unit is not None:
+        getattr(unit, kind)(hook, *args, **kwargs)

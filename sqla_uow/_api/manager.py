@@ -1,0 +1,382 @@
+"""`UnitOfWorkManager`: an engine, and how units over it are begun, joined and retried."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from typing_extensions import TypeVar
+
+from sqla_uow._api.current import last_write_of, locate
+from sqla_uow._attempts.call import Attempts, LoopedAttempts
+from sqla_uow._attempts.observers import check_observers
+from sqla_uow._databases.database import Database
+from sqla_uow._databases.levels import check_level
+from sqla_uow._replicas.position import from_text
+from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
+from sqla_uow._retry.controller import UNKNOWN, Gate, together
+from sqla_uow._retry.policy import RetryPolicy
+from sqla_uow._scope.places import ManagerPlace
+from sqla_uow._scope.scope import ScopeContext
+from sqla_uow._tasks.frames import pop, push
+from sqla_uow._tasks.per_loop import PerLoop
+from sqla_uow._unit.join import Joined, Nested, join
+from sqla_uow._unit.options import Options, block_options, check_name, check_policy, check_retries, check_timeout
+from sqla_uow._unit.statistics import Counts, name_of
+from sqla_uow._unit.verify import Notary, Witness
+from sqla_uow.errors import PropagationError
+from sqla_uow.typing import LazyLoads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from types import TracebackType
+
+    from sqla_uow._attempts.attempt import Attempt
+    from sqla_uow._scope.scope import Scope
+    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._unit.unit import UnitOfWork
+    from sqla_uow.events import Observer
+    from sqla_uow.typing import Contention, IsolationLevel, Propagation, Statistics
+
+__all__ = ["UnitOfWorkManager"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+_ON_AMBIGUOUS = Literal["raise", "verify"]
+
+
+class UnitOfWorkManager(Generic[S]):
+    """Begins units of work over one engine.  Immutable; make it once, beside the engine, and activate it.
+
+    Args:
+        bind: an `AsyncEngine`, or an `async_sessionmaker` bound to one (then units have its class of session).
+        name: by which `using=` finds it.
+        isolation: the level of units that ask for none; None leaves it to the database.
+        retries: how often a unit of a transactional function is run again after a retryable failure, where the function
+            does not say; 0 is a single run.
+        timeout: seconds that all attempts and waits of one call may take together; None is no deadline.
+        retry: how long to wait between attempts.
+        replicas: engines of replicas of the database, where units that only read are run, unless they are SERIALIZABLE; a
+            client reads there only what is not older than what it has written.
+        replica_wait: seconds that a read waits for a replica to have replayed what its client has written; then the
+            primary has to do.
+        ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
+            what became of it, at the cost of one round trip in every unit that writes.
+        observers: are told of each run, retry and outcome; see `sqla_uow.events`.
+        lazy_loads: what becomes of relationships and deferred columns that are loaded when they are first used, object by
+            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit has sent the same SELECT more than ten times, whoever
+            asked for it; ``"raise"`` does as well, and refuses each lazy load with a `LazyLoadError`.
+
+    Raises:
+        TypeError, ValueError: what was passed cannot work, with what would; also an isolation level that this database
+            does not have.
+    """
+
+    def __init__(
+        self,
+        bind: AsyncEngine | async_sessionmaker[S],
+        /,
+        *,
+        name: str = "default",
+        isolation: IsolationLevel | None = None,
+        retries: int = 0,
+        timeout: float | None = None,
+        retry: RetryPolicy = RetryPolicy(),
+        ambiguous_commit: Literal["raise", "verify"] = "raise",
+        replicas: Sequence[AsyncEngine] = (),
+        replica_wait: float = 0.05,
+        observers: Sequence[Observer] = (),
+        lazy_loads: LazyLoads = "allow",
+    ) -> None:
+        who = f"UnitOfWorkManager {name!r}"
+        check_name(name, "UnitOfWorkManager(name=...)")
+        check_retries(retries, who, optional=False)
+        check_timeout(timeout, who)
+        check_policy(retry, who, optional=False)
+        if ambiguous_commit not in get_args(_ON_AMBIGUOUS):
+            raise ValueError(
+                f"{who} has ambiguous_commit={ambiguous_commit!r}, which is unknown; use 'raise' or 'verify'"
+            )
+        if lazy_loads not in get_args(LazyLoads):
+            raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
+        self._database: Database[S] = Database(bind, lazy_loads)
+        self._lazy_loads: LazyLoads = lazy_loads
+        check_level(self._database.system, isolation, who=who)
+        self._name = name
+        self._isolation: IsolationLevel | None = isolation
+        self._retries = retries
+        self._timeout = timeout
+        self._retry = retry
+        self._gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
+        self._replica_engines = _engines(replicas, replica_wait, who)
+        self._replicas = (
+            _replicas_of(self._database, self._replica_engines, replica_wait, who) if self._replica_engines else None
+        )
+        self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
+        self._observers = check_observers(observers, who)
+        self._counts = Counts()
+
+    @property
+    def name(self) -> str:
+        """By which `using=` finds it."""
+        return self._name
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine that was passed, or that the sessionmaker is bound to."""
+        return self._database.engine
+
+    @property
+    def replicas(self) -> tuple[AsyncEngine, ...]:
+        """The engines of replicas that were passed."""
+        return self._replica_engines
+
+    @property
+    def isolation(self) -> IsolationLevel | None:
+        """The level of units that ask for none."""
+        return self._isolation
+
+    @property
+    def retries(self) -> int:
+        """The retries of functions that do not say."""
+        return self._retries
+
+    @property
+    def timeout(self) -> float | None:
+        """The seconds of calls that do not say."""
+        return self._timeout
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How long to wait between attempts."""
+        return self._retry
+
+    @property
+    def lazy_loads(self) -> LazyLoads:
+        """What becomes of lazy loads in its units."""
+        return self._lazy_loads
+
+    def activate(self) -> AbstractContextManager[Self]:
+        """Make this the manager of its name in the ``with`` block and in the tasks started there."""
+        return _Activation(self)
+
+    def scope(
+        self, *, position: str | None = None, observers: Sequence[Observer] = ()
+    ) -> AbstractAsyncContextManager[Scope]:
+        """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
+
+        Args:
+            position: with replicas, makes the scope a client of its own, which has written up to here before: what
+                `Scope.position` said, "" where nothing is known.  None goes on with the client around it.
+            observers: are told of the calls in this scope, after those of the manager.
+        """
+        replicas, last_write = self._replicas, None
+        if replicas is not None:
+            last_write = last_write_of(self, replicas) if position is None else LastWrite(from_text(position))
+        return ScopeContext(self, last_write, check_observers(observers, "scope()") if observers else ())
+
+    def begin(
+        self,
+        *,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        propagation: Propagation = "required",
+        timeout: float | None = None,
+    ) -> AbstractAsyncContextManager[UnitOfWork[S]]:
+        """Return a block that is one unit: committed at its end, rolled back when an exception leaves it.
+
+        There is no retry: a block cannot be run again.  A retryable failure is `ConflictError` at once.
+
+        Args:
+            isolation: the level; None is the manager's.
+            read_only: writes are refused, by the database as well.
+            propagation: what to do when a unit is open already; see `transactional`.
+            timeout: seconds for the block; None is the manager's.
+        """
+        options = block_options(
+            who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
+        )
+        check_level(self._database.system, isolation, who=options.who)
+        return self._enter(options)
+
+    def attempts(
+        self,
+        *,
+        retries: int,
+        isolation: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float | None = None,
+        name: str | Callable[[], str] | None = None,
+    ) -> AsyncIterator[AbstractAsyncContextManager[UnitOfWork[S]]]:
+        """Return the attempts of a block that can be run again.
+
+        ::
+
+            async for attempt in manager.attempts(retries=5):
+                async with attempt as unit:
+                    ...
+
+        A retryable failure is swallowed by the block until the last attempt.  Always begins a unit of its own.
+        ``break`` and ``return`` in the block commit; if their COMMIT meets a conflict, it is raised as `ConflictError` at
+        once, because the loop is left and nobody would run the block again.  So it is where the block stands in another
+        function than the loop.  What follows the block inside the loop runs after a failed attempt as well.
+
+        Args:
+            retries: how often the block may be run again.
+            isolation: the level; None is the manager's.
+            read_only: writes are refused, by the database as well.
+            timeout: seconds over all attempts and waits; None is the manager's.
+            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is asked for
+                it where it is needed, so that it can tell what is known by then.
+        """
+        who = name if isinstance(name, str) else "attempts()"
+        options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
+        check_level(self._database.system, isolation, who=options.who)
+        if name is not None and not isinstance(name, str):
+            options = options.named(name)
+        return LoopedAttempts(self, options, sys._getframe(1).f_code)
+
+    def contention(self, function: Callable[..., object], /) -> Contention:
+        """Return how many calls of a function run at once now, and how many wait because of their conflicts.
+
+        Args:
+            function: one that `transactional` has decorated, or one with an `attempts` loop in it.
+        """
+        key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None)
+        gates = [gates[key] for gates in self._gates.everywhere() if key is not None and key in gates]
+        return UNKNOWN if not gates else together([gate.state() for gate in gates])
+
+    def statistics(self) -> Statistics:
+        """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
+
+        It is a snapshot; the difference of two is what happened between them.  Calls of all threads count.
+        """
+        states: dict[object, list[Contention]] = {}
+        for gates in self._gates.everywhere():
+            keys = [ref() for ref in gates.keyrefs()]  # at once, as another thread may make one meanwhile
+            for key in keys:
+                if key is not None and (gate := gates.get(key)) is not None:
+                    states.setdefault(key, []).append(gate.state())
+        contention = [(name_of(key), together(several)) for key, several in states.items()]
+        return self._counts.snapshot(self._database.pool, self._database.capacity(), contention)
+
+    def _gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
+        """Return where the calls of one function wait for their turn, those of this event loop."""
+        gates = self._gates.here()
+        gate = gates.get(key)
+        if gate is None:
+            gate = gates[key] = Gate(who, clock)
+        return gate
+
+    def _enter(self, options: Options) -> Attempt[S] | Joined[S] | Nested[S]:
+        """Return what `options.propagation` means here: a new unit, a joined one, or a savepoint."""
+        _manager, open_unit = locate(self, options.who)
+        unit = self._joinable(open_unit, options)
+        if unit is None:
+            return Attempts(self, options).next()
+        return join(unit, options)
+
+    def _joinable(self, unit: UnitOfWork[S] | None, options: Options) -> UnitOfWork[S] | None:
+        """Return the open unit if a call with these options joins it, None if it begins one.
+
+        Raises:
+            PropagationError: there is one and must not be, or the other way round.
+        """
+        propagation = options.propagation
+        if propagation in ("required", "nested"):
+            return unit
+        if unit is None and propagation == "mandatory":
+            raise PropagationError(
+                f"{options.who} must join a unit of manager {self._name!r}, but none is open; call it from a "
+                "transactional function, or drop propagation='mandatory'"
+            )
+        if unit is not None and propagation == "durable":
+            raise PropagationError(
+                f"{options.who} must be outermost to be durable, but was called inside {unit._transaction.name}; "
+                "call it after the outer one, or drop propagation='durable'"
+            )
+        return unit if propagation == "mandatory" else None
+
+    def _over(self, engine: AsyncEngine) -> UnitOfWorkManager[S]:
+        """Return a manager like this one over another engine."""
+        manager = UnitOfWorkManager(
+            self._database.maker_over(engine),
+            name=self._name,
+            isolation=self._isolation,
+            retries=self._retries,
+            timeout=self._timeout,
+            retry=self._retry,
+            ambiguous_commit="raise" if self._notary is None else "verify",
+            observers=self._observers,
+            lazy_loads=self._lazy_loads,
+        )
+        manager._counts = self._counts
+        return manager
+
+    def _witness(self, transaction: Transaction) -> Witness | None:
+        """Return what can settle this transaction's COMMIT, if it may need any."""
+        return None if self._notary is None or transaction.read_only else self._notary.witness()
+
+    def __repr__(self) -> str:
+        # Not the engine: its repr has the URL.
+        return f"<UnitOfWorkManager {self._name!r} on {self._database.family}>"
+
+
+def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[AsyncEngine, ...]:
+    """Return the engines of replicas, for good."""
+    if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait < math.inf:
+        raise ValueError(f"{who} has replica_wait={wait!r}; use a number of seconds, 0 or more")
+    if not isinstance(replicas, Iterable):
+        raise TypeError(f"{who} has replicas of type {type(replicas).__name__}; pass a list of engines")
+    engines = tuple(replicas)
+    for engine in engines:
+        if not isinstance(engine, AsyncEngine):
+            raise TypeError(
+                f"{who} has a replica of type {type(engine).__name__}; pass engines of create_async_engine()"
+            )
+    return engines
+
+
+def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
+    databases: list[Database[Any]] = [Database(engine) for engine in engines]
+    for database in [primary, *databases]:
+        if database.family != primary.family:
+            raise ValueError(
+                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
+            )
+        if database.driver not in DRIVERS:
+            raise ValueError(
+                f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
+            )
+        if database.server is not None:
+            raise ValueError(
+                f"{who} has replicas on {database.server.name}, which tells no position that one of them could have reached; "
+                "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
+            )
+    return Replicas(primary, databases, wait)
+
+
+class _Activation:
+    """``with manager.activate()``; every entry is a place of its own, so that it can be nested and reused."""
+
+    __slots__ = ("_manager", "_places")
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        self._manager = manager
+        self._places: list[ManagerPlace] = []
+
+    def __enter__(self) -> Any:
+        place = ManagerPlace(self._manager)
+        self._places.append(place)
+        push(place)
+        return self._manager
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pop(self._places.pop())

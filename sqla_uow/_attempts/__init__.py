@@ -1,0 +1,1 @@
+"""Run the body, and again if need be."""

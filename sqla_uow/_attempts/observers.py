@@ -1,0 +1,162 @@
+"""Telling observers; nothing here is called where there are none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sqla_uow._log import record
+from sqla_uow.events import AttemptEvent, IdleEvent, Observer, OutcomeEvent, RetryEvent
+from sqla_uow.typing import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sqla_uow._attempts.call import Attempts
+    from sqla_uow._databases.failures import Failure
+
+__all__ = ["Idle", "Times", "check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
+
+
+class Times:
+    """When a transaction had its connection, and what its COMMIT took; on the clock of its policy."""
+
+    __slots__ = ("clock", "commit_began", "commit_ended", "connection_seconds")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock: Callable[[], float] = clock
+        self.connection_seconds: float | None = None
+        self.commit_began: float | None = None
+        self.commit_ended: float | None = None
+
+    def commit_seconds(self) -> float | None:
+        """Return what COMMIT took; until now, where it was given up and goes on."""
+        if self.commit_began is None:
+            return None
+        return (self.clock() if self.commit_ended is None else self.commit_ended) - self.commit_began
+
+
+class Idle:
+    """How long a transaction has been open with nothing in flight.
+
+    Args:
+        clock: of the policy.
+        patience: seconds that are not told.
+        tell: called with more of them.
+    """
+
+    __slots__ = ("_clock", "_patience", "_since", "_tell")
+
+    def __init__(self, clock: Callable[[], float], patience: float, tell: Callable[[float], None]) -> None:
+        self._clock = clock
+        self._patience = patience
+        self._tell = tell
+        self._since: float | None = None
+
+    def begins(self) -> None:
+        """A statement was answered."""
+        self._since = self._clock()
+
+    def ends(self) -> None:
+        """The next one is about to be sent, or the unit ends."""
+        since, self._since = self._since, None
+        if since is not None and (idle := self._clock() - since) >= self._patience:
+            self._tell(idle)
+
+
+def idle_of(attempts: Attempts[Any]) -> Idle | None:
+    """Return what watches the next run for slow calls; None where no observer wants to know."""
+    wanting = [observer for observer in attempts.observers if type(observer).on_idle is not Observer.on_idle]
+    if not wanting:
+        return None
+
+    def tell(idle: float) -> None:
+        event = IdleEvent(**_common(attempts), status=Status.ACTIVE, idle=idle)
+        _tell(attempts, "on_idle", event, [observer for observer in wanting if observer.idle_seconds <= idle])
+
+    return Idle(attempts.policy.clock, min(observer.idle_seconds for observer in wanting), tell)
+
+
+def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, ...]:
+    """Return them, for good.
+
+    Raises:
+        TypeError: one of them is none.
+    """
+    try:
+        found = tuple(observers)
+    except TypeError:
+        raise TypeError(f"{who} has observers={observers!r}; pass a sequence of them") from None
+    for observer in found:
+        if not isinstance(observer, Observer):
+            raise TypeError(
+                f"{who} has the observer {observer!r}; pass an object of a subclass of sqla_uow.events.Observer"
+            )
+    return found
+
+
+def tell_attempt(attempts: Attempts[Any]) -> None:
+    """Tell that a run begins."""
+    event = AttemptEvent(**_common(attempts), status=Status.NEW)
+    _tell(attempts, "on_attempt", event)
+
+
+def tell_retry(attempts: Attempts[Any], failure: Failure, error: BaseException, wait: float) -> None:
+    """Tell that a run has failed and that there is another."""
+    event = RetryEvent(
+        **_common(attempts), **_end(attempts), status=Status.ROLLED_BACK, error=type(error),
+        reason=failure.kind.value, code=failure.code, wait=wait,
+    )  # fmt: skip
+    _tell(attempts, "on_retry", event)
+
+
+def tell_outcome(attempts: Attempts[Any], status: Status, error: BaseException | None, *, doomed: bool) -> None:
+    """Tell what became of a call."""
+    failure = attempts.given_up
+    event = OutcomeEvent(
+        **_common(attempts), **_end(attempts), status=status, error=None if error is None else type(error),
+        gave_up=failure is not None, doomed=doomed,
+        reason=None if failure is None else failure.kind.value, code=None if failure is None else failure.code,
+    )  # fmt: skip
+    _tell(attempts, "on_outcome", event)
+
+
+def _common(attempts: Attempts[Any]) -> dict[str, Any]:
+    manager, options = attempts.manager, attempts.options
+    return {
+        "call": attempts.call,
+        "function": str(options.who),
+        "manager": manager.name,
+        "system": manager._database.system,
+        "namespace": manager.engine.url.database,
+        "attempt": attempts.attempt,
+        "retries": attempts.retries,
+        "isolation": options.isolation or manager.isolation,
+        "read_only": options.read_only,
+        "elapsed": attempts.elapsed,
+    }
+
+
+def _end(attempts: Attempts[Any]) -> dict[str, Any]:
+    times = attempts.times
+    if times is None:
+        return {"connection_seconds": None, "commit_at": None, "commit_seconds": None}
+    return {
+        "connection_seconds": times.connection_seconds,
+        "commit_at": None if times.commit_began is None else times.commit_began - attempts.started,
+        "commit_seconds": times.commit_seconds(),
+    }
+
+
+def _tell(attempts: Attempts[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
+    """Call them, all if none are named; what they raise is shown, and changes nothing, unless it is to end the program."""
+    for observer in attempts.observers if observers is None else observers:
+        try:
+            getattr(observer, method)(event)
+        except (Exception, asyncio.CancelledError) as error:
+            record(
+                logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
+                attempts.manager.name, method, exc_info=error,
+                function=attempts.options.who, manager=attempts.manager.name, error=error,
+            )  # fmt: skip

@@ -1,0 +1,1 @@
+"""All that differs from database to database."""

@@ -1,0 +1,224 @@
+"""A task that waits for itself: its inner unit for a lock of its outer one, or for a connection that only its kind can free.
+
+The database sees no deadlock in it, as the outer unit waits for nothing there; so it would last until some timeout.  Only
+units inside another one pay for the look: a timer, and after a second a question to the server, who blocks whom.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+from sqlalchemy.engine import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util import greenlet_spawn
+
+from sqla_uow._databases.driver import raw_connection
+from sqla_uow._databases.interrupt import identity_of, is_server_of
+from sqla_uow._log import record
+from sqla_uow.errors import PropagationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.pool import Pool
+
+    from sqla_uow._transaction.transaction import Transaction
+
+__all__ = ["Watch", "connect_unless_stuck", "watch_locks"]
+
+LOOK_SECONDS = 1.0
+"""Pause between two looks at a unit inside another one that waits."""
+CHILD_LOOKS = 5
+"""So many later, where the inner unit runs in a task of its own: the outer one may not be waiting for that."""
+
+# -- locks
+
+# Over third parties as well: the inner unit waits for somebody who waits for the outer one.
+_BLOCKERS = {
+    "postgresql": (
+        "WITH RECURSIVE blocker(pid) AS (SELECT unnest(pg_blocking_pids({inner})) UNION SELECT further.pid FROM blocker "
+        "CROSS JOIN LATERAL unnest(pg_blocking_pids(blocker.pid)) AS further(pid)) SELECT pid FROM blocker WHERE pid IN ({outer})"
+    ),
+    "mysql": (
+        "WITH RECURSIVE wait(asks, has) AS (SELECT asks.trx_mysql_thread_id, has.trx_mysql_thread_id "
+        "FROM information_schema.innodb_lock_waits JOIN information_schema.innodb_trx asks ON asks.trx_id = requesting_trx_id "
+        "JOIN information_schema.innodb_trx has ON has.trx_id = blocking_trx_id), "
+        "blocker(pid) AS (SELECT has FROM wait WHERE asks = {inner} UNION "
+        "SELECT wait.has FROM wait JOIN blocker ON wait.asks = blocker.pid) SELECT pid FROM blocker WHERE pid IN ({outer})"
+    ),
+}
+# Who has a metadata lock MariaDB does not tell.  Nobody else can, where nobody else is in a transaction or a statement.
+_METADATA = (
+    "SELECT id FROM information_schema.processlist WHERE id IN ({outer}) "
+    "AND EXISTS (SELECT 1 FROM information_schema.processlist WHERE id = {inner} AND state LIKE 'Waiting for % metadata lock') "
+    "AND NOT EXISTS (SELECT 1 FROM information_schema.processlist p LEFT JOIN information_schema.innodb_trx t "
+    "ON t.trx_mysql_thread_id = p.id WHERE p.id NOT IN ({inner}, {outer}, connection_id()) "
+    "AND (t.trx_id IS NOT NULL OR p.command = 'Query'))"
+)
+_STOP = {"postgresql": "SELECT pg_cancel_backend({inner})", "mysql": "KILL QUERY {inner}"}
+_tasks: set[asyncio.Task[None]] = set()
+
+
+class Watch:
+    """Looks now and then whether a unit waits for a lock of a unit around it."""
+
+    __slots__ = ("_looks", "_outer", "_timer", "_unit")
+
+    def __init__(self, unit: Transaction, outer: list[Transaction]) -> None:
+        self._unit = unit
+        self._outer = outer
+        self._looks = 0
+        self._timer = unit.owner.loop.call_later(LOOK_SECONDS, self._look)
+
+    def stop(self) -> None:
+        """The unit ends."""
+        self._timer.cancel()
+        self._outer = []
+
+    def _look(self) -> None:
+        unit = self._unit
+        waits = unit.owner.busy() is not None and unit.connection is not None
+        self._looks = self._looks + 1 if waits else 0
+        outer = [one for one in self._outer if one.connection is not None and one.owner.busy() is None]
+        mine = [one for one in outer if one.owner.last is unit.owner.last or self._looks > CHILD_LOOKS]
+        if not self._outer:
+            return
+        if waits and mine:
+            task = unit.owner.loop.create_task(self._ask(mine), context=contextvars.Context())
+            _tasks.add(task)
+            task.add_done_callback(_tasks.discard)
+        else:
+            self._again()
+
+    def _again(self) -> None:
+        if self._outer:
+            self._timer = self._unit.owner.loop.call_later(LOOK_SECONDS, self._look)
+
+    async def _ask(self, outer: list[Transaction]) -> None:
+        unit = self._unit
+        try:
+            async with asyncio.timeout(5 * LOOK_SECONDS):
+                await self._ask_server(outer)
+        except Exception as error:
+            record(
+                logging.WARNING, "%s has waited for %g s, and the server did not tell whether for a lock of %s around it (%s)",
+                unit.name, LOOK_SECONDS, outer[0].name, type(error).__name__, function=unit.name, error=error,
+            )  # fmt: skip
+            return
+        if unit.self_wait is None:
+            self._again()
+
+    async def _ask_server(self, outer: list[Transaction]) -> None:
+        unit, connection = self._unit, self._unit.connection
+        if connection is None:
+            return
+        engine = unit.database.sync_engine
+        family = unit.database.family
+        pids = {_pid(one.connection): one for one in outer if one.connection is not None}
+        inner = _pid(connection)
+        # Not from the pool: units that wait, as this one does, may hold it all.
+        beside = AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
+        try:
+            async with beside.connect() as spare:
+                if not await spare.run_sync(is_server_of, identity_of(connection)):
+                    return  # behind a balancer; next time perhaps
+                who = {"inner": inner, "outer": ", ".join(map(str, pids))}
+                found = await _blocker(spare, family, who)
+                if found is None or unit.connection is not connection or unit.owner.busy() is None:
+                    return
+                unit.self_wait = PropagationError(
+                    f"{unit.name} waits for a lock that {pids[found].name} around it holds, and would for ever; join the "
+                    "outer unit, or have the inner one touch no rows that the outer one has locked or written"
+                )
+                await spare.execute(text(_STOP[family].format(**who)))
+        finally:
+            await beside.dispose()
+
+
+async def _blocker(spare: AsyncConnection, family: str, who: dict[str, Any]) -> int | None:
+    found = await spare.scalar(text(_BLOCKERS[family].format(**who)))
+    if found is None and family == "mysql":
+        found = await spare.scalar(text(_METADATA.format(**who)))
+    return None if found is None else int(found)
+
+
+def _pid(connection: Connection) -> int:
+    raw: Any = raw_connection(connection)
+    driver = connection.dialect.driver
+    if driver == "asyncpg":
+        return int(raw.get_server_pid())
+    return int(raw.pgconn.backend_pid if driver == "psycopg" else raw.thread_id())
+
+
+def watch_locks(unit: Transaction) -> Watch | None:
+    """Watch a unit whose connection has just begun; None where it can wait for none around it."""
+    database = unit.database
+    if database.family not in _BLOCKERS or database.server is not None:
+        return None
+    url = database.sync_engine.url
+    outer = [
+        other
+        for other in unit.enclosing
+        if other.connection is not None
+        and (other.database.pool is database.pool or other.database.sync_engine.url == url)
+    ]
+    return Watch(unit, outer) if outer else None
+
+
+# -- connections
+
+_waiting: weakref.WeakKeyDictionary[Pool, set[Transaction]] = weakref.WeakKeyDictionary()
+
+
+async def connect_unless_stuck(unit: Transaction, connect: Callable[[], Connection]) -> Connection:
+    """Connect, beside a unit that has a connection already.
+
+    Raises:
+        PropagationError: all connections of the pool are held by units that wait for another one.
+    """
+    database = unit.database
+    pool, capacity = database.pool, database.capacity()
+    if capacity is None:
+        return await greenlet_spawn(connect)
+    waiting = _waiting.setdefault(pool, set())
+    waiting.add(unit)
+    loop, limit = asyncio.get_running_loop(), asyncio.timeout(None)
+
+    def look() -> None:
+        if unit not in waiting:
+            return
+        if len(_holders(waiting, pool)) >= capacity:
+            limit.reschedule(loop.time())
+        else:
+            loop.call_later(LOOK_SECONDS, look)
+
+    loop.call_later(LOOK_SECONDS, look)
+    try:
+        async with limit:
+            return await greenlet_spawn(connect)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise PropagationError(
+            f"{unit.name} needs a connection beside that of {unit.enclosing[0].name} around it, but all {capacity} of the pool "
+            "are held by units that wait for another one as well; make the pool larger than the calls at once times the depth "
+            "of nesting beyond the first, or join the outer unit"
+        ) from error
+    finally:
+        waiting.discard(unit)
+
+
+def _holders(waiting: set[Transaction], pool: Pool) -> set[int]:
+    return {
+        id(outer)
+        for unit in waiting
+        for outer in unit.enclosing
+        if outer.connection is not None and outer.database.pool is pool
+    }

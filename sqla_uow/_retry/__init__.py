@@ -1,0 +1,1 @@
+"""The mechanisms of retrying; no unit, no database."""

@@ -1,0 +1,484 @@
+"""How many calls of one function run at once, while they get in each other's way.
+
+Under contention most of the time goes into attempts that are aborted, and PostgreSQL looks for a deadlock only after a
+second, for which everybody behind those locks waits.  With nothing in the way, one at a time would be several times too
+slow.  So the width is chosen by what it brings: commits a second, measured at widths of 1, 2, 4 and so on, and looked for
+again and again, for at most a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from sqla_uow._log import record
+from sqla_uow.typing import Contention
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+__all__ = ["UNKNOWN", "Controller", "Gate", "Slot", "together"]
+
+
+FIRST_WIDTH = 2
+"""Calls of a function that run at once before anything is known of it; each one that commits lets another in, and a conflict
+halves their number."""
+OPENING_COMMITS = 127
+"""After so many, less than a fifth of the time went into conflicts, and nothing is held back any more."""
+WIDEST = 7
+"""The last rung with a limit: 2 ** 7 = 128 calls at once.  Above it nothing is held back."""
+FREE = WIDEST + 1
+TROUBLE = 0.2
+"""Share of the time in aborted attempts from which narrower widths are tried."""
+COLLAPSE = 0.5
+"""Share from which the search begins with one call at a time, the only width that is sure not to stall."""
+CROWDED = (0.05, 0.1)
+"""Share of the time in aborted attempts while one call runs at a time, from which there must be other processes: they are
+noticed above the second, and forgotten below the first."""
+CROWDING = 0.8
+"""What must be left of the share that is not wasted when more run at once; else it is taken from the other processes."""
+NEWEST = 0.35
+"""Weight of the newest epoch in such a share: the others may pause for one, and their end should be seen within 100 calls."""
+GAIN = 1.1
+"""How much more another width must bring to be worth a change: epochs are short, and tell no smaller difference."""
+MEMORY_SECONDS = 2.0
+"""The time in which a measurement loses all but a third of its weight."""
+SEARCH_SHARES = (0.1, 0.02)
+"""How much of the throughput may be spent on tries that fail: of wider widths, so that the end of a burst is seen within a
+second, and of narrower ones."""
+SEARCH_SECONDS = (0.2, 10.0)
+"""Bounds of the time between two tries."""
+EPOCH_COMMITS = 16
+SHORTEST_EPOCH = 1e-6  # s; a clock may be too coarse, or stand still in a test
+EPOCH_SECONDS = 0.5
+"""How long a width is measured at most before it is judged."""
+TRY_PATIENCE = 1.75
+"""The same for a try, in the times that the best width takes for an epoch."""
+STALL_SECONDS = (0.1, 2.0)
+"""When nobody has finished for so long, more are let in: those who run may be slow, or wait for those who do not.
+
+The first is for a function of which nothing is known yet: as many again come in.  The second is for one that is held back
+for a reason: one more."""
+OPENING_LOCK_WAIT = 0.25
+"""Seconds that an attempt waits for a lock while nothing is known: less than a deadlock would cost on PostgreSQL."""
+SHORTEST_LOCK_WAIT = 0.02
+"""Seconds that an attempt waits at least for a lock while the width is limited, before it makes way for the others."""
+FOREIGN_LOCK_WAIT = 0.1
+"""The same for locks of other processes, of which is not known how long they are held."""
+
+UNKNOWN = Contention(FIRST_WIDTH, 0, 0, 0.0)
+"""What is known of a function that was not called yet."""
+
+
+class _Rate(NamedTuple):
+    """Commits a second at one width; what is older weighs less, and is kept until something newer is known."""
+
+    goodput: float = 0.0
+    seconds: float = 0.0  # the weight of the evidence
+    at: float = 0.0
+
+    def then(self, commits: int, seconds: float, now: float) -> _Rate:
+        weight = self.seconds * math.exp((self.at - now) / MEMORY_SECONDS)
+        return _Rate((self.goodput * weight + commits) / (weight + seconds), weight + seconds, now)
+
+
+class Controller:
+    """Chooses the width by what it brings; knows no loop and no database, so that it can be simulated.
+
+    A width is a *rung*: 2 ** rung calls at once, or `FREE`.  It begins narrow and opens up with each commit.  Once
+    conflicts waste a fifth of the time, neighbouring rungs are tried, and the one with the most commits a second is held.
+
+    Args:
+        clock: monotonic seconds.
+        who: the function, for the log.
+    """
+
+    def __init__(self, clock: Callable[[], float], who: str = "") -> None:
+        self._clock = clock
+        self._who = who
+        self.width: float = FIRST_WIDTH
+        self.wasted_share: float = 0.0
+        self.opening = True
+        self._opened = 0
+        self._rung = self._best = 0
+        self._downwards = False
+        self._measured = [_Rate()] * (FREE + 1)
+        self._contended = False
+        self._lost = [0.0] * (FREE + 1)  # share of the time wasted at each rung, of late
+        self.crowded = False
+        self._typical = 0.0  # seconds of an attempt that waits for nobody
+        self._idle_since: float | None = None
+        self._next_try = 0.0
+        self._changed_at = clock()
+        self._clean_since = clock()  # nothing runs any more that a wider width had let in
+        self._narrowed = False
+        self._first = False  # nothing that counts has ended yet
+        self._begin_epoch(clock())
+
+    def lock_wait(self, attempt: int, running: int) -> float | None:
+        """Return how long an attempt that begins now should wait for a lock, in seconds; None is for ever.
+
+        A retry waits longer than a first run, so that not all of those who wait for each other make way at once.
+        """
+        if (running <= 1 and not self.crowded) or (self._rung == FREE and not self.opening):
+            return None
+        if self.opening:
+            return attempt * OPENING_LOCK_WAIT
+        return attempt * (FOREIGN_LOCK_WAIT if self.crowded else max(SHORTEST_LOCK_WAIT, 8 * self._typical))
+
+    def committed(self, began: float, seconds: float, running: int, waiting: int) -> None:
+        """Take note of an attempt that committed.
+
+        Args:
+            began: on the clock.
+            seconds: how long it took.
+            running: how many others run.
+            waiting: how many wait.
+        """
+        # Near the shortest: what the others took includes their waits for locks.
+        self._typical = min(self._typical * 1.01, seconds) if self._typical else seconds
+        if self.opening:
+            self.width += 1
+            self._opened += 1
+            if self._opened >= OPENING_COMMITS:
+                self.opening = False
+                self._go(FREE)
+        if self._belongs(began):
+            self._useful += seconds
+            self._count(1, running, waiting)
+
+    def conflicted(self, began: float, seconds: float, running: int, waiting: int) -> None:
+        """Take note of an attempt that a conflict ended; the arguments are those of `committed`."""
+        if self.opening and (running or waiting):
+            self.width = max(1, self.width // 2)
+        if self._belongs(began):
+            self._wasted += seconds
+            self._contended = self._contended or running > 0 or waiting > 0  # who was alone is not helped by turns
+            self._count(0, running, waiting)
+
+    # -- epochs: a width is judged by what happened while it was in force
+
+    def _begin_epoch(self, now: float) -> None:
+        self._since = now
+        self._done = 0
+        self._useful = self._wasted = 0.0
+        self._contended = self._held_back = False
+        self._peak = 0
+
+    def _belongs(self, began: float) -> bool:
+        """Say whether an attempt belongs to this epoch; begin it anew after a pause.
+
+        Not if it began at the width before, or beside one that did and that a narrower width would have kept out.  Who waits
+        to be run again does not run either, but not for so long.
+        """
+        if began < self._changed_at:
+            now = self._clock()
+            if self._narrowed and now - self._changed_at < EPOCH_SECONDS:
+                self._clean_since = now
+            return False
+        if began < self._clean_since:
+            return False
+        if self._first or (self._idle_since is not None and began - self._idle_since > EPOCH_SECONDS):
+            self._first = False
+            self._begin_epoch(began)
+        self._idle_since = None
+        return True
+
+    def _count(self, commits: int, running: int, waiting: int) -> None:
+        self._done += commits
+        if running == 0 and waiting == 0:
+            self._idle_since = self._clock()
+        self._peak = max(self._peak, running + 1)
+        self._held_back = self._held_back or waiting > 0
+        if self._done < EPOCH_COMMITS and not self._contended:
+            return
+        now = self._clock()
+        elapsed = max(now - self._since, SHORTEST_EPOCH)
+        if self._done >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
+            self.wasted_share = self._wasted / ((self._wasted + self._useful) or 1.0)
+            self._judge(now, elapsed)
+
+    def _patience(self) -> float:
+        """Return the seconds after which an epoch is judged in any case."""
+        if self._rung == self._best or not (known := self._measured[self._best].goodput):
+            return EPOCH_SECONDS
+        return min(EPOCH_SECONDS, TRY_PATIENCE * EPOCH_COMMITS / known)
+
+    def _judge(self, now: float, elapsed: float) -> None:
+        share, done, peak, held_back, contended = (
+            self.wasted_share, self._done, self._peak, self._held_back, self._contended,
+        )  # fmt: skip
+        self._begin_epoch(now)
+        if self.opening:
+            if contended and share >= TROUBLE:
+                self.opening = False
+                self._try(0)
+            return
+        self._measured[self._rung] = self._measured[self._rung].then(done, elapsed, now)
+        lost = self._lost[self._rung]
+        self._lost[self._rung] += NEWEST * (share - lost)
+        if self.crowded and lost >= CROWDED[0] > self._lost[self._rung]:
+            # The others have gone; because of them the last try was dear, and put the next one off.
+            self._next_try = now
+        self.crowded = self._lost[0] >= CROWDED[not self.crowded]
+        if self._rung != self._best:
+            self._compare(now, elapsed, done, share, held_back=held_back)
+        elif self._takes_from_others():
+            self._hold(0)
+        elif now >= self._next_try:
+            self._look_around(share, peak, contended=contended)
+        elif self._best > 0 and self._measured[self._best - 1].goodput > GAIN * self._measured[self._best].goodput:
+            self._hold(self._best - 1)
+
+    def _takes_from_others(self) -> bool:
+        """Say whether this width wastes more than one call at a time, where there are other processes.
+
+        What it brings here is then taken from them, and they would answer in kind.
+        """
+        return self.crowded and 1 - self._lost[self._rung] < (1 - self._lost[0]) * CROWDING
+
+    # -- decisions
+
+    def _look_around(self, share: float, peak: int, *, contended: bool) -> None:
+        """Try another width than the best one known: a wider one, or in turns a narrower one while time is wasted."""
+        best = self._best
+        if share >= TROUBLE and contended and best > 0:
+            if best == FREE or not self._downwards:
+                self._downwards = True
+                # All the way down where most is wasted, unless it is known what that brings.
+                unknown = not self._measured[0].goodput
+                self._try(0 if unknown and share >= COLLAPSE else self._below(best, peak))
+                return
+            self._downwards = False
+        if best < FREE:
+            self._downwards = False
+            self._try(best + 1)
+
+    def _compare(self, now: float, elapsed: float, done: int, share: float, *, held_back: bool) -> None:
+        """Go on in the same direction while that brings more; else go back, and wait as long as the try was dear."""
+        rung, best = self._rung, self._best
+        brought, known = done / elapsed, self._measured[best].goodput
+        worth = known * (GAIN if share >= TROUBLE or rung < best else 2 - GAIN)
+        if self._takes_from_others():
+            brought = 0.0
+        if brought >= worth > self._measured[rung].goodput and rung > best:
+            return  # it was worse, of late: a stall may be rare; stay until one comes, or what was is outweighed
+        if brought >= worth:
+            going_up = rung > best
+            self._best = rung
+            if going_up and rung < FREE:
+                self._try(rung + 1 if held_back and rung < WIDEST else FREE)
+            elif not going_up and rung > 0 and share >= TROUBLE:
+                self._try(rung - 1)
+            else:
+                self._hold(rung)
+            return
+        cost = (now - self._changed_at) * (1 - brought / known)
+        soonest, latest = SEARCH_SECONDS
+        self._next_try = now + min(latest, max(soonest, cost / SEARCH_SHARES[rung < best]))
+        self._hold(best)
+
+    def _below(self, rung: int, peak: int) -> int:
+        """Return the next rung down that holds anybody back."""
+        return max(0, min(rung - 1, (peak - 1).bit_length() - 1))
+
+    def _try(self, rung: int) -> None:
+        if self._rung == FREE or (self._best == 0 and rung == 0):
+            record(
+                logging.INFO, "%s: %.0f %% of the time went into conflicts; calls take turns",
+                self._who, self.wasted_share * 100, function=self._who, width=2**rung, wasted=self.wasted_share,
+            )  # fmt: skip
+        self._go(rung)
+
+    def _hold(self, rung: int) -> None:
+        if rung == FREE and self._rung != FREE:
+            record(
+                logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self._who,
+                function=self._who, wasted=self.wasted_share,
+            )  # fmt: skip
+        self._best = rung
+        self._go(rung)
+
+    def _go(self, rung: int) -> None:
+        width = math.inf if rung == FREE else 2**rung
+        if width != self.width:
+            self._changed_at = self._clean_since = self._clock()
+            self._narrowed = width < self.width
+            self._first = True
+        self._rung = rung
+        self.width = width
+
+
+class Slot:
+    """The right of one attempt to run."""
+
+    __slots__ = ("_began", "_gate", "_seconds")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._began = gate.clock()
+        self._seconds: float | None = None
+
+    def free(self, *, committed: bool) -> None:
+        """Give it back; called as soon as the transaction has ended, before its hooks."""
+        if self._seconds is None:
+            self._seconds = self._gate.clock() - self._began
+            self._gate.left(self._began, self._seconds, committed=committed)
+
+    def conflicted(self) -> None:
+        """Say that a conflict had ended the attempt."""
+        self._gate.conflicted(self._began, self._seconds or 0.0)
+
+
+class Gate:
+    """Where the calls of one function wait for their turn: first come, first served, a retry before a first run.
+
+    Args:
+        who: the function, for the log.
+        clock: monotonic seconds.
+    """
+
+    __slots__ = ("_again", "_backing_off", "_controller", "_loop", "_moved", "_queue", "_running", "_timer", "clock")
+
+    def __init__(self, who: str, clock: Callable[[], float]) -> None:
+        self.clock: Callable[[], float] = clock
+        self._controller = Controller(clock, who)
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[asyncio.Future[bool]] = deque()
+        self._again: deque[asyncio.Future[bool]] = deque()
+        self._running = 0
+        self._backing_off = 0
+        self._moved = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def state(self) -> Contention:
+        """Return what users see of it."""
+        width = self._controller.width
+        limit = None if width == math.inf else int(width)
+        return Contention(limit, self._running, self._waiting(), self._controller.wasted_share)
+
+    def lock_wait(self, attempt: int) -> float | None:
+        """Return how long the attempt that has just come in should wait for locks, in seconds; None is for ever."""
+        return self._controller.lock_wait(attempt, self._running)
+
+    def try_enter(self) -> Slot | None:
+        """Let the attempt in if nothing holds it back: one comparison where there is no contention."""
+        if self._running < self._controller.width and not (self._queue or self._again or self._backing_off):
+            self._running += 1
+            return Slot(self)
+        return None
+
+    async def enter(self, deadline: float | None, *, again: bool) -> Slot | None:
+        """Wait for a turn.
+
+        Args:
+            deadline: on `clock`, or None.
+            again: it is a retry.
+
+        Returns:
+            None if the deadline has passed.
+        """
+        queue = self._again if again else self._queue
+        turn: asyncio.Future[bool] = self._loop.create_future()
+        queue.append(turn)
+        late = None if deadline is None else self._loop.call_later(deadline - self.clock(), _too_late, turn)
+        if self._timer is None:
+            self._watch()
+        try:
+            return Slot(self) if await turn else None
+        except asyncio.CancelledError:
+            if not turn.cancelled() and turn.result():  # let in and cancelled in the same turn of the loop
+                self._running -= 1
+                self._admit()
+            raise
+        finally:
+            if turn in queue:
+                queue.remove(turn)
+            if late is not None:
+                late.cancel()
+
+    async def back_off(self, wait: Callable[[float], Awaitable[object]], seconds: float) -> None:
+        """Wait before a retry.
+
+        With other processes in the way nobody else is let in meanwhile: the process backs off, and not this call alone.
+        """
+        together = self._controller.crowded
+        self._backing_off += together
+        try:
+            await wait(seconds)
+        finally:
+            if together:
+                self._backing_off -= 1
+                self._admit_soon()
+
+    def left(self, began: float, seconds: float, *, committed: bool) -> None:
+        """Let the next one in; the one that leaves began then, and took so long."""
+        self._running -= 1
+        self._moved = True
+        if committed:
+            self._controller.committed(began, seconds, self._running, self._waiting())
+            self._admit()
+        else:
+            self._admit_soon()
+
+    def conflicted(self, began: float, seconds: float) -> None:
+        """Count what the attempt that has left took as wasted."""
+        self._controller.conflicted(began, seconds, self._running, self._waiting())
+        self._admit_soon()
+
+    def _waiting(self) -> int:
+        return len(self._queue) + len(self._again)
+
+    def _admit(self) -> None:
+        while self._queue or self._again:
+            if self._running >= self._controller.width or not self._let_in(first_runs=not self._backing_off):
+                break
+
+    def _admit_soon(self) -> None:
+        """Let others in, but where a failed attempt backs off, or begins again, at once: behind that."""
+        if self._controller.crowded:
+            self._loop.call_soon(self._admit)
+        else:
+            self._admit()
+
+    def _let_in(self, *, first_runs: bool = True) -> bool:
+        for queue in (self._again, self._queue) if first_runs else (self._again,):
+            while queue:
+                turn = queue.popleft()
+                if not turn.done():  # else cancelled, or too late
+                    self._running += 1
+                    turn.set_result(True)
+                    return True
+        return False
+
+    def _watch(self) -> None:
+        self._moved = False
+        self._timer = self._loop.call_later(STALL_SECONDS[not self._controller.opening], self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._waiting():
+            if not self._moved:
+                for _ in range(self._running if self._controller.opening else 1):
+                    self._let_in()
+            self._watch()
+
+
+def _too_late(turn: asyncio.Future[bool]) -> None:
+    if not turn.done():
+        turn.set_result(False)
+
+
+def together(states: list[Contention]) -> Contention:
+    """Return what users see of one function whose calls run in several event loops."""
+    if len(states) == 1:
+        return states[0]
+    return Contention(
+        None if any(state.width is None for state in states) else sum(state.width or 0 for state in states),
+        sum(state.running for state in states),
+        sum(state.waiting for state in states),
+        max(state.wasted for state in states),
+    )

@@ -1,0 +1,81 @@
+"""What can be found in a context: an activated manager, and a unit that is open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent
+
+from sqla_uow._tasks.frames import Place
+from sqla_uow._transaction.transaction import committing
+from sqla_uow.errors import NoUnitError
+
+if TYPE_CHECKING:
+    from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._unit.unit import UnitOfWork
+
+__all__ = ["ManagerPlace", "UnitPlace", "refuse_in_commit"]
+
+
+class ManagerPlace(Place):
+    """A manager is known here; nothing is open."""
+
+    __slots__ = ("manager", "name")
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        super().__init__(manager)
+        self.manager: UnitOfWorkManager[Any] = manager
+        self.name: str = manager._name
+
+    def open_unit(self) -> UnitOfWork[Any] | None:
+        """Return the unit that a transactional call would join here."""
+        return None
+
+    def unit(self) -> UnitOfWork[Any]:
+        """Return the unit whose session is the current one, or raise why there is none."""
+        refuse_in_commit()
+        raise NoUnitError(
+            f"no unit of work is open for manager {self.name!r}; call this inside a @transactional function, "
+            "'async with manager.begin()', or a scope"
+        )
+
+
+def refuse_in_commit() -> None:
+    """Say so where it is an event of the session's own COMMIT that looks for a unit: its place is closed by then.
+
+    Raises:
+        NoUnitError: it is.
+    """
+    transaction = committing.get(getcurrent()) if committing else None
+    if transaction is not None:
+        raise NoUnitError(
+            f"{transaction.name} is being committed, so it is not looked up any more: in an event of COMMIT use the session that the "
+            "event is given, and register hooks in the function, or in before_flush"
+        )
+
+
+class UnitPlace(ManagerPlace):
+    """A unit is open here, until its end empties the place."""
+
+    __slots__ = ("_unit",)
+
+    def __init__(self, manager: UnitOfWorkManager[Any], unit: UnitOfWork[Any]) -> None:
+        super().__init__(manager)
+        self._unit: UnitOfWork[Any] | None = unit
+
+    def empty(self) -> None:
+        """Keep neither unit nor connection alive by the contexts that copied this place."""
+        self._unit = None
+
+    def open_unit(self) -> UnitOfWork[Any] | None:
+        return None if self.closed else self._unit
+
+    def unit(self) -> UnitOfWork[Any]:
+        unit = self._unit
+        if unit is None or self.closed:
+            raise NoUnitError(
+                "the unit of work that was open here has ended; in a task that outlives it, or a background task, "
+                "call a @transactional function, which opens its own"
+            )
+        unit._transaction.owner.check()
+        return unit

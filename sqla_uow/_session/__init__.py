@@ -1,0 +1,1 @@
+"""What SQLAlchemy is told, and tells."""

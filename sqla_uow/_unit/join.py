@@ -1,0 +1,151 @@
+"""Frames inside an open unit: joined calls and savepoints."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Generic
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
+
+from sqla_uow._databases.interrupt import cut
+from sqla_uow._log import record
+from sqla_uow._retry.predicates import ask
+from sqla_uow._session.session import has_changes
+from sqla_uow._tasks.shield import shielded
+from sqla_uow._unit.rollback import wait_briefly
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from sqlalchemy.orm import SessionTransaction
+
+    from sqla_uow._unit.options import Options
+    from sqla_uow._unit.unit import UnitOfWork
+
+__all__ = ["Joined", "Nested", "join"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+SAVEPOINT_SECONDS = 5.0
+"""How long rolling back a savepoint may take after a cancellation; the unit's own end cleans up what is left."""
+
+
+class Joined(Generic[S]):
+    """A call that runs in the unit that is open: sends nothing of its own, but flushes at its end."""
+
+    __slots__ = ("_options", "_unit")
+
+    def __init__(self, unit: UnitOfWork[S], options: Options) -> None:
+        self._unit = unit
+        self._options = options
+
+    async def __aenter__(self) -> UnitOfWork[S]:
+        transaction, options = self._unit._transaction, self._options
+        transaction.owner.check()
+        transaction.check_join(options.who, options.isolation, read_only=options.read_only)
+        transaction.joined += 1
+        if options.retries:
+            record(
+                logging.DEBUG, "%s joins %s, which alone retries", options.who, transaction.name,
+                function=options.who, joins=transaction.name,
+            )  # fmt: skip
+        return self._unit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        transaction = self._unit._transaction
+        transaction.joined -= 1
+        if error is None:
+            try:
+                await flush(self._unit)
+            except BaseException as raised:
+                transaction.damage.add(raised)
+                self.choose(raised)
+                raise
+        else:
+            transaction.damage.add(error)
+            self.choose(error)
+
+    def choose(self, error: BaseException) -> None:
+        """Ask the call's own `retry_on` whether the owner of the unit should run it again."""
+        retry_on, who = self._options.retry_on, self._options.who
+        if retry_on is not None and isinstance(error, Exception) and ask(retry_on, f"retry_on of {who}", error):
+            self._unit._transaction.chosen = error
+
+
+async def flush(unit: UnitOfWork[S]) -> None:
+    """Send what is pending, so that its errors surface here."""
+    session = unit._session
+    if session is not None and has_changes(session.sync_session):
+        await session.flush()
+
+
+def join(unit: UnitOfWork[S], options: Options) -> Joined[S] | Nested[S]:
+    """Return the frame of a call that does not begin a unit of its own."""
+    return Nested(unit, options) if options.propagation == "nested" else Joined(unit, options)
+
+
+class Nested(Generic[S]):
+    """A savepoint in the unit that is open: rolled back alone when its body fails, unless the failure is a conflict."""
+
+    __slots__ = ("_joined", "_savepoint", "_unit")
+
+    def __init__(self, unit: UnitOfWork[S], options: Options) -> None:
+        self._joined = Joined(unit, options)
+        self._unit = unit
+        self._savepoint: SessionTransaction | None = None
+
+    async def __aenter__(self) -> UnitOfWork[S]:
+        unit = await self._joined.__aenter__()
+        try:
+            self._savepoint = await unit.session.run_sync(lambda session: session.begin_nested())
+        except BaseException:
+            unit._transaction.joined -= 1
+            raise
+        return unit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        unit, savepoint = self._unit, self._savepoint
+        assert savepoint is not None
+        unit._transaction.joined -= 1
+        if error is None:
+            try:
+                unit._transaction.check_usable()
+                await unit.session.run_sync(lambda _: savepoint.commit())
+            except BaseException as raised:
+                await self._roll_back(savepoint)
+                self._joined.choose(raised)
+                raise
+        else:
+            await self._roll_back(savepoint)
+            self._joined.choose(error)
+
+    async def _roll_back(self, savepoint: SessionTransaction) -> None:
+        """Roll back to the savepoint; its own trouble never hides why."""
+
+        def undo(_session: object) -> None:
+            if savepoint.is_active or savepoint.session.get_nested_transaction() is savepoint:
+                savepoint.rollback()
+
+        outcome = await shielded(partial(self._unit.session.run_sync, undo), limit=SAVEPOINT_SECONDS)
+        transaction = self._unit._transaction
+        if not outcome.task.done():
+            reason = f"rolling back a savepoint in it took more than {SAVEPOINT_SECONDS:g} s"
+            transaction.damage.add(None, hard=True, reason=reason)  # at once: the caller may go on
+            if not cut(transaction.connection):
+                outcome.stop()
+            await wait_briefly(outcome.task)
+        elif (trouble := outcome.trouble) is not None:
+            # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
+            transaction.damage.add(trouble, hard=True)
+            record(
+                logging.DEBUG, "rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__,
+                function=transaction.name, error=trouble,
+            )  # fmt: skip
+        if outcome.cancelled is not None:
+            raise outcome.cancelled

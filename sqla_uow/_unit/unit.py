@@ -1,0 +1,182 @@
+"""`UnitOfWork`: exactly one session, one transaction, one attempt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
+
+from sqla_uow._transaction.hooks import Hook, being_run
+from sqla_uow._transaction.transaction import Phase, Transaction
+from sqla_uow.errors import NoUnitError
+from sqla_uow.typing import IsolationLevel, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqla_uow._transaction.hooks import Hooks
+
+__all__ = ["UnitOfWork"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+P = ParamSpec("P")
+
+
+class UnitOfWork(Generic[S]):
+    """One session, one transaction, one attempt; used once.
+
+    Made by `UnitOfWorkManager` and by `transactional`, never by hand.
+
+    Attributes:
+        attempt: which run of the body this is, from 1.
+    """
+
+    __slots__ = ("__weakref__", "_final", "_is_last", "_session", "_transaction", "attempt")
+
+    def __init__(self, transaction: Transaction, *, attempt: int = 1, is_last_attempt: bool = True) -> None:
+        self._transaction = transaction
+        self._session: S | None = None
+        self._final: Status | None = None
+        self.attempt: int = attempt
+        self._is_last: bool = is_last_attempt
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether a retryable failure of this attempt will reach the caller.
+
+        Set it to True in a body that has done what cannot be done again; it then waits for locks as a last attempt does.
+        """
+        return self._is_last
+
+    @is_last_attempt.setter
+    def is_last_attempt(self, is_last: bool) -> None:
+        self._is_last = is_last
+        if is_last:
+            self._transaction.wait_for_locks()
+
+    @property
+    def session(self) -> S:
+        """The unit's session.  It takes a connection with its first SQL, not before."""
+        session = self._session
+        if session is None:
+            if self._final is not None:
+                raise NoUnitError(f"{self._transaction.name} has ended without a session; open a new unit for SQL")
+            session = self._session = self._transaction.database.session(self._transaction)
+        return session
+
+    @property
+    def status(self) -> Status:
+        """Where the unit stands; once it has ended, what became of it, reliably."""
+        if self._final is not None:
+            return self._final
+        if self._transaction.damage.mark is not None:
+            return Status.DOOMED
+        return Status.NEW if self._transaction.phase is Phase.NEW else Status.ACTIVE
+
+    @property
+    def isolation(self) -> IsolationLevel | None:
+        """The isolation level it was begun with; None is the database's default."""
+        return self._transaction.isolation
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused, by the database and by a guard before each flush."""
+        return self._transaction.read_only
+
+    @property
+    def has_written(self) -> bool:
+        """Whether it has sent a statement that may have written; also once it has ended, whatever became of it.
+
+        What is told apart is how a statement begins, so a SELECT of a function that writes counts as reading.
+        """
+        return self._transaction.wrote
+
+    def after_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `hook` once after this unit has committed, in order of registration, with no transaction open.
+
+        It is dropped with a failed attempt, and with the savepoint it was registered under.  A hook may open a unit of
+        its own, and register further hooks, which run after those that wait already.
+
+        Args:
+            hook: sync or async; what it returns is ignored, what it raises ends in `AfterCommitError`.
+            args: passed to it.
+            kwargs: passed to it.
+
+        Raises:
+            NoUnitError: the unit has ended, or is a scope's read session.
+            TypeError: `hook` cannot be called.
+        """
+        hooks = self._transaction.hooks.after_commit
+        if being_run("after_commit") is not hooks:  # a hook of this unit may register further ones
+            hooks = self._open_hooks("after_commit").after_commit
+        hooks.append(Hook.of(hook, args, kwargs))
+
+    def before_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `hook` inside the transaction, at its end, in each attempt; it may write, and its errors roll back.
+
+        Args:
+            hook: sync or async; what it returns is ignored.
+            args: passed to it.
+            kwargs: passed to it.
+
+        Raises:
+            NoUnitError: the unit has ended, or is a scope's read session.
+            TypeError: `hook` cannot be called.
+        """
+        hooks = self._open_hooks("before_commit")
+        if self._transaction.phase.is_ending:  # it would be forgotten: its COMMIT, or its ROLLBACK, is on the way
+            raise NoUnitError(
+                f"{self._transaction.name} is ending and runs no more before_commit hooks; register it before"
+            )
+        hooks.before_commit.append(Hook.of(hook, args, kwargs))
+
+    def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
+
+        A hook may register further ones, which run after those that wait already.
+
+        Args:
+            hook: sync or async; what it returns is ignored.
+            args: passed to it.
+            kwargs: passed to it.
+
+        Raises:
+            NoUnitError: the unit has ended, or is a scope's read session.
+            TypeError: `hook` cannot be called.
+        """
+        hooks = self._transaction.hooks.after_rollback
+        if being_run("after_rollback") is not hooks:
+            hooks = self._open_hooks("after_rollback").after_rollback
+        hooks.append(Hook.of(hook, args, kwargs))
+
+    def doom(self, reason: str | None = None) -> None:
+        """Roll back at the end; SQL is refused from now on.
+
+        Called in the function that owns the unit this is its own wish, and the function returns normally.  Called in a
+        joined function it is news to the owner, who gets `RollbackOnlyError`.
+
+        Args:
+            reason: said in the errors that follow.
+
+        Raises:
+            NoUnitError: the unit has ended.
+        """
+        self._check_open("call doom()")
+        self._transaction.damage.add(
+            None, hard=True, reason=f"doom() was called: {reason}" if reason else "doom() was called",
+            quiet=self._transaction.joined == 0,
+        )  # fmt: skip
+
+    def _open_hooks(self, what: str) -> Hooks:
+        if self._transaction.scope_read:
+            raise NoUnitError(f"{what}() was called outside a unit of work; call it inside a @transactional function")
+        self._check_open("register hooks")
+        return self._transaction.hooks
+
+    def _check_open(self, what: str) -> None:
+        if self._final is not None:
+            raise NoUnitError(f"{self._transaction.name} has ended; {what} while it is open")
+
+    def __repr__(self) -> str:
+        return f"<UnitOfWork {self._transaction.name} attempt {self.attempt} {self.status.value}>"

@@ -1,0 +1,103 @@
+"""What a body says about versions: the one a client has seen, and that a change counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import object_session
+from sqlalchemy.orm.attributes import flag_dirty
+
+from sqla_uow._session.instances import describe
+from sqla_uow._transaction.transaction import Phase, Transaction, transaction_of
+from sqla_uow._versions.expectations import Expectation, versions_of
+from sqla_uow._versions.mapping import VersionMixin, attribute_of, check_type
+from sqla_uow.errors import NoUnitError, ReadOnlyError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+    from sqlalchemy.orm import InstanceState
+
+__all__ = ["expect_version", "get_versioned", "touch"]
+
+V = TypeVar("V", bound=VersionMixin)
+
+
+def expect_version(instance: VersionMixin, version: Any, /) -> None:
+    """Let the unit succeed only if nobody has changed this object since the client saw that version of it.
+
+    It is compared at once, again before the object is written and by the UPDATE itself; where the body changes nothing,
+    by one locking SELECT before COMMIT.  A unit that expects a version never retries a stale one, whatever its
+    `retries` say: running the body again cannot make fresh what the client has seen.
+
+    Args:
+        instance: an object with a version mixin, of the session of an open unit.
+        version: what the client has seen: an int, a UUID or an aware datetime, as its model's.
+
+    Raises:
+        StaleVersionError: the object is at another version.
+        NoUnitError: the object is in no open unit.
+        ReadOnlyError: it is in the read session of a scope, which ends before anything is written.
+        TypeError: not a version of this model.
+        ValueError: the object has no row yet.
+    """
+    transaction, state = _unit_of(instance, "expect_version()")
+    if transaction.scope_read:
+        raise ReadOnlyError(transaction.read_only_message(f"expect_version() was called for {describe(instance)}"))
+    if state.key is None:
+        raise ValueError(f"{describe(instance)} has no row yet, and so no version that anybody could have seen")
+    check_type(state.mapper, version)
+    found = state.dict.get(attribute_of(state.mapper))
+    if found is not None and found != version:
+        raise Expectation(instance, version).stale(found)
+    versions_of(transaction).expect(instance, version)
+
+
+async def get_versioned(
+    session: AsyncSession | async_scoped_session[Any], model: type[V], key: Any, /, *, version: Any, **options: Any
+) -> V:
+    """Load an object by its key and expect a version of it.
+
+    Args:
+        session: of the open unit.
+        model: a class with a version mixin.
+        key: the primary key, as `AsyncSession.get` takes it.
+        version: what the client has seen: see `expect_version`.
+        options: passed to `AsyncSession.get_one`: `options`, `with_for_update`, `populate_existing`.
+
+    Raises:
+        sqlalchemy.exc.NoResultFound: there is no such row.
+        StaleVersionError: it is at another version.
+    """
+    instance: V = await session.get_one(model, key, **options)
+    expect_version(instance, version)
+    return instance
+
+
+def touch(instance: VersionMixin, /) -> None:
+    """Count a change of an object that is in none of its own columns: its version rises with the next flush, by one.
+
+    A change of its columns in the same flush counts with it, once.  A new object has its first version anyway.
+
+    Args:
+        instance: an object with a version mixin, of the session of an open unit; it may be expired.
+
+    Raises:
+        NoUnitError: the object is in no open unit.
+        ReadOnlyError: the unit is read-only.
+    """
+    transaction, state = _unit_of(instance, "touch()")
+    if transaction.read_only:
+        raise ReadOnlyError(transaction.read_only_message(f"touch() was called for {describe(instance)}"))
+    if state.key is not None:
+        versions_of(transaction).touched.add(state)
+        flag_dirty(instance)
+
+
+def _unit_of(instance: object, what: str) -> tuple[Transaction, InstanceState[Any]]:
+    if not isinstance(instance, VersionMixin):
+        raise TypeError(f"{what} got a {type(instance).__name__}, which has no version; give its model a mixin")
+    transaction = transaction_of(object_session(instance))
+    if transaction is None or transaction.phase is Phase.ENDED:
+        raise NoUnitError(f"{describe(instance)} is in no open unit; call {what} where its session's unit is open")
+    return transaction, inspect(instance)
