@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,16 @@ def test_the_readme_lists_every_folder_and_test_beside_them(driver):
     folders = {f"`{path.name}/`" for path in TESTS.iterdir() if any(path.glob("*.py"))}
     files = {f"`{path.name}`" for path in TESTS.glob("*.py")} - {"`conftest.py`"}
     assert {name for name in folders | files if name not in text} == set()
+
+
+@pytest.mark.drivers("sqlite")
+def test_the_stair_is_the_one_that_is_checked(driver):
+    """Each wing is on the stair of CONTRIBUTING.md, on the step that import-linter holds it to."""
+    wings = {path.name for path in (CHECKOUT / "sqla_uow").glob("_[a-z]*") if any(path.glob("*.py"))}
+    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(one["layers"] for one in contracts if one["id"] == "layers")
+    table = (CHECKOUT / "CONTRIBUTING.md").read_text().partition("## The stair")[2].partition("## What goes where")[0]
+    steps = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    checked, told = ([set(re.findall(r"\w+", step)) & wings for step in these] for these in (layers, steps))
+    assert list(filter(None, checked)) == list(filter(None, told))
+    assert wings == set().union(*told)
