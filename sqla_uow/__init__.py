@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.typing import IsolationLevel, Propagation, Status
 
+    __version__: str
+
 __all__ = [
     "IsolationLevel",
     "Propagation",
@@ -81,6 +83,8 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     if name == "errors":
         return import_module("sqla_uow.errors")
+    if name == "__version__":  # reading the metadata takes longer than all of this module
+        return import_module("importlib.metadata").version("sqla-uow")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

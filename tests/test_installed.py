@@ -68,3 +68,9 @@ def test_every_public_name_is_found_when_asked_for():
     assert set(sqla_uow.__all__) <= set(dir(sqla_uow))
     with pytest.raises(AttributeError, match=r"^module 'sqla_uow' has no attribute 'transactionl'$"):
         sqla_uow.transactionl  # noqa: B018  # what is raised is the point
+
+
+def test_the_version_is_that_of_the_metadata():
+    """`sqla_uow.__version__` is what pip installed, and is looked up when it is asked for."""
+    assert sqla_uow.__version__ == importlib.metadata.version("sqla-uow")
+    assert "__version__" not in vars(sqla_uow)
