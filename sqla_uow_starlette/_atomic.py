@@ -52,7 +52,8 @@ def is_async(function: object) -> bool:
     inner: Any = function
     while isinstance(inner, functools.partial):
         inner = inner.func
-    call = getattr(type(inner), "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
+    kind = cast("type[object]", type(inner))
+    call = getattr(kind, "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
 
 

@@ -13,7 +13,7 @@ import io
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 from sqla_uow.errors import InstanceReuseError
 
@@ -80,13 +80,21 @@ def _is_plain(value: object) -> bool:
     return True
 
 
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(value, dict)
+
+
 def _first(container: Any) -> Iterable[Any]:
     elements = _elements(container)
     return elements if len(container) <= _FEW else islice(elements, 1)
 
 
 def _elements(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
+    return container.values() if _is_dict(container) else container
 
 
 async def keep(values: Iterable[Any]) -> Mapping[int, Restore]:
@@ -101,9 +109,9 @@ async def keep(values: Iterable[Any]) -> Mapping[int, Restore]:
 
 def _of_web(value: Any) -> Restore | None:
     tasks, headers = getattr(value, "tasks", None), getattr(value, "raw_headers", None)
-    if hasattr(value, "add_task") and isinstance(tasks, list):
+    if hasattr(value, "add_task") and _is_list(tasks):
         return _list_as_it_is(tasks)
-    if hasattr(value, "set_cookie") and isinstance(headers, list):
+    if hasattr(value, "set_cookie") and _is_list(headers):
         as_it_was, status = _list_as_it_is(headers), getattr(value, "status_code", None)
 
         async def restore() -> None:
@@ -213,7 +221,7 @@ def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
 def _used_up(value: Any) -> str | None:
     """Say what it is of which an attempt may have taken a part; None where nothing can be missing."""
-    cls = type(value)
+    cls = cast("type[object]", type(value))
     wrapper = cls.__name__ == "_TemporaryFileWrapper"
     if wrapper or (hasattr(cls, "read") and (hasattr(cls, "readline") or hasattr(cls, "seek"))):
         if (wrapper or isinstance(value, io.IOBase)) and not value.closed and not value.readable():

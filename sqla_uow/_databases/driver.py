@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sqlalchemy.util import await_only
 
@@ -108,4 +108,5 @@ def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], objec
             calls.end_raw(begun)
 
     setattr(raw, name, sending)
-    return lambda: vars(raw).pop(name, None)
+    attributes = cast("dict[str, object]", vars(raw))
+    return lambda: attributes.pop(name, None)

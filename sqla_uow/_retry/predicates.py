@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,8 @@ def check_sync(function: Any, what: str) -> None:
     inner: Any = function
     while isinstance(inner, functools.partial):
         inner = inner.func
-    call = getattr(type(inner), "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
+    kind = cast("type[object]", type(inner))
+    call = getattr(kind, "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
     if any(_answers_late(one) for one in (inner, call)):
         raise TypeError(
             f"{what} is given {_name(inner)}, which is async or a generator: its answer would always count as true; "

@@ -342,7 +342,8 @@ def _before_cursor_execute(
     # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
     writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
     unit.before_statement(writes=writes)
-    context.sent_by_unit = True
+    if context is not None:
+        context.sent_by_unit = True
     if writes:
         unit.wrote = unit.wrote_rows = True
     else:

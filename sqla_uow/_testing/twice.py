@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 from collections import deque
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from sqla_uow._attempts.arguments import Called, named, renew
 from sqla_uow._attempts.call import rehearsals
@@ -84,11 +84,15 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
     return twice
 
 
+_CHANGEABLE: tuple[type[Any], ...] = (dict, list, set, deque, bytearray)
+
+
 def _copies(called: Called) -> Iterator[tuple[str, Any, Any]]:
     """Yield the arguments that can be changed, and compared with a copy."""
     for name, value in named(called.function, called.args, called.kwargs):
-        known = isinstance(value, (dict, list, set, deque, bytearray)) or hasattr(type(value), "model_dump")
-        if name == "self" or not (known or dataclasses.is_dataclass(value)):
+        kind = cast("type[object]", type(value))
+        known = isinstance(value, _CHANGEABLE) or hasattr(kind, "model_dump")
+        if name == "self" or not (known or dataclasses.is_dataclass(kind)):
             continue
         with contextlib.suppress(Exception):  # of whatever stands in it: that can be no copy
             as_it_was = copy.deepcopy(value)
