@@ -118,7 +118,7 @@ def uow_capture_after_commit() -> CaptureAfterCommit:
 
     ``with uow_capture_after_commit() as hooks:``
     """
-    from sqla_uow.testing import capture_after_commit
+    from sqla_uow._testing.captures import capture_after_commit
 
     return capture_after_commit
 
@@ -174,6 +174,6 @@ def uow_run_twice() -> RunTwice:
 
     ``await uow_run_twice(function)(...)``
     """
-    from sqla_uow.testing import run_twice
+    from sqla_uow._testing.twice import run_twice
 
     return run_twice

@@ -6,11 +6,11 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from sqla_uow._api.current import locate
 from sqla_uow._api.manager import UnitOfWorkManager
 from sqla_uow._attempts.arguments import NOTHING, find_used, keep, leaves_all
 from sqla_uow._attempts.call import Attempts, rehearsals
 from sqla_uow._databases.levels import check_level
+from sqla_uow._scope.lookup import locate
 from sqla_uow._unit.join import join
 from sqla_uow._unit.options import Options, check_name
 

@@ -12,11 +12,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm.exc import StaleDataError
 from typing_extensions import TypeVar
 
-from sqla_uow._api.current import last_write_of
 from sqla_uow._attempts.observers import idle_of
 from sqla_uow._databases.failures import Failure, Kind, chain, classify
 from sqla_uow._log import record
 from sqla_uow._retry.predicates import ask
+from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._transaction.transaction import Transaction

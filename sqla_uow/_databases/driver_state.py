@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only
 
+from sqla_uow._databases.driver import raw_connection
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -41,7 +43,7 @@ class Ended(enum.Enum):
 
 def in_autocommit(connection: Any) -> bool:
     """Say whether each statement on a unit's connection commits by itself."""
-    driver, raw = connection.dialect.driver, connection.raw
+    driver, raw = connection.dialect.driver, raw_connection(connection)
     if driver == "asyncpg":
         return bool(connection._dbapi_connection.dbapi_connection.isolation_level == "autocommit")  # the adapter's
     if driver == "psycopg":
@@ -69,7 +71,7 @@ def state_of(driver: str, raw: Any) -> State | None:
 
 def in_transaction(connection: Any) -> bool:
     """Say whether a transaction is open on a unit's connection, before anything was sent on it here."""
-    return state_of(connection.dialect.driver, connection.raw) in (State.OPEN, State.FAILED)
+    return state_of(connection.dialect.driver, raw_connection(connection)) in (State.OPEN, State.FAILED)
 
 
 def is_fit(driver: str, raw: Any) -> bool:
@@ -127,7 +129,7 @@ def watch(connection: Any) -> Callable[[bool], Ended | None] | None:
     It is told whether the unit has written rows, so that there is something that could be committed behind its back.
     """
     make = _WATCHES.get(connection.dialect.driver)
-    return None if make is None else make(connection.raw)
+    return None if make is None else make(raw_connection(connection))
 
 
 def _asyncpg(raw: Any) -> Callable[[bool], Ended | None]:

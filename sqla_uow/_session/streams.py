@@ -39,8 +39,8 @@ class Stream:
         self._unit = unit
         self._cursor: Any = context.cursor
         self._rows: weakref.ref[StreamedRows] | None = None
-        self.is_over = False
-        self.name = _named(context)
+        self.is_over: bool = False
+        self.name: str = _named(context)
         self._note_reader()
 
     def rows(self, context: Any) -> StreamedRows:

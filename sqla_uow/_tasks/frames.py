@@ -183,7 +183,7 @@ class Owner:
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
         self.name: str = name
-        self.loop = task.get_loop()
+        self.loop: asyncio.AbstractEventLoop = task.get_loop()
         self.last: Task | None = task
         self._frame = _here(task)
         self._lost: weakref.WeakSet[Task] | None = None

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from sqla_uow import IsolationLevel, UnitOfWorkManager
-    from sqla_uow.testing import CapturedHook, Fault, FaultPlan, FaultPoint, Queries
+    from sqla_uow._testing.captures import CapturedHook
+    from sqla_uow._testing.faults import Fault, FaultPlan, FaultPoint
+    from sqla_uow._testing.queries import Queries
 
 __all__ = [
     "AssertNoLeaks",
