@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-__all__ = ["CommitAnswer", "RawCalls", "begin_now", "raw_connection", "tell_raw_calls"]
+__all__ = ["CommitAnswer", "RawCalls", "begin_now", "raw_connection", "tell_next_results", "tell_raw_calls"]
 
 
 def raw_connection(connection: Connection) -> Any:
@@ -76,13 +76,24 @@ class RawCalls(Protocol):
 
     def raw_failed(self, error: BaseException) -> None: ...
 
+    def raw_sent(self, text: str) -> None: ...
+
     def end_raw(self, begun: object) -> None: ...
 
 
-def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object] | None:
-    """Have statements on the driver's own connection told, where its transaction does not remember their failures.
+_CALLS = {
+    # Every statement of every cursor comes by the first of them.
+    "asyncmy": ("query", "commit", "rollback", "begin", "autocommit"),
+    "aiomysql": ("query", "commit", "rollback", "begin", "autocommit"),
+    "aiosqlite": ("_execute",),
+}
 
-    PostgreSQL fails the whole transaction, which the driver knows.  MariaDB and SQLite undo the statement only.
+
+def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object]:
+    """Have statements on the driver's own connection told: that they fail, and that they may have ended the transaction.
+
+    Of a failure PostgreSQL's drivers know by themselves, as the whole transaction has failed; MariaDB and SQLite undo the
+    statement only.  That a transaction was ended and the next one begun, no driver knows afterwards.
 
     Args:
         driver: its name.
@@ -90,22 +101,84 @@ def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], objec
         calls: is told.
 
     Returns:
-        what ends it; None where the driver's word is enough.
+        what ends it.
     """
-    name = {"asyncmy": "query", "aiomysql": "query", "aiosqlite": "_execute"}.get(driver)
-    if name is None:
-        return None
-    send: Callable[..., Awaitable[Any]] = getattr(raw, name)  # every statement of every cursor comes by it
+    if driver == "asyncpg":  # takes no attributes; its own log comes one turn of the loop later, before the next answer
 
+        def sent(logged: Any) -> None:
+            calls.raw_sent(logged.query)
+
+        raw.add_query_logger(sent)
+        return lambda: raw.remove_query_logger(sent)
+    told = {"wait": _observed(raw.wait, calls)} if driver == "psycopg" else {}
+    told |= {name: _told(name, getattr(raw, name), calls) for name in _CALLS.get(driver, ())}
+    for name, call in told.items():
+        setattr(raw, name, call)
+
+    def untell() -> None:
+        for name in told:
+            vars(raw).pop(name, None)
+
+    return untell
+
+
+def _told(name: str, send: Callable[..., Awaitable[Any]], calls: RawCalls) -> Callable[..., Awaitable[Any]]:
     async def sending(*args: Any, **kwargs: Any) -> Any:
         begun = calls.begin_raw()
         try:
-            return await send(*args, **kwargs)
+            result = await send(*args, **kwargs)
         except Exception as error:
             calls.raw_failed(error)
             raise
         finally:
             calls.end_raw(begun)
+        if begun is not None:
+            calls.raw_sent(_text(name, args))
+        return result
 
-    setattr(raw, name, sending)
-    return lambda: vars(raw).pop(name, None)
+    return sending
+
+
+def _observed(wait: Callable[..., Awaitable[Any]], calls: RawCalls) -> Callable[..., Awaitable[Any]]:
+    """Look at the transaction after each wait for the server: all of psycopg's operations are made of such."""
+
+    async def waiting(*args: Any, **kwargs: Any) -> Any:
+        result = await wait(*args, **kwargs)
+        calls.raw_sent("")
+        return result
+
+    return waiting
+
+
+def _text(name: str, args: tuple[Any, ...]) -> str:
+    """Return the SQL of a call."""
+    if name == "begin":
+        return name
+    at = {"query": 0, "_execute": 1}.get(name)
+    text = "" if at is None or len(args) <= at else args[at]
+    if isinstance(text, (bytes, bytearray)):
+        return text.decode("latin-1")
+    return text if isinstance(text, str) else ""
+
+
+def tell_next_results(raw: Any, failed: Callable[[BaseException], object]) -> Callable[[], object]:
+    """Have the failures of further results told, of a procedure say: SQLAlchemy reads them while it closes the cursor.
+
+    Args:
+        raw: MariaDB's connection.
+        failed: is told.
+
+    Returns:
+        what ends it.
+    """
+    read: Callable[..., Awaitable[Any]] = raw.next_result
+
+    async def reading(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await read(*args, **kwargs)
+        except Exception as error:
+            failed(error)
+            raise
+
+    raw.next_result = reading
+    return lambda: vars(raw).pop("next_result", None)
