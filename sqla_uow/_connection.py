@@ -143,6 +143,8 @@ class UnitConnection(Connection):
         state = None if self.invalidated else state_of(self.dialect.driver, raw_connection(self))
         if not self.invalidated:
             unit.hear(state)
+            if state is None and self.dialect.name == "sqlite":  # its adapter may say so, or say nothing
+                unit.was_closed()
         unit.sending_commit()
         answer = None if self.invalidated else CommitAnswer.listen(self)
         try:
