@@ -498,7 +498,10 @@ class _RawCalls:
         return self._unit.begin_raw()
 
     def raw_failed(self, error: BaseException) -> None:
-        self._unit.raw_failed(error)
+        if self._unit.database.family != "postgresql":
+            self._unit.raw_failed(error)
+        elif isinstance(error, Exception):  # else a savepoint there may have brought it back, as the driver knows
+            self._unit.raw_conflicted(error)
 
     def end_raw(self, begun: object) -> None:
         self._unit.end_raw(begun)

@@ -92,8 +92,8 @@ _CALLS = {
 def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object]:
     """Have statements on the driver's own connection told: that they fail, and that they may have ended the transaction.
 
-    Of a failure PostgreSQL's drivers know by themselves, as the whole transaction has failed; MariaDB and SQLite undo the
-    statement only.  That a transaction was ended and the next one begun, no driver knows afterwards.
+    That a transaction has failed PostgreSQL's drivers know by themselves; MariaDB and SQLite undo the statement only.  That
+    one was ended and the next one begun, no driver knows afterwards.
 
     Args:
         driver: its name.
@@ -106,7 +106,10 @@ def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], objec
     if driver == "asyncpg":  # takes no attributes; its own log comes one turn of the loop later, before the next answer
 
         def sent(logged: Any) -> None:
-            calls.raw_sent(logged.query)
+            if logged.exception is None:
+                calls.raw_sent(logged.query)
+            else:
+                calls.raw_failed(logged.exception)
 
         raw.add_query_logger(sent)
         return lambda: raw.remove_query_logger(sent)
@@ -143,7 +146,11 @@ def _observed(wait: Callable[..., Awaitable[Any]], calls: RawCalls) -> Callable[
     """Look at the transaction after each wait for the server: all of psycopg's operations are made of such."""
 
     async def waiting(*args: Any, **kwargs: Any) -> Any:
-        result = await wait(*args, **kwargs)
+        try:
+            result = await wait(*args, **kwargs)
+        except Exception as error:
+            calls.raw_failed(error)
+            raise
         calls.raw_sent("")
         return result
 

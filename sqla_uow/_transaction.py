@@ -588,6 +588,16 @@ class Transaction:
             failure = classify(error) if isinstance(error, Exception) else None
             self.damage.add(error, failure=failure, hard=failure is not None and failure.kind in HARD)
 
+    def raw_conflicted(self, error: Exception) -> None:
+        """Take note of what is to be run again; on asyncpg it may be told when the unit is already rolling back."""
+        failure = classify(error)
+        if failure is None or failure.kind not in HARD or self.owner.in_flight is not None:
+            return
+        if self.phase.is_active or self.phase is Phase.COMMITTING:
+            self.damage.add(error, failure=failure, hard=True)
+        elif self.phase is Phase.ENDING and self.connect_failure is None:
+            self.connect_failure = failure
+
     # -- streams
 
     def check_no_stream(self, what: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import pytest
 from sqlalchemy import event, select, text
 
-from sqla_uow import Status, UnitOfWorkManager, errors
+from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from tests.models import Account
 from tests.waiting import until
 
@@ -285,3 +285,55 @@ async def test_a_pipeline_that_is_left_on(db, manager):
     assert await is_sound(db, manager)
     with contextlib.suppress(Exception):
         await pipeline.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.drivers("psycopg")
+async def test_a_connection_that_is_lost_under_it_is_retried(db, swallowed):
+    """As under a statement of the session."""
+    manager = UnitOfWorkManager(db.engine(), retries=1)
+    runs = []
+
+    @transactional(using=manager)
+    async def work():
+        session = current_session()
+        runs.append(1)
+        raw = await raw_of(session)
+        await send(raw, FIRST)
+        try:
+            if len(runs) == 1:
+                await send(raw, "SELECT pg_terminate_backend(pg_backend_pid())")
+            await send(raw, SECOND)
+        except Exception:
+            if not swallowed:
+                raise
+
+    await work()
+    assert len(runs) == 2
+    assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_conflict_under_it_is_retried(db, manager, swallowed):
+    """Also one that a savepoint there has brought back."""
+    await db.run(FIRST)
+    runs = []
+
+    @transactional(using=manager, retries=1, isolation="SERIALIZABLE")
+    async def work():
+        session = current_session()
+        runs.append(await session.scalar(text("SELECT balance FROM account")))
+        raw = await raw_of(session)
+        if len(runs) == 1:
+            await db.run("UPDATE account SET balance = 20")
+        try:
+            async with raw.transaction():
+                await raw.execute("UPDATE account SET balance = balance + 1")
+        except Exception:
+            if not swallowed:
+                raise
+
+    await work()
+    assert runs == [10, 20]
+    assert await db.scalar("SELECT balance FROM account") == 21
