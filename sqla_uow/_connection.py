@@ -527,7 +527,7 @@ _QUOTED = {
     "postgresql": r"'(?:[^']|'')*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/",
     "sqlite": r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/",
 }
-_HAS_BODY = ("CREATE", "ALTER", "DO")  # of statements, whose END is their own
+_HAS_BODY = re.compile(r"(?:CREATE|ALTER|DO|BEGIN\s+NOT)\b", re.IGNORECASE)  # of statements, whose END is their own
 
 
 def _ends_raw(family: str, text: str) -> bool:
@@ -535,7 +535,7 @@ def _ends_raw(family: str, text: str) -> bool:
     if family not in _QUOTED or not _MAY_END.search(text):
         return False
     parts = re.sub(_QUOTED[family], " ", text, flags=re.DOTALL).split(";")
-    if parts[0].lstrip()[:_OPENING].upper().startswith(_HAS_BODY):
+    if _HAS_BODY.match(parts[0].lstrip()) is not None:
         return False
     begins = () if family == "mysql" else ("BEGIN", "START")  # refused, or no matter, inside a transaction
     openings = [part.lstrip()[:_OPENING] for part in parts]

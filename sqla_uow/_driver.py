@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from sqlalchemy.engine import Connection
 
@@ -118,11 +118,7 @@ def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], objec
     for name, call in told.items():
         setattr(raw, name, call)
 
-    def untell() -> None:
-        for name in told:
-            vars(raw).pop(name, None)
-
-    return untell
+    return lambda: _restore(raw, told)
 
 
 def _told(name: str, send: Callable[..., Awaitable[Any]], calls: RawCalls) -> Callable[..., Awaitable[Any]]:
@@ -188,4 +184,11 @@ def tell_next_results(raw: Any, failed: Callable[[BaseException], object]) -> Ca
             raise
 
     raw.next_result = reading
-    return lambda: vars(raw).pop("next_result", None)
+    return lambda: _restore(raw, ("next_result",))
+
+
+def _restore(raw: Any, names: Iterable[str]) -> None:
+    """Uncover the connection's own methods."""
+    for name in names:
+        if name in vars(raw):
+            delattr(raw, name)

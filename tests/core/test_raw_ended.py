@@ -120,6 +120,14 @@ async def test_the_body_of_a_trigger_is_no_end(db, manager):
     assert await db.rows("SELECT id FROM account") == [(1,)]
 
 
+@pytest.mark.drivers(*MARIADB)
+async def test_a_block_is_no_end(db, manager):
+    """Likewise MariaDB's."""
+    async with manager.begin() as unit:
+        await send(await raw_of(unit.session), f"BEGIN NOT ATOMIC {FIRST}; END")
+    assert await db.rows("SELECT id FROM account") == [(1,)]
+
+
 @pytest.mark.drivers("psycopg", "asyncmy", "aiomysql")
 async def test_autocommit_is_not_handed_on(db, manager, caplog):
     """The next user of the connection could roll nothing back."""
