@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.util import await_only
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from sqlalchemy.engine import Connection
 
-__all__ = ["CommitAnswer", "RawCalls", "begin_now", "listen_to_commit", "raw_connection", "tell_raw_calls"]
+__all__ = [
+    "CommitAnswer", "RawCalls", "begin_now", "listen_to_commit", "raw_connection", "tell_next_results", "tell_raw_calls",
+]  # fmt: skip
 
 
 def raw_connection(connection: Connection) -> Any:
@@ -76,13 +78,24 @@ class RawCalls(Protocol):
 
     def raw_failed(self, error: BaseException) -> None: ...
 
+    def raw_sent(self, text: str) -> None: ...
+
     def end_raw(self, begun: object) -> None: ...
 
 
-def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object] | None:
-    """Have statements on the driver's own connection told, where its transaction does not remember their failures.
+_CALLS = {
+    # Every statement of every cursor comes by the first of them.
+    "asyncmy": ("query", "commit", "rollback", "begin", "autocommit"),
+    "aiomysql": ("query", "commit", "rollback", "begin", "autocommit"),
+    "aiosqlite": ("_execute",),
+}
 
-    PostgreSQL fails the whole transaction, which the driver knows.  MariaDB and SQLite undo the statement only.
+
+def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], object]:
+    """Have statements on the driver's own connection told: that they fail, and that they may have ended the transaction.
+
+    That a transaction has failed PostgreSQL's drivers know by themselves; MariaDB and SQLite undo the statement only.  That
+    one was ended and the next one begun, no driver knows afterwards.
 
     Args:
         driver: its name.
@@ -90,23 +103,94 @@ def tell_raw_calls(driver: str, raw: Any, calls: RawCalls) -> Callable[[], objec
         calls: is told.
 
     Returns:
-        what ends it; None where the driver's word is enough.
+        what ends it.
     """
-    name = {"asyncmy": "query", "aiomysql": "query", "aiosqlite": "_execute"}.get(driver)
-    if name is None:
-        return None
-    send: Callable[..., Awaitable[Any]] = getattr(raw, name)  # every statement of every cursor comes by it
+    if driver == "asyncpg":  # takes no attributes; its own log comes one turn of the loop later, before the next answer
 
+        def sent(logged: Any) -> None:
+            if logged.exception is None:
+                calls.raw_sent(logged.query)
+            else:
+                calls.raw_failed(logged.exception)
+
+        raw.add_query_logger(sent)
+        return lambda: raw.remove_query_logger(sent)
+    told = {"wait": _observed(raw.wait, calls)} if driver == "psycopg" else {}
+    told |= {name: _told(name, getattr(raw, name), calls) for name in _CALLS.get(driver, ())}
+    for name, call in told.items():
+        setattr(raw, name, call)
+
+    return lambda: _restore(raw, told)
+
+
+def _told(name: str, send: Callable[..., Awaitable[Any]], calls: RawCalls) -> Callable[..., Awaitable[Any]]:
     async def sending(*args: Any, **kwargs: Any) -> Any:
         begun = calls.begin_raw()
         try:
-            return await send(*args, **kwargs)
+            result = await send(*args, **kwargs)
         except Exception as error:
             calls.raw_failed(error)
             raise
         finally:
             calls.end_raw(begun)
+        if begun is not None:
+            calls.raw_sent(_text(name, args))
+        return result
 
-    setattr(raw, name, sending)
-    attributes = cast("dict[str, object]", vars(raw))
-    return lambda: attributes.pop(name, None)
+    return sending
+
+
+def _observed(wait: Callable[..., Awaitable[Any]], calls: RawCalls) -> Callable[..., Awaitable[Any]]:
+    """Look at the transaction after each wait for the server: all of psycopg's operations are made of such."""
+
+    async def waiting(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = await wait(*args, **kwargs)
+        except Exception as error:
+            calls.raw_failed(error)
+            raise
+        calls.raw_sent("")
+        return result
+
+    return waiting
+
+
+def _text(name: str, args: tuple[Any, ...]) -> str:
+    """Return the SQL of a call."""
+    if name == "begin":
+        return name
+    at = {"query": 0, "_execute": 1}.get(name)
+    text = "" if at is None or len(args) <= at else args[at]
+    if isinstance(text, (bytes, bytearray)):
+        return text.decode("latin-1")
+    return text if isinstance(text, str) else ""
+
+
+def tell_next_results(raw: Any, failed: Callable[[BaseException], object]) -> Callable[[], object]:
+    """Have the failures of further results told, of a procedure say: SQLAlchemy reads them while it closes the cursor.
+
+    Args:
+        raw: MariaDB's connection.
+        failed: is told.
+
+    Returns:
+        what ends it.
+    """
+    read: Callable[..., Awaitable[Any]] = raw.next_result
+
+    async def reading(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return await read(*args, **kwargs)
+        except Exception as error:
+            failed(error)
+            raise
+
+    raw.next_result = reading
+    return lambda: _restore(raw, ("next_result",))
+
+
+def _restore(raw: Any, names: Iterable[str]) -> None:
+    """Uncover the connection's own methods."""
+    for name in names:
+        if name in vars(raw):
+            delattr(raw, name)

@@ -18,7 +18,7 @@ from sqla_uow._databases.driver import raw_connection
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Ended", "State", "in_autocommit", "in_transaction", "is_fit", "state_of", "watch"]
+__all__ = ["Ended", "State", "in_autocommit", "in_transaction", "is_fit", "state_of", "switched_to_autocommit", "watch"]
 
 # https://mariadb.com/kb/en/ok_packet/
 _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
@@ -31,6 +31,7 @@ class State(enum.Enum):
     NONE = "none"
     OPEN = "open"
     FAILED = "failed"  # PostgreSQL would answer COMMIT by ROLLBACK
+    BUSY = "busy"  # with what is still under way
 
 
 class Ended(enum.Enum):
@@ -55,6 +56,13 @@ def in_autocommit(connection: Any) -> bool:
     return False
 
 
+def switched_to_autocommit(driver: str, raw: Any) -> bool:
+    """Say whether the driver's own connection, which was in a unit, now commits each statement by itself."""
+    if driver == "psycopg":
+        return bool(raw.autocommit)
+    return driver in _FLAGS and _agree(raw, _AUTOCOMMIT)
+
+
 def _sqlite_autocommits(raw: Any) -> bool:
     # Since Python 3.12; the default is -1, which is no truth value.
     try:
@@ -71,12 +79,14 @@ def state_of(driver: str, raw: Any) -> State | None:
 
 def in_transaction(connection: Any) -> bool:
     """Say whether a transaction is open on a unit's connection, before anything was sent on it here."""
-    return state_of(connection.dialect.driver, raw_connection(connection)) in (State.OPEN, State.FAILED)
+    return state_of(connection.dialect.driver, raw_connection(connection)) in (State.OPEN, State.FAILED, State.BUSY)
 
 
 def is_fit(driver: str, raw: Any) -> bool:
     """Say whether the next user of the connection can begin a transaction on it."""
-    if state_of(driver, raw) in (State.OPEN, State.FAILED):
+    if driver in _STATES and state_of(driver, raw) is not State.NONE:
+        return False
+    if driver == "psycopg" and raw.pgconn.pipeline_status:  # left on: answers would reach the wrong statements
         return False
     # What asyncpg remembers of a BEGIN that was refused keeps every later one from beginning.
     return driver != "asyncpg" or raw._top_xact is None
@@ -89,7 +99,7 @@ def _state_asyncpg(raw: Any) -> State | None:
 
 
 # libpq's PGTransactionStatusType: idle, active, in a transaction, in a failed one; 4 is unknown
-_LIBPQ = {_IDLE: State.NONE, 1: State.OPEN, 2: State.OPEN, 3: State.FAILED}
+_LIBPQ = {_IDLE: State.NONE, 1: State.BUSY, 2: State.OPEN, 3: State.FAILED}
 
 
 def _state_psycopg(raw: Any) -> State | None:
@@ -119,7 +129,7 @@ _STATES: dict[str, Callable[[Any], State | None]] = {
 def _agree(raw: Any, flag: int) -> bool:
     """Say whether all that knows flags says so: either may be older than the other."""
     result = raw._result
-    latest = None if result is None else result.server_status
+    latest = None if result is None or result.unbuffered_active else result.server_status
     return bool((raw.server_status or 0) & flag) and (latest is None or bool(latest & flag))
 
 

@@ -22,8 +22,8 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.driver import begin_now, listen_to_commit, tell_raw_calls
-from sqla_uow._databases.driver_state import Ended, State, in_transaction, is_fit, state_of
+from sqla_uow._databases.driver import begin_now, listen_to_commit, tell_next_results, tell_raw_calls
+from sqla_uow._databases.driver_state import Ended, State, in_transaction, is_fit, state_of, switched_to_autocommit
 from sqla_uow._databases.failures import Kind, classify
 from sqla_uow._databases.interrupt import settle
 from sqla_uow._databases.levels import lift_lock_wait, limit_statement, restore_sqlite
@@ -124,8 +124,9 @@ class UnitConnection(Connection):
             unit.damage.add(error, failure=classify(error) if isinstance(error, Exception) else None, hard=True)
             self.invalidate(error)
             raise
+        self.info[_LENT] = True
         unit.was_open = unit.was_open or state_of(driver, raw) is State.OPEN
-        unit.unwatch = tell_raw_calls(driver, raw, unit)
+        unit.unwatch.append(tell_raw_calls(driver, raw, _RawCalls(unit, driver, raw)))
 
     def _commit_impl(self) -> None:
         """Send COMMIT when all listeners have been heard, if the driver says that there is something to commit.
@@ -133,7 +134,7 @@ class UnitConnection(Connection):
         Raises:
             RollbackOnlyError: it would be, or was, a ROLLBACK.
         """
-        unit = self.unit
+        unit, dialect = self.unit, self.engine.dialect
         unit.before_commit()
         if self._has_events or self.engine._has_events:
             self.dispatch.commit(self)
@@ -143,14 +144,10 @@ class UnitConnection(Connection):
             unit.check_sound()
         if unit.stream is not None:
             unit.close_left_stream()
-        dialect, answer = self.engine.dialect, None
-        if not self.invalidated:
-            if (
-                unit.raw_taken or dialect.driver == "psycopg"
-            ):  # asyncpg does not tell a failed transaction; its server will
-                unit.hear(state_of(dialect.driver, self.raw))
-            if dialect.driver == "asyncpg":
-                answer = listen_to_commit(self)
+        if not self.invalidated and (unit.raw_taken or dialect.driver != "asyncpg"):
+            self._ask_driver(unit)
+        # asyncpg does not tell a failed transaction; its server will.
+        answer = None if self.invalidated or dialect.driver != "asyncpg" else listen_to_commit(self)
         unit.sending_commit()
         try:
             dialect.do_commit(super().connection)
@@ -158,6 +155,20 @@ class UnitConnection(Connection):
             self._handle_dbapi_exception(error, None, None, None, None)
         if answer is not None and answer.is_rollback:
             unit.answered_by_rollback()
+        # Of a closed connection the adapter has sent nothing, and says nothing.
+        if unit.phase is not Phase.SENT and not self.invalidated:
+            unit.was_closed()
+
+    def _ask_driver(self, unit: Transaction) -> None:
+        """Have the driver say whether there is something to commit.
+
+        Raises:
+            RollbackOnlyError: there is not.
+        """
+        state = state_of(self.dialect.driver, self.raw)
+        unit.hear(state)
+        if state is None and self.dialect.name == "sqlite":  # its adapter may say that it is closed, or say nothing
+            unit.was_closed()
 
     def _handle_dbapi_exception(  # noqa: PLR0917  # SQLAlchemy's signature
         self,
@@ -183,6 +194,7 @@ class UnitConnection(Connection):
         if stale is _Stale.IN_THE_POOL:
             self._is_disconnect = True
         if isinstance(e, asyncio.CancelledError) and unit.phase is not Phase.SENT and not self.invalidated:
+            unit.unwatch_raw()  # what stops the statement is no call of another task
             settle(self, getattr(context, "cursor", None))
         try:
             super()._handle_dbapi_exception(e, statement, parameters, cursor, context, is_sub_exec)
@@ -465,8 +477,88 @@ def _after_cursor_execute(
     if context._is_server_side:
         context.cursor_fetch_strategy = open_stream(unit, context)
     how = None if unit.watch is None else unit.watch(unit.wrote_rows)
+    if how is Ended.MAYBE:
+        _hear_next_results(connection, unit)
     if how is not None and (how is not Ended.MAYBE or _ends_in_its_tail(statement)):
         _ended(connection, unit, how)
+
+
+def _hear_next_results(connection: UnitConnection, unit: Transaction) -> None:
+    raw = connection.raw
+    if "next_result" not in vars(raw):
+        unit.unwatch.append(tell_next_results(raw, unit.raw_failed))
+
+
+_LENT = "sqla_uow.raw"
+"""Notes that the driver's own connection was handed out, until it is back in the pool."""
+
+
+class _RawCalls:
+    """Hears of what is sent on the driver's own connection.
+
+    Args:
+        unit: whose it is.
+        driver: its name.
+        raw: its connection.
+    """
+
+    __slots__ = ("_driver", "_raw", "_unit")
+
+    def __init__(self, unit: Transaction, driver: str, raw: Any) -> None:
+        self._unit = unit
+        self._driver = driver
+        self._raw = raw
+
+    def begin_raw(self) -> object:
+        self._look()
+        return self._unit.begin_raw()
+
+    def raw_failed(self, error: BaseException) -> None:
+        if self._unit.database.family != "postgresql":
+            self._unit.raw_failed(error)
+        elif isinstance(error, Exception):  # else a savepoint there may have brought it back, as the driver knows
+            self._unit.raw_conflicted(error)
+
+    def end_raw(self, begun: object) -> None:
+        self._unit.end_raw(begun)
+
+    def raw_sent(self, text: str) -> None:
+        unit = self._unit
+        was_open, state = unit.was_open, self._look()
+        # asyncpg's word may come when the body has just ended.
+        open_here = unit.phase.is_active or unit.phase is Phase.COMMITTING
+        if not open_here or unit.owner.in_flight is not None:
+            return
+        if (was_open and state is State.NONE) or _ends_raw(unit.database.family, text):
+            unit.ended_raw()
+
+    def _look(self) -> State | None:
+        state = state_of(self._driver, self._raw)
+        self._unit.was_open = self._unit.was_open or state is State.OPEN
+        return state
+
+
+_QUOTED = {
+    "mysql": r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|`[^`]*`|--\s[^\n]*|#[^\n]*|/\*.*?\*/",
+    "postgresql": r"'(?:[^']|'')*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/",
+    "sqlite": r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/",
+}
+_HAS_BODY = re.compile(r"(?:CREATE|ALTER|DO|BEGIN\s+NOT)\b", re.IGNORECASE)  # of statements, whose END is their own
+
+
+def _ends_raw(family: str, text: str) -> bool:
+    """Say whether a text sent past SQLAlchemy ends the transaction, and maybe begins another, so that nobody can see it."""
+    if family not in _QUOTED or not _MAY_END.search(text):
+        return False
+    parts = re.sub(_QUOTED[family], " ", text, flags=re.DOTALL).split(";")
+    if _HAS_BODY.match(parts[0].lstrip()) is not None:
+        return False
+    begins = () if family == "mysql" else ("BEGIN", "START")  # refused, or no matter, inside a transaction
+    openings = [part.lstrip()[:_OPENING] for part in parts]
+    return any(_does(one) is _CONTROL and not one.upper().startswith(begins) for one in openings)
+
+
+_MAY_END = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|BEGIN|START)\b", re.IGNORECASE)
 
 
 def _ends_in_its_tail(statement: str) -> bool:
@@ -567,14 +659,22 @@ def _returned(driver: str) -> Callable[[Any, ConnectionPoolEntry], None]:
 
     def returned(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
         raw = None if dbapi_connection is None else entry.driver_connection
-        if raw is None or is_fit(driver, raw):
+        lent = entry.info.pop(_LENT, False)
+        if raw is None:
             return
+        if lent and switched_to_autocommit(driver, raw):
+            where = "in autocommit"
+        elif is_fit(driver, raw):
+            return
+        else:
+            where = "inside a transaction"
+        state = state_of(driver, raw)
         entry.invalidate()
-        if state_of(driver, raw) is not State.NONE:
+        if where == "in autocommit" or state not in (State.NONE, None):
             record(
                 logging.WARNING,
-                "a connection came back to the pool inside a transaction, and is discarded; end the transaction before it is "
-                "returned, and let no other task go on with it",
+                "a connection came back to the pool %s, and is discarded; leave autocommit alone, end the transaction before it "
+                "is returned, and let no other task go on with it", where,
             )  # fmt: skip
 
     return returned

@@ -184,7 +184,7 @@ class Transaction:
         )
         self.wrote: bool = False
         self.raw_taken: bool = False  # the driver's own connection, by user code
-        self.unwatch: Callable[[], object] | None = None  # ends the watch on it
+        self.unwatch: list[Callable[[], object]] = []  # end the watch on it
         self.was_open: bool = False  # the driver has said so
         self.stream: Stream | None = None  # whose rows are being read
         self.wrote_rows: bool = False  # since MariaDB has committed, as DDL makes it
@@ -495,7 +495,7 @@ class Transaction:
 
     def rolled_back_outside(self, cause: BaseException | None) -> None:
         """SQLAlchemy has ended the transaction: a flush failed, or user code called ``rollback()``."""
-        if not self.phase.is_open:
+        if not self.phase.is_open and self.phase is not Phase.COMMITTING:
             return
         self.end_stream()
         failure = classify(cause) if isinstance(cause, Exception) else None
@@ -531,8 +531,29 @@ class Transaction:
         if state is State.FAILED:
             self.damage.add(None, hard=True, reason="a statement in it failed on the driver's own connection")
         elif state is State.NONE and self.was_open:
-            self.damage.add(None, hard=True, reason="its transaction was ended on the driver's own connection")
+            self.ended_raw()
+        elif state is State.BUSY:
+            self.damage.add(None, hard=True, reason="an operation on the driver's own connection is still under way")
         self.check_sound()
+
+    def ended_raw(self) -> None:
+        """The transaction that was begun for the unit is over, whatever has been begun since."""
+        self.damage.add(None, hard=True, reason="its transaction was ended on the driver's own connection")
+
+    def was_closed(self) -> None:
+        """COMMIT had nothing to be sent on.
+
+        Raises:
+            RollbackOnlyError: always.
+        """
+        self.phase = Phase.COMMITTING
+        self.damage.add(None, hard=True, reason="the driver's own connection was closed in it")
+        self.check_sound()
+
+    def unwatch_raw(self) -> None:
+        """Hear no more of the driver's own connection."""
+        while self.unwatch:
+            self.unwatch.pop()()
 
     def answered_by_rollback(self) -> None:
         """The server has rolled back instead.
@@ -550,7 +571,16 @@ class Transaction:
 
     def begin_raw(self) -> object:
         """A statement is about to be sent by the driver's own connection; of its own ones SQLAlchemy has told."""
-        return self.owner.hold() or _NOBODY if self.owner.in_flight is None and self.phase.is_open else None
+        if self.owner.in_flight is not None or not self.phase.is_open:
+            return None
+        before = self.owner.hold() or _NOBODY
+        if self.stream is not None and self.database.family == "mysql":
+            try:
+                self.check_no_stream("a statement was sent on the driver's own connection")
+            except BaseException:
+                self.end_raw(before)
+                raise
+        return before
 
     def end_raw(self, begun: Any) -> None:
         if begun is not None:
@@ -561,6 +591,16 @@ class Transaction:
         if self.owner.in_flight is None and (self.phase.is_active or self.phase is Phase.COMMITTING):
             failure = classify(error) if isinstance(error, Exception) else None
             self.damage.add(error, failure=failure, hard=failure is not None and failure.kind in HARD)
+
+    def raw_conflicted(self, error: Exception) -> None:
+        """Take note of what is to be run again; on asyncpg it may be told when the unit is already rolling back."""
+        failure = classify(error)
+        if failure is None or failure.kind not in HARD or self.owner.in_flight is not None:
+            return
+        if self.phase.is_active or self.phase is Phase.COMMITTING:
+            self.damage.add(error, failure=failure, hard=True)
+        elif self.phase is Phase.ENDING and self.connect_failure is None:
+            self.connect_failure = failure
 
     # -- streams
 

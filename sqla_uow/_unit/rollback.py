@@ -11,6 +11,8 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sqla_uow._databases.driver import raw_connection
+from sqla_uow._databases.driver_state import State, state_of
 from sqla_uow._databases.interrupt import cut, settle
 from sqla_uow._log import record
 from sqla_uow._session.session import has_changes
@@ -97,6 +99,9 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
             cut(transaction.connection)
             await wait_briefly(idle)
             discard = True
+    if _is_busy(transaction.connection):
+        cut(transaction.connection)
+        discard = True
     work = partial(session.run_sync, _roll_back_and_close, transaction, discard=discard)
     # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
     limit = math.inf if transaction.scope_read and transaction.damage.mark is None else ROLLBACK_SECONDS
@@ -113,6 +118,13 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
             function=transaction.name, error=trouble,
         )  # fmt: skip
     return cancelled or outcome.cancelled
+
+
+def _is_busy(connection: Connection | None) -> bool:
+    """Say whether something is under way on the driver's own connection, for which a ROLLBACK would wait."""
+    if connection is None or connection.closed or connection.invalidated:
+        return False
+    return state_of(connection.dialect.driver, raw_connection(connection)) is State.BUSY
 
 
 async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
@@ -201,9 +213,8 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
         transaction.slot.free(committed=committed)
     transaction.give_back_turn()
     transaction.phase = Phase.ENDED
-    if transaction.unwatch is not None:
-        transaction.unwatch()
-        transaction.unwatch = None
+    if transaction.unwatch:
+        transaction.unwatch_raw()
     transaction.closer = None
     transaction.connection = None
     transaction.watch = None
