@@ -12,7 +12,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 
-from sqla_uow import current_session
+from sqla_uow import current_session, errors
 from sqla_uow.testing import FaultPlan
 from sqla_uow_starlette import exception_handlers
 from tests.models import Account
@@ -93,3 +93,21 @@ async def test_a_handler_that_reads_the_body(db, manager, retries, limit):
     async with served(app) as (port, _), httpx.AsyncClient(timeout=5) as client:
         response = await client.post(f"http://127.0.0.1:{port}/store", content=b"again")
     assert (response.status_code, response.text) == (409, "again" if limit > 3 else "too long")
+
+
+async def test_a_handler_that_reads_the_body_of_a_reading_request(db, manager):
+    """A success that is refused, since nothing would write what was changed, is answered with the body at hand, too."""
+
+    async def told(request, error):
+        return PlainTextResponse(await request.body(), 409)
+
+    async def change(request):
+        await request.body()
+        account = await current_session().get_one(Account, 1)
+        account.balance += 1
+        return PlainTextResponse("changed")
+
+    app = app_of(manager, change, exception_handlers={errors.ReadOnlyError: told})
+    async with served(app) as (port, _), httpx.AsyncClient(timeout=5) as client:
+        response = await client.post(f"http://127.0.0.1:{port}/change", content=b"again")
+    assert (response.status_code, response.text) == (409, "again")
