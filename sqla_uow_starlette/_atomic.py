@@ -158,7 +158,7 @@ class AtomicSender(Sender):
     """
 
     def __init__(self, request: AtomicRequest, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> None:
-        super().__init__(request.scope, unit_scope, request.send)
+        super().__init__(request.scope, unit_scope, request.send, request.body)
         self.again = False
         self._request = request
         self._units = units

@@ -17,6 +17,8 @@ __all__ = ["Body", "Given"]
 _TURNS = 20
 """Of the event loop, that a message may take which is there already; each middleware in between takes a few."""
 
+_NOTHING = -1
+
 
 class Given:
     """What a request was given: its scope, and the dicts, lists and sets in it.
@@ -102,7 +104,7 @@ class Body:
             self._record(message)
             if self._size > self._limit:
                 self._recorded.clear()
-            if unit is not None and not unit.is_last_attempt:
+            if unit is not None and not unit.is_last_attempt and self._limit != _NOTHING:
                 self.overflowed = self._size > self._limit
                 unit.is_last_attempt = self.left or self.overflowed
             return message
@@ -126,11 +128,17 @@ class Body:
             self._record(await self._next())
         return self.left
 
+    def forget(self) -> None:
+        """Keep nothing of it: the response starts, which may go on for hours, and nobody needs the body again."""
+        self._limit = _NOTHING
+        self._recorded.clear()
+
     async def close(self) -> None:
         """Look no longer."""
         looking, self._looking = self._looking, None
         if looking is not None:
             looking.cancel()
+            looking.add_done_callback(_passed_over)
             await asyncio.wait({looking})
 
     async def _next(self) -> Message:
@@ -152,3 +160,9 @@ class Body:
             self._size += len(part)
             self._recorded.append(part)
             self._complete = not message.get("more_body", False)
+
+
+def _passed_over(looking: asyncio.Task[Message]) -> None:
+    """Have nothing said of what it has failed with: the request is over."""
+    if not looking.cancelled():
+        looking.exception()

@@ -49,7 +49,7 @@ async def handle_request(
     try:
         async with manager.scope(position=known, observers=observers) as unit_scope:
             send = telling(send, carrier, scope, unit_scope, known)
-            sender = Sender(scope, unit_scope, send)
+            sender = Sender(scope, unit_scope, send, body)
             await run(app, scope, body.replaying(None), sender)
         failure = sender.failure
     except Exception as error:

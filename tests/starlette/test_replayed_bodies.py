@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from starlette.responses import PlainTextResponse
 
 from sqla_uow import current_session, errors
 from sqla_uow.testing import FaultPlan
-from sqla_uow_starlette import exception_handlers
+from sqla_uow_starlette import UnitOfWorkMiddleware, exception_handlers
 from tests.models import Account
 from tests.starlette.client import app_of, client_of
 from tests.starlette.serving import served
@@ -111,3 +112,29 @@ async def test_a_handler_that_reads_the_body_of_a_reading_request(db, manager):
     async with served(app) as (port, _), httpx.AsyncClient(timeout=5) as client:
         response = await client.post(f"http://127.0.0.1:{port}/change", content=b"again")
     assert (response.status_code, response.text) == (409, "again")
+
+
+class Part(bytearray):
+    """One of which a weak reference can be had."""
+
+
+@pytest.mark.parametrize("options", [{}, {"atomic": True, "retries": 2}], ids=["scope", "atomic"])
+async def test_nothing_is_kept_while_a_response_goes_on(manager, options):
+    """A stream may take hours; its request's body is let go when it starts."""
+    kept = []
+
+    async def app(scope, receive, send):
+        kept.append(weakref.ref((await receive())["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        kept.append(kept[0]())
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        return {"type": "http.request", "body": Part(b"x"), "more_body": False}
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    await UnitOfWorkMiddleware(app, manager=manager, **options)(scope, receive, send)
+    assert kept[1] is None
