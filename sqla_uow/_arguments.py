@@ -76,8 +76,7 @@ def find_used(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
                 several = _first(held) if isinstance(held, _CONTAINERS) else (held,)
                 found.extend(one for one in several if _is_marked(one))
         else:
-            kind: Any = type(value)
-            _remember(_plain, kind)
+            _remember(_plain, value)
     return found
 
 
@@ -88,14 +87,14 @@ def _is_marked(value: object) -> bool:
     # tempfile's wrapper leaves all to the file in it.
     if cls.__name__ == "_TemporaryFileWrapper" or any(hasattr(cls, mark) for mark in _MARKS):
         return True
-    _remember(_unmarked, cls)
+    _remember(_unmarked, value)
     return False
 
 
-def _remember(types: set[type], cls: Any) -> None:
+def _remember(types: set[type], value: object) -> None:
     if len(types) >= _MANY:  # of classes that are made anew again and again
         types.clear()
-    types.add(cls)
+    types.add(type(value))
 
 
 def _is_holder(value: object) -> bool:
@@ -125,7 +124,7 @@ def _held(holder: Any, *, record: bool = True) -> Iterable[Any]:
     if fields is not None:
         return [getattr(holder, name, None) for name in fields]
     try:
-        held: tuple[Any, ...] = tuple(vars(holder).values())
+        held: tuple[Any, ...] = tuple(holder.__dict__.values())
     except Exception:  # of a proxy, which has those of another object, or of none
         return ()
     return [one for one in held if _is_marked(one) and _is_of_starlette(one)]
