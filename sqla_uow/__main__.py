@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sqla_uow._doctor.examine import Options, UnreachableError, examine
 from sqla_uow._doctor.report import as_json, as_table
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _WELL, _NOT_WELL, _NO_ANSWER = 0, 1, 2
+_OPTION = re.compile(r"--[a-z-]+")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest:  # argparse would print it, and it may be the end of a password with a space in it
-        names = [one.partition("=")[0] for one in rest if one.startswith("--")]
+        names = [one for one in (argument.partition("=")[0] for argument in rest) if _OPTION.fullmatch(one)]
         parser.error(f"not understood: {', '.join(names) or 'more than one URL'}; put the URL in quotes")
     logging.getLogger("sqla_uow").addHandler(logging.NullHandler())  # conflicts are made on purpose
     chosen = Options(
@@ -50,10 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _NOT_WELL if any(finding.level == "warning" for finding in findings) else _WELL
 
 
+class _Parser(argparse.ArgumentParser):
+    """Never shows what it was given: a URL may stand anywhere, where the command or a number is to be."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        what, is_shown, _ = message.partition("'")
+        super().error(f"{what}what was given, which is not shown" if is_shown else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sqla_uow", description=__doc__)
+    parser = _Parser(allow_abbrev=False, prog="python -m sqla_uow", description=__doc__)
     doctor = parser.add_subparsers(required=True, metavar="doctor").add_parser(
-        "doctor", help="connect, try what units depend on, and give advice"
+        "doctor", allow_abbrev=False, help="connect, try what units depend on, and give advice"
     )
     doctor.add_argument("url", help="as for create_async_engine(), such as postgresql+asyncpg://me@host/bank")
     doctor.add_argument("--replica", action="append", default=[], metavar="URL", help="of a replica; may be repeated")
@@ -66,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+        raise argparse.ArgumentTypeError("use a whole number, 1 or more")
     return number
 
 

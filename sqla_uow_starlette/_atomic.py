@@ -79,7 +79,6 @@ class AtomicRequest:
         self.carrier = carrier
         self.observers = observers
         self.scope = scope
-        self.receive = receive
         self.send = send
         self.name = RequestName(scope)
         self.given = Given(scope, shared) if options.retries else None
@@ -88,6 +87,12 @@ class AtomicRequest:
 
     async def handle(self) -> None:
         """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
+        try:
+            await self._handle()
+        finally:
+            await self.body.close()
+
+    async def _handle(self) -> None:
         outer = self.scope.get("app")
         read_only = self.scope["method"] in self.options.read_only_methods
         known = sent(self.carrier, self.scope)
@@ -101,7 +106,7 @@ class AtomicRequest:
                     await units.aclose()
         if failure is not None:
             app = answering(failure, self.scope, outer)
-            await answer(app, unit_scope, self.scope, self.receive, self.send)
+            await answer(app, unit_scope, self.scope, self.body.replaying(None), self.send)
 
     async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
         """Run the application until one of its units has ended for good; return what is left to be answered."""
@@ -154,7 +159,7 @@ class AtomicSender(Sender):
     """
 
     def __init__(self, request: AtomicRequest, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> None:
-        super().__init__(request.scope, unit_scope, request.send)
+        super().__init__(request.scope, unit_scope, request.send, request.body)
         self.again = False
         self._request = request
         self._units = units

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
-
-import anyio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,6 +13,11 @@ if TYPE_CHECKING:
     from sqla_uow import UnitOfWork
 
 __all__ = ["Body", "Given"]
+
+_TURNS = 20
+"""Of the event loop, that a message may take which is there already; each middleware in between takes a few."""
+
+_NOTHING = -1
 
 
 class Given:
@@ -64,60 +68,101 @@ class Body:
     What is read beyond it, and a client that leaves, make the attempt that sees it the last.
 
     Attributes:
-        overflowed: whether more was read than may be recorded.
+        overflowed: whether more was read than may be recorded, so that there is no other attempt.
         left: whether the client has left.
     """
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._limit = limit
-        self._recorded = bytearray()
+        self._recorded: list[bytes] = []
+        self._size = 0
         self._read = False
         self._complete = False
+        self._looking: asyncio.Task[Message] | None = None
         self.overflowed = False
         self.left = False
 
-    def replaying(self, unit: UnitOfWork[Any]) -> Receive:
-        """Return `receive()` for one attempt: what was recorded in one message, then what follows."""
+    def replaying(self, unit: UnitOfWork[Any] | None) -> Receive:
+        """Return `receive()` for one attempt: what was recorded in one message, then what follows.
+
+        Args:
+            unit: the attempt's; None for who answers what has failed, to whom a body that was too long is lost.
+        """
         pending = self._read
 
         async def receive() -> Message:
             nonlocal pending
             if pending:
                 pending = False
-                return {"type": "http.request", "body": bytes(self._recorded), "more_body": not self._complete}
-            message = await self._receive()
-            self._note(message, unit)
+                if self._size > self._limit and unit is None:
+                    return {
+                        "type": "http.disconnect"
+                    }  # what would follow it, if anything, comes when the client leaves
+                return {"type": "http.request", "body": b"".join(self._recorded), "more_body": not self._complete}
+            message = await self._next()
+            self._record(message)
+            if self._size > self._limit:
+                self._recorded.clear()
+            if unit is not None and not unit.is_last_attempt and self._limit != _NOTHING:
+                self.overflowed = self._size > self._limit
+                unit.is_last_attempt = self.left or self.overflowed
             return message
 
         return receive
 
     async def client_left(self) -> bool:
-        """Look, without waiting, whether the client has left; what is found before that is recorded."""
-        while not self.left and len(self._recorded) <= self._limit:
-            message: Message | None = None
-            with anyio.CancelScope() as at_once:
-                at_once.cancel()
-                message = await self._receive()
-            if message is None:
+        """Look, without waiting long, whether the client has left; what is found before that is recorded.
+
+        A `receive()` that is cancelled may have taken a message already, which would be lost: behind a `BaseHTTPMiddleware`,
+        say.  So it goes on, for the next attempt.
+        """
+        while not self.left and self._size <= self._limit:
+            self._looking = self._looking or asyncio.ensure_future(self._receive())
+            for _ in range(_TURNS):
+                await asyncio.sleep(0)
+                if self._looking.done():
+                    break
+            else:
                 break
-            self._record(message)
+            self._record(await self._next())
         return self.left
 
-    def _note(self, message: Message, unit: UnitOfWork[Any]) -> None:
-        """Record what the application is given, if it may be needed again."""
-        if unit.is_last_attempt:
-            return
-        self._record(message)
-        if len(self._recorded) > self._limit:
-            self._recorded.clear()
-            self.overflowed = True
-        unit.is_last_attempt = self.left or self.overflowed
+    def forget(self) -> None:
+        """Keep nothing of it: the response starts, which may go on for hours, and nobody needs the body again."""
+        self._limit = _NOTHING
+        self._recorded.clear()
+
+    async def close(self) -> None:
+        """Look no longer."""
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.cancel()
+            looking.add_done_callback(_passed_over)
+            await asyncio.wait({looking})
+
+    async def _next(self) -> Message:
+        looking = self._looking
+        if looking is None:
+            return await self._receive()
+        await asyncio.wait({looking})  # cut off here, it is there for who asks next
+        if self._looking is not looking:  # another task has it
+            return await self._next()
+        self._looking = None
+        return looking.result()
 
     def _record(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
             self.left = True
         elif message["type"] == "http.request":
             self._read = True
-            self._recorded += message.get("body", b"")
+            part = message.get("body", b"")
+            self._size += len(part)
+            self._recorded.append(part)
             self._complete = not message.get("more_body", False)
+
+
+def _passed_over(looking: asyncio.Task[Message]) -> None:
+    """Have nothing said of what it has failed with: the request is over."""
+    if not looking.cancelled():
+        looking.exception()

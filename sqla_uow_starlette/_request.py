@@ -10,6 +10,7 @@ from sqla_uow.errors import ReadOnlyError
 from sqla_uow_starlette._answer import answering
 from sqla_uow_starlette._naming import RequestName
 from sqla_uow_starlette._position import Carrier, sent, telling
+from sqla_uow_starlette._replay import Body
 from sqla_uow_starlette._sending import Sender, run
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ __all__ = ["answer", "handle_connection", "handle_request"]
 
 logger = logging.getLogger("sqla_uow_starlette")
 
+_KEPT = 1024 * 1024
+"""Bytes of a request's body."""
+
 
 async def handle_request(
     app: ASGIApp,
@@ -39,13 +43,14 @@ async def handle_request(
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
     known = sent(carrier, scope)
+    body = Body(receive, _KEPT)  # for who answers a failure that the application could not see
     unit_scope: UnitScope | None = None
     sender: Sender | None = None
     try:
         async with manager.scope(position=known, observers=observers) as unit_scope:
             send = telling(send, carrier, scope, unit_scope, known)
-            sender = Sender(scope, unit_scope, send)
-            await run(app, scope, receive, sender)
+            sender = Sender(scope, unit_scope, send, body)
+            await run(app, scope, body.replaying(None), sender)
         failure = sender.failure
     except Exception as error:
         failure = None if unit_scope is None else unit_scope.conflict_behind(error)
@@ -53,7 +58,7 @@ async def handle_request(
             raise
         logger.warning("%s could not read (%s)", RequestName(scope)(), type(error).__name__)
     if failure is not None and unit_scope is not None:
-        await answer(answering(failure, scope, outer), unit_scope, scope, receive, send)
+        await answer(answering(failure, scope, outer), unit_scope, scope, body.replaying(None), send)
 
 
 async def answer(app: ASGIApp, failed: UnitScope, scope: Scope, receive: Receive, send: Send) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from sqla_uow import Scope as UnitScope
+    from sqla_uow_starlette._replay import Body
 
 __all__ = ["ERROR", "SERVER_ERROR", "Sender", "run", "unanswered"]
 
@@ -40,8 +41,9 @@ class Sender:
         failure: why, if there is something to answer.
     """
 
-    def __init__(self, scope: Scope, unit_scope: UnitScope, send: Send) -> None:
+    def __init__(self, scope: Scope, unit_scope: UnitScope, send: Send, body: Body) -> None:
         self.scope = scope
+        self.body = body
         self.unit_scope = unit_scope
         self.forward = send
         self.started = False
@@ -57,6 +59,8 @@ class Sender:
         if not self.started and message["type"] == "http.response.start" and not self.refused:
             await self.before_start(message["status"])
             self.started = True
+            if not self.refused:
+                self.body.forget()
         if self.refused:
             raise Refused
         await self.forward(message)

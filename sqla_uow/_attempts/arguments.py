@@ -12,7 +12,9 @@ import inspect
 import io
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from itertools import islice
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple, TypeGuard, cast
 
 from sqla_uow.errors import InstanceReuseError
@@ -35,10 +37,17 @@ NOTHING: Mapping[int, Restore] = {}
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _FEW = 16
 """Elements of a container that are looked at before the first attempt; of a longer one only the first is."""
+_DEEP = 3
+"""Levels of what an argument holds that are looked at before another attempt."""
 _MARKS = ("seek", "add_task", "set_cookie", "form")  # a file; Starlette's background tasks, response, request
+_NO_HOLDERS = (type, FunctionType, MethodType, Enum)
 
 _plain: set[type] = set()
 """Types of arguments that no attempt uses up, as far as they have been met."""
+_unmarked: set[type] = set()
+"""Types that have none of the marks themselves; what such an object holds may have."""
+_holders: dict[type, tuple[str, ...] | None] = {}
+"""Types of objects that hold others, with the names of a record's fields: a dataclass, a model of pydantic."""
 _MANY = 1000
 
 
@@ -55,28 +64,54 @@ def leaves_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def find_used(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an attempt may use up, but that can be put back."""
+    """Return the arguments that an attempt may use up, but that can be put back, and such things in them, one level deep."""
     found: list[Any] = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, _CONTAINERS):
-            found.extend(element for element in _first(value) if not _is_plain(element))
-        elif not _is_plain(value):
+        if _is_marked(value):
             found.append(value)
+        elif isinstance(value, _CONTAINERS):
+            found.extend(element for element in _first(value) if _is_marked(element))
+        elif _is_holder(value):
+            for held in _held(value):
+                several = _first(held) if isinstance(held, _CONTAINERS) else (held,)
+                found.extend(one for one in several if _is_marked(one))
+        else:
+            _remember(_plain, value)
     return found
 
 
-def _is_plain(value: object) -> bool:
-    cls = type(value)
-    if cls in _plain:
-        return True
-    if isinstance(value, _CONTAINERS):  # in another: nobody looks that deep
-        return True
+def _is_marked(value: object) -> bool:
+    cls: Any = type(value)
+    if cls in _unmarked:
+        return False
     # tempfile's wrapper leaves all to the file in it.
     if cls.__name__ == "_TemporaryFileWrapper" or any(hasattr(cls, mark) for mark in _MARKS):
+        return True
+    _remember(_unmarked, value)
+    return False
+
+
+def _remember(types: set[type], value: object) -> None:
+    if len(types) >= _MANY:  # of classes that are made anew again and again
+        types.clear()
+    types.add(type(value))
+
+
+def _is_holder(value: object) -> bool:
+    """Say whether something that is used up may be in the attributes of an object; those of the ORM's would load."""
+    cls: Any = type(value)
+    if cls in _holders:
+        return True
+    if isinstance(value, _NO_HOLDERS) or hasattr(cls, "_sa_class_manager"):
         return False
-    if len(_plain) >= _MANY:  # of classes that are made anew again and again
-        _plain.clear()
-    _plain.add(cls)
+    fields: Any = getattr(cls, "__pydantic_fields__", None)
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value)]
+    if fields is None and not cls.__dictoffset__:
+        return False
+    if len(_holders) >= _MANY:
+        _holders.clear()
+    _holders[cls] = None if fields is None else tuple(fields)
     return True
 
 
@@ -86,6 +121,25 @@ def _is_list(value: object) -> TypeGuard[list[Any]]:
 
 def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
     return isinstance(value, dict)
+
+
+def _held(holder: Any, *, record: bool = True) -> Iterable[Any]:
+    """Return what an object holds; if it is no record, only what Starlette has made for one request.
+
+    A service may live on, and what else it holds is for all its calls.
+    """
+    fields = _holders[type(holder)] if record else None
+    if fields is not None:
+        return [getattr(holder, name, None) for name in fields]
+    try:
+        held: tuple[Any, ...] = tuple(holder.__dict__.values())
+    except Exception:  # of a proxy, which has those of another object, or of none
+        return ()
+    return [one for one in held if _is_marked(one) and _is_of_starlette(one)]
+
+
+def _is_of_starlette(value: object) -> bool:
+    return any(cls.__module__.partition(".")[0] == "starlette" for cls in type(value).__mro__)
 
 
 def _first(container: Any) -> Iterable[Any]:
@@ -199,14 +253,25 @@ def _refusal(called: Called, name: str, fact: str) -> InstanceReuseError:
 
 
 def _inspected(called: Called) -> Iterator[tuple[str, Any, str]]:
-    """Yield each argument with its name, and what stands in it, one level deep; and which of the two it is."""
+    """Yield each argument with its name, and what it holds, a few levels deep; and which of the two it is."""
     for name, value in named(called.function, called.args, called.kwargs):
         yield name, value, "is"
-        if isinstance(value, _CONTAINERS):
-            yield from ((name, element, "holds") for element in _elements(value))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type) and name != "self":
-            # Not `self`: a service may live on, and count its calls.
-            yield from ((name, getattr(value, field.name, None), "holds") for field in dataclasses.fields(value))
+        # Not `self`: a service may live on, and count its calls.
+        yield from ((name, one, "holds") for one in _inside(value, record=name != "self"))
+
+
+def _inside(value: Any, *, record: bool = True, levels: int = _DEEP) -> Iterator[Any]:
+    if levels == 0 or _is_marked(value):
+        return
+    if isinstance(value, _CONTAINERS):
+        held = _elements(value)
+    elif _is_holder(value):
+        held = _held(value, record=record)
+    else:
+        return
+    for one in held:
+        yield one
+        yield from _inside(one, levels=levels - 1)
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -171,14 +171,14 @@ class Scope:
         self.refuse_unsaved()
         if session is not None and transaction.connection is not None:
             if transaction.damage.mark is not None:
-                await self.end_reading()
+                await self._end_reading()
                 return
             transaction.seal(Phase.COMMITTING)
             # Shielded: cut off here, it could only be discarded, and SQLAlchemy would log an error for each.
             outcome = await shielded(partial(session.run_sync, _commit_reading, transaction), grace=COMMIT_SECONDS)
             error = await failure_of(outcome.task, transaction)
             if error is not None or outcome.cancelled is not None:
-                await self.end_reading()
+                await self._end_reading()
                 if outcome.cancelled is not None:
                     raise outcome.cancelled
                 if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError, RollbackOnlyError)):
@@ -257,6 +257,14 @@ class Scope:
 
     async def end_reading(self) -> None:
         """Close the read session; its objects are detached, and refused by later units of this scope."""
+        if self._giving_way is None:
+            await self._end_reading()
+            return
+        # Not while a child task's unit has it give way: that unit may be using the connection by now.
+        async with self._giving_way:
+            await self._end_reading()
+
+    async def _end_reading(self) -> None:
         reader, self.reader = self.reader, None
         if reader is None or reader._transaction.phase is Phase.ENDED:
             return

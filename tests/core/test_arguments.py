@@ -11,7 +11,10 @@ import tempfile
 
 import anyio
 import pytest
+from pydantic import BaseModel
+from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, make_transient_to_detached, mapped_column
 from starlette.background import BackgroundTasks
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
@@ -271,7 +274,7 @@ async def test_a_buffer_that_was_written_to(conflict):
 
 
 async def test_files_that_cannot_be_rewound(db, conflict):
-    """A pipe; a file that the first attempt has closed; one in an object that nobody looked into before."""
+    """A pipe; a file that the first attempt has closed; either of them in an object."""
 
     @dataclasses.dataclass
     class Batch:
@@ -297,9 +300,11 @@ async def test_files_that_cannot_be_rewound(db, conflict):
     )
     with pytest.raises(errors.InstanceReuseError, match=message):
         await work(io.StringIO("a\n"), close=True)
-    message = r"^argument 'file' of work\(\) holds a file that cannot be rewound \(StringIO\)"
+    message = (
+        r"^argument 'file' of work\(\) holds a file that attempt 1 has read and that cannot be rewound \(ValueError\)"
+    )
     with pytest.raises(errors.InstanceReuseError, match=message):
-        await work(Batch(io.StringIO("a\n")))
+        await work(Batch(io.StringIO("a\n")), close=True)
     assert await notes(db) == []
 
 
@@ -342,3 +347,103 @@ async def test_a_form_that_a_request_keeps(db, conflict):
 
     await work(request)
     assert await notes(db) == ["a", "b"]
+
+
+class Form(BaseModel):
+    """What FastAPI makes of a form."""
+
+    model_config = {"arbitrary_types_allowed": True}
+    one: UploadFile
+    several: list[UploadFile]
+
+
+@dataclasses.dataclass
+class Record:
+    one: UploadFile
+    several: list[UploadFile]
+
+
+class Dependency:
+    """A class that FastAPI calls, and whose method may be the transactional function."""
+
+    def __init__(self, one, several):
+        self.one, self.several, self.another = one, (), several[0]
+
+    @transactional
+    async def work(self, meet):
+        """Write what stands in both."""
+        lines = (await self.one.read() + await self.another.read()).splitlines()
+        await meet()
+        write([line.decode() for line in lines])
+
+
+def uploads():
+    """Return two."""
+    return [UploadFile(io.BytesIO(text)) for text in (b"a\n", b"b\nc\n")]
+
+
+@pytest.mark.parametrize("make", [Form, Record], ids=["model", "dataclass"])
+async def test_uploads_in_a_form_are_rewound(db, conflict, make):
+    """Nobody is told of success with the file of the first attempt missing."""
+
+    @transactional
+    async def work(form):
+        lines = (await form.one.read() + await form.several[0].read()).splitlines()
+        await conflict()
+        write([line.decode() for line in lines])
+
+    one, another = uploads()
+    await work(make(one=one, several=[another]))
+    assert await notes(db) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("how", ["argument", "self"])
+async def test_what_a_dependency_holds_is_put_back(db, conflict, how):
+    """Of any class, what Starlette has made for the request."""
+
+    @transactional
+    async def work(dependency):
+        await Dependency.work(dependency, conflict)
+
+    one, another = uploads()
+    dependency = Dependency(one, [another])
+    await (work(dependency) if how == "argument" else dependency.work(conflict))
+    assert await notes(db) == ["a", "b", "c"]
+
+
+async def test_an_upload_too_deep_to_be_rewound(db, conflict):
+    """It is refused, rather than taken for an empty one."""
+
+    @transactional
+    async def work(files):
+        lines = (await files["there"][0].read()).splitlines()
+        await conflict()
+        write([line.decode() for line in lines])
+
+    with pytest.raises(errors.InstanceReuseError, match=r"^argument 'files' of work\(\) holds a file"):
+        await work({"there": [uploads()[0]]})
+    assert await notes(db) == []
+
+
+async def test_a_mapped_dataclass_is_not_looked_into(db, conflict):
+    """What is not loaded in a detached object is nobody's to load for the next attempt."""
+
+    class Own(MappedAsDataclass, DeclarativeBase):
+        pass
+
+    class Thing(Own):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str] = mapped_column(default="")
+
+    thing = Thing(id=1)
+    make_transient_to_detached(thing)
+    inspect(thing)._expire_attributes(thing.__dict__, ["name"])
+
+    @transactional
+    async def work(thing):
+        await conflict()
+        write([thing.id])
+
+    await work(thing)
+    assert await notes(db) == ["1"]

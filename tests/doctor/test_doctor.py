@@ -274,6 +274,29 @@ def test_a_url_in_two_parts(capsys):
     assert "not understood: --proceses;" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("URL",),
+        ("doctor", "--pool-size", "URL"),
+        ("doctor", "--seconds=URL", "sqlite+aiosqlite://"),
+        ("doctor", "postgresql+asyncpg://me:p", "--geheim@127.0.0.1/bank"),
+        ("doctor", "postgresql+asyncpg://me:p", "--re=geheim@127.0.0.1/bank"),
+        ("doctor", "postgresql+asyncpg://me:p", "--processes=geheim@127.0.0.1/bank"),
+        ("doctor", "--json=URL"),
+    ],
+)
+def test_a_url_where_none_belongs(arguments, capsys):
+    """The command is forgotten, or an option's number: argparse would print what stands in its place."""
+    url = "postgresql+asyncpg://me:geheim@127.0.0.1/bank"
+    with pytest.raises(SystemExit) as ended:
+        main([argument.replace("URL", url) for argument in arguments])
+    assert ended.value.code == 2
+    output, errors = capsys.readouterr()
+    assert "python -m sqla_uow" in errors
+    assert "geheim" not in output + errors
+
+
 UNKNOWN = {
     "asyncpg": {
         "sslmode=verify-full": "'sslmode' is no argument of asyncpg; write ssl=verify-full",
