@@ -18,7 +18,17 @@ from sqla_uow._databases.driver import raw_connection
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Ended", "State", "in_autocommit", "in_transaction", "is_fit", "state_of", "switched_to_autocommit", "watch"]
+__all__ = [
+    "Ended",
+    "State",
+    "idle_check",
+    "in_autocommit",
+    "in_transaction",
+    "is_fit",
+    "state_of",
+    "switched_to_autocommit",
+    "watch",
+]
 
 # https://mariadb.com/kb/en/ok_packet/
 _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
@@ -44,7 +54,7 @@ class Ended(enum.Enum):
 
 def in_autocommit(connection: Any) -> bool:
     """Say whether each statement on a unit's connection commits by itself."""
-    driver, raw = connection.dialect.driver, raw_connection(connection)
+    driver, raw = connection.dialect.driver, connection.raw
     if driver == "asyncpg":
         return bool(connection._dbapi_connection.dbapi_connection.isolation_level == "autocommit")  # the adapter's
     if driver == "psycopg":
@@ -80,6 +90,17 @@ def state_of(driver: str, raw: Any) -> State | None:
 def in_transaction(connection: Any) -> bool:
     """Say whether a transaction is open on a unit's connection, before anything was sent on it here."""
     return state_of(connection.dialect.driver, raw_connection(connection)) in (State.OPEN, State.FAILED, State.BUSY)
+
+
+def idle_check(driver: str) -> Callable[[Any], bool]:
+    """Return what says quickly, of nearly every connection, that it is in no transaction and can begin one."""
+    return _IDLE_CHECKS.get(driver, lambda _: False)
+
+
+_IDLE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "asyncpg": lambda raw: not raw.is_closed() and raw._top_xact is None and not raw.is_in_transaction(),
+    "psycopg": lambda raw: raw.pgconn.transaction_status == _IDLE and not raw.pgconn.pipeline_status,
+}
 
 
 def is_fit(driver: str, raw: Any) -> bool:
@@ -139,7 +160,7 @@ def watch(connection: Any) -> Callable[[bool], Ended | None] | None:
     It is told whether the unit has written rows, so that there is something that could be committed behind its back.
     """
     make = _WATCHES.get(connection.dialect.driver)
-    return None if make is None else make(raw_connection(connection))
+    return None if make is None else make(connection.raw)
 
 
 def _asyncpg(raw: Any) -> Callable[[bool], Ended | None]:

@@ -23,7 +23,15 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from sqla_uow._databases.driver import begin_now, listen_to_commit, tell_next_results, tell_raw_calls
-from sqla_uow._databases.driver_state import Ended, State, in_transaction, is_fit, state_of, switched_to_autocommit
+from sqla_uow._databases.driver_state import (
+    Ended,
+    State,
+    idle_check,
+    in_transaction,
+    is_fit,
+    state_of,
+    switched_to_autocommit,
+)
 from sqla_uow._databases.failures import Kind, classify
 from sqla_uow._databases.interrupt import settle
 from sqla_uow._databases.levels import lift_lock_wait, limit_statement, restore_sqlite
@@ -61,7 +69,7 @@ class UnitConnection(Connection):
                 super().__init__(engine, _has_events=True)
             lent: Any = self._dbapi_connection
             self.raw: Any = engine.dialect.get_driver_connection(lent.dbapi_connection)
-            if not engine._has_events and in_transaction(self):
+            if not engine._has_events and not engine.is_idle(self.raw) and in_transaction(self):
                 self._check_lent(engine)
             if engine.settings:
                 self._set_up(engine)
@@ -220,6 +228,8 @@ class UnitEngine(OptionEngine):
     unit: Transaction | None = None
     settings: tuple[tuple[str, ConnectionCharacteristic, Any], ...] = ()
     """What each connection of it is set to: an isolation level, or that it only reads."""
+    is_idle: Callable[[Any], bool]
+    """Says of the driver's own connection that surely no transaction is open on it."""
     reset: Callable[[Any], None]
     """Sets it to SQLAlchemy's defaults on its way into the pool, where the driver does not say what was before."""
 
@@ -229,6 +239,7 @@ class UnitEngine(OptionEngine):
         self.dispatch.set_engine_execution_options(self, options)
         self._execution_options = self._execution_options.union(options)
         dialect: Any = self.dialect  # its interface lacks what every dialect has
+        self.is_idle = idle_check(dialect.driver)
         known = dialect.connection_characteristics
         self.settings = tuple((name, known[name], value) for name, value in options.items())
         self.reset = functools.partial(dialect._reset_characteristics, options)
@@ -656,11 +667,14 @@ _dispatch._listen = _listen_to_one
 @functools.cache
 def _returned(driver: str) -> Callable[[Any, ConnectionPoolEntry], None]:
     """Return the listener for connections that come back into a pool; one for each driver, so that none listens twice."""
+    is_idle = idle_check(driver)
 
     def returned(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
-        raw = None if dbapi_connection is None else entry.driver_connection
+        if dbapi_connection is None:
+            return
+        raw = entry.driver_connection
         lent = entry.info.pop(_LENT, False)
-        if raw is None:
+        if not lent and is_idle(raw):
             return
         if lent and switched_to_autocommit(driver, raw):
             where = "in autocommit"

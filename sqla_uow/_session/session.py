@@ -330,7 +330,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
         server=database.server,
     )
     unit.beginnings = beginnings  # what we have sent has read nothing
-    unit.watch = watch(connection)
+    unit.watch = watch(connection) if unit.phase.is_active else None
     if unit.enclosing:
         unit.lock_watch = watch_locks(unit)
     try:

@@ -351,7 +351,7 @@ class Transaction:
             )
             self.damage.add(error, hard=True)
             raise error
-        if in_autocommit(connection):
+        if self.phase is Phase.NEW and in_autocommit(connection):
             error = IsolationConflictError(
                 f"the connection of {self.name} is in autocommit, where nothing can be rolled back; leave autocommit out of "
                 "connect_args, and of what listens to connect and checkout"
