@@ -723,10 +723,16 @@ async def test_a_task_that_starts_its_successor_for_ever_does_not_grow(db, place
     done = asyncio.Event()
     most = {Frame: 0, Place: 0}
 
-    def count():
+    def alive():
+        gc.collect()
         things = gc.get_objects()
-        for kind, before in most.items():
-            most[kind] = max(before, sum(isinstance(thing, kind) for thing in things))
+        return {kind: sum(isinstance(thing, kind) for thing in things) for kind in most}
+
+    left_by_other_tests = alive()
+
+    def count():
+        for kind, number in alive().items():
+            most[kind] = max(most[kind], number - left_by_other_tests[kind])
 
     async def generation(number):
         async with contextlib.AsyncExitStack() as stack:
@@ -736,7 +742,6 @@ async def test_a_task_that_starts_its_successor_for_ever_does_not_grow(db, place
             else:
                 await stack.enter_async_context(context)
             if number % 25 == 0:
-                gc.collect()
                 count()
             if number == 0:
                 done.set()
