@@ -1,1 +1,6 @@
-"""What a program calls."""
+"""What a program calls.
+
+* `transactional`: the decorator
+* `manager`: `UnitOfWorkManager`
+* `current`: `current_session()`, `current_unit()`, the hook functions
+"""

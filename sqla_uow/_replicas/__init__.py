@@ -1,1 +1,5 @@
-"""Copies that can only be read."""
+"""Copies that can only be read.
+
+* `position`: positions in the primary's log
+* `router`: which replica a reader gets
+"""

@@ -1,1 +1,6 @@
-"""Tasks of asyncio."""
+"""Tasks of asyncio.
+
+* `frames`: the only ContextVar; which task may use a unit
+* `per_loop`: what each event loop has for itself
+* `shield`: finish although cancelled
+"""

@@ -1,1 +1,6 @@
-"""One physical transaction."""
+"""One physical transaction.
+
+* `transaction`: where it stands, and whether SQL may be sent
+* `hooks`: hooks, dropped with their savepoint
+* `doom`: why it may not commit, and which savepoint heals that
+"""

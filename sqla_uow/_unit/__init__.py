@@ -1,1 +1,10 @@
-"""One unit of work."""
+"""One unit of work.
+
+* `unit`: `UnitOfWork`
+* `options`: what a call site asked for, checked
+* `join`: joined calls and savepoints
+* `commit`: the end that succeeds
+* `rollback`: the end that fails, and what each end lets go of
+* `verify`: settles an unknown COMMIT
+* `statistics`: what has happened, in numbers
+"""
