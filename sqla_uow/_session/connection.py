@@ -12,7 +12,6 @@ import asyncio
 import enum
 import functools
 import logging
-import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,17 @@ from sqla_uow._databases.levels import lift_lock_wait, limit_statement, restore_
 from sqla_uow._databases.poolers import explain
 from sqla_uow._databases.self_wait import connect_unless_stuck
 from sqla_uow._log import record
+from sqla_uow._session.statement_kind import (
+    CONTROL,
+    OPENING,
+    SOMETHING,
+    Rows,
+    does,
+    ends_in_its_tail,
+    ends_raw,
+    rows_of,
+    selects,
+)
 from sqla_uow._session.streams import open_stream
 from sqla_uow._transaction.transaction import Phase, Transaction
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
@@ -370,12 +380,12 @@ def _before_cursor_execute(
     if writes:
         unit.wrote = unit.wrote_rows = True
     else:
-        does = _does(statement.lstrip()[:_OPENING])
-        if does is _CONTROL and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
+        kind = does(statement.lstrip()[:OPENING])
+        if kind is CONTROL and not (unit.database.family == "sqlite" and statement[:5] == "BEGIN"):
             unit.refuse_control(statement.split(maxsplit=1)[0].upper())
         if unit.pending_savepoint is not None:
             unit.pending_savepoint = statement.rpartition(" ")[2]
-        elif does is _SOMETHING and not (unit.wrote_rows and unit.database.family != "mysql") and not _selects(context):
+        elif kind is SOMETHING and not (unit.wrote_rows and unit.database.family != "mysql") and not selects(context):
             unit.wrote = True
             _note_rows(unit, statement)
     if unit.deadline is not None and unit.database.limits_statements and not many:
@@ -392,87 +402,16 @@ def lift(connection: UnitConnection) -> None:
     unit.lifted_lock_wait, unit.pending_savepoint, unit.wrote = True, pending, wrote
 
 
-# SQLite's BEGIN is ours, or the user's own recipe; MariaDB's commits what is open, but for its BEGIN NOT ATOMIC blocks.
-_ENDS = re.compile(
-    r"(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
-    re.IGNORECASE,
-)
-
-
-# Before these MariaDB commits what is open: https://mariadb.com/kb/en/sql-statements-that-cause-an-implicit-commit/
-_COMMITS_FIRST = re.compile(
-    r"(?:ALTER|ANALYZE\s+(?:\w+\s+)?TABLE|CACHE\s+INDEX|CHANGE|CHECK\s+TABLE|CREATE|DROP|FLUSH|GRANT|INSTALL|LOAD\s+INDEX|"
-    r"OPTIMIZE|RENAME|REPAIR|RESET|REVOKE|SET\s+PASSWORD|SHUTDOWN|START|STOP|TRUNCATE|UNINSTALL)\b",
-    re.IGNORECASE,
-)
-# These outlive the unit besides, on its connection.
-_OUTLIVES = re.compile(
-    r"(?:LOCK\s+TABLES?|UNLOCK\s+TABLES?|XA|SET\s+(?:SESSION\s+|LOCAL\s+|@@(?:SESSION\.|LOCAL\.)?)?AUTOCOMMIT)\b",
-    re.IGNORECASE,
-)
-_NO_ROWS = re.compile(
-    r"(?:(?:CREATE|DROP)\s+(?:OR\s+REPLACE\s+)?TEMPORARY|DESC|DESCRIBE|DROP\s+PREPARE|EXPLAIN|SET(?!\s+(?:STATEMENT|PASSWORD)\b)|USE)\b",
-    re.IGNORECASE,
-)
-
-
-class _Rows(enum.Enum):
-    """What a statement that is no query does to the rows that a unit on MariaDB has written."""
-
-    OUTLIVES = "commits them, and leaves something behind"
-    COMMITS = "commits them"
-    NONE = "nothing"
-    WRITES = "may write others"
-
-
-@functools.lru_cache(maxsize=512)
-def _rows(opening: str) -> _Rows:
-    if _OUTLIVES.match(opening) is not None:
-        return _Rows.OUTLIVES
-    if _NO_ROWS.match(opening) is not None:
-        return _Rows.NONE
-    return _Rows.WRITES if _COMMITS_FIRST.match(opening) is None else _Rows.COMMITS
-
-
 def _note_rows(unit: Transaction, statement: str) -> None:
     """Note that a unit has rows that a rollback would take back; refuse what would commit them on MariaDB."""
     if unit.database.family == "mysql":
         statement = statement.lstrip()
-        rows = _rows(statement[:_OPENING])
-        if rows is _Rows.OUTLIVES or (rows is _Rows.COMMITS and unit.wrote_rows):
+        rows = rows_of(statement[:OPENING])
+        if rows is Rows.OUTLIVES or (rows is Rows.COMMITS and unit.wrote_rows):
             unit.refuse_implicit_commit(" ".join(statement.split(maxsplit=2)[:2]).upper())
-        if rows is not _Rows.WRITES:
+        if rows is not Rows.WRITES:
             return
     unit.wrote_rows = True
-
-
-_READING = ("SELECT", "BEGIN", "PRAGMA", "SET TRANS", "SHOW", "SAVEPOINT", "RELEASE", "ROLLBACK")
-_OPENING = 64  # characters: as much as the longest of the above needs, and little enough to be remembered
-
-
-class _Does(enum.Enum):
-    """What the opening of a statement says that it does."""
-
-    CONTROL = "ends the transaction, or begins another"
-    READING = "reads"
-    SOMETHING = "writes, or cannot be told"
-
-
-_CONTROL, _SOMETHING = _Does.CONTROL, _Does.SOMETHING  # looking a member up by its name runs Python code on 3.11
-
-
-@functools.lru_cache(maxsize=512)
-def _does(opening: str) -> _Does:
-    if _ENDS.match(opening) is not None:
-        return _Does.CONTROL
-    return _Does.READING if opening[:9].upper().startswith(_READING) else _Does.SOMETHING
-
-
-def _selects(context: Any) -> bool:
-    """Say whether SQLAlchemy knows the statement as a SELECT; one that begins with WITH, say."""
-    return (
-        context is not None and context.compiled is not None and getattr(context.compiled.statement, "is_select", False)
-    )
 
 
 def _after_cursor_execute(
@@ -490,7 +429,7 @@ def _after_cursor_execute(
     how = None if unit.watch is None else unit.watch(unit.wrote_rows)
     if how is Ended.MAYBE:
         _hear_next_results(connection, unit)
-    if how is not None and (how is not Ended.MAYBE or _ends_in_its_tail(statement)):
+    if how is not None and (how is not Ended.MAYBE or ends_in_its_tail(statement)):
         _ended(connection, unit, how)
 
 
@@ -540,45 +479,13 @@ class _RawCalls:
         open_here = unit.phase.is_active or unit.phase is Phase.COMMITTING
         if not open_here or unit.owner.in_flight is not None:
             return
-        if (was_open and state is State.NONE) or _ends_raw(unit.database.family, text):
+        if (was_open and state is State.NONE) or ends_raw(unit.database.family, text):
             unit.ended_raw()
 
     def _look(self) -> State | None:
         state = state_of(self._driver, self._raw)
         self._unit.was_open = self._unit.was_open or state is State.OPEN
         return state
-
-
-_QUOTED = {
-    "mysql": r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|`[^`]*`|--\s[^\n]*|#[^\n]*|/\*.*?\*/",
-    "postgresql": r"'(?:[^']|'')*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/",
-    "sqlite": r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/",
-}
-_HAS_BODY = re.compile(r"(?:CREATE|ALTER|DO|BEGIN\s+NOT)\b", re.IGNORECASE)  # of statements, whose END is their own
-
-
-def _ends_raw(family: str, text: str) -> bool:
-    """Say whether a text sent past SQLAlchemy ends the transaction, and maybe begins another, so that nobody can see it."""
-    if family not in _QUOTED or not _MAY_END.search(text):
-        return False
-    parts = re.sub(_QUOTED[family], " ", text, flags=re.DOTALL).split(";")
-    if _HAS_BODY.match(parts[0].lstrip()) is not None:
-        return False
-    begins = () if family == "mysql" else ("BEGIN", "START")  # refused, or no matter, inside a transaction
-    openings = [part.lstrip()[:_OPENING] for part in parts]
-    return any(_does(one) is _CONTROL and not one.upper().startswith(begins) for one in openings)
-
-
-_MAY_END = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|BEGIN|START)\b", re.IGNORECASE)
-
-
-def _ends_in_its_tail(statement: str) -> bool:
-    """Say whether a text that the server has taken for several statements may end the transaction behind the first."""
-    for part in statement.split(";")[1:]:
-        opening = part.lstrip()[:_OPENING]
-        if _does(opening) is _CONTROL or _rows(opening) in (_Rows.OUTLIVES, _Rows.COMMITS):
-            return True
-    return False
 
 
 def _ended(connection: UnitConnection, unit: Transaction, how: Ended) -> None:
