@@ -17,7 +17,8 @@ from sqla_uow._session.instances import Tainted, taint
 from sqla_uow._session.session import has_changes, refuse_changes
 from sqla_uow._tasks.frames import check_loop, current_places, pop, push, running_task
 from sqla_uow._tasks.shield import shielded
-from sqla_uow._transaction.transaction import Phase, Transaction
+from sqla_uow._transaction.phase import Phase
+from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import COMMIT_SECONDS, failure_of
 from sqla_uow._unit.rollback import close_unused, release, roll_back
 from sqla_uow._unit.unit import UnitOfWork

@@ -49,7 +49,7 @@ from sqla_uow._session.statement_kind import (
     selects,
 )
 from sqla_uow._session.streams import open_stream
-from sqla_uow._transaction.transaction import Phase, Transaction
+from sqla_uow._transaction.phase import Phase
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._replicas.router import Replicas
     from sqla_uow._session.database import Database
+    from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["UnitConnection", "UnitEngine", "install", "lift"]
 

@@ -28,7 +28,8 @@ from sqla_uow._session.instances import check_attach, check_merge, describe
 from sqla_uow._session.load_advice import NO_WAITING, refusal
 from sqla_uow._session.load_origin import UNASKED, origin_of
 from sqla_uow._session.savepoint import UnitSavepoint
-from sqla_uow._transaction.transaction import Phase, Transaction, committing
+from sqla_uow._transaction.phase import Phase
+from sqla_uow._transaction.transaction import Transaction, committing
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Tasks of asyncio.
 
-* `frames`: the only ContextVar; which task may use a unit
+* `frames`: the only ContextVar; which task descends from which
+* `owner`: which task may use a unit
 * `per_loop`: what each event loop has for itself
 * `shield`: finish although cancelled
 """

@@ -16,7 +16,7 @@ from sqla_uow._session.session import UnitSession
 from sqla_uow._tasks.frames import current_places
 from sqla_uow._testing.errors import raise_by_server, raise_lost, raise_refused
 from sqla_uow._testing.statements import engine_of, is_work
-from sqla_uow._transaction.transaction import Phase
+from sqla_uow._transaction.phase import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,7 +5,6 @@ Synchronous throughout: `_session` and `_connection` call in from inside SQLAlch
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent
@@ -14,9 +13,10 @@ from sqlalchemy.exc import PendingRollbackError
 from sqla_uow._databases.driver_state import Ended, State, in_autocommit
 from sqla_uow._databases.failures import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._databases.levels import is_weaker_or_same
-from sqla_uow._tasks.frames import Owner
+from sqla_uow._tasks.owner import Owner
 from sqla_uow._transaction.doom import Damage
 from sqla_uow._transaction.hooks import Hooks
+from sqla_uow._transaction.phase import Phase
 from sqla_uow.errors import (
     IsolationConflictError,
     NoUnitError,
@@ -45,31 +45,10 @@ if TYPE_CHECKING:
     from sqla_uow._versions.expectations import Versions
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["Phase", "Transaction", "committing", "transaction_of"]
+__all__ = ["Transaction", "committing", "transaction_of"]
 
 committing: dict[greenlet, Transaction] = {}
 """What is being committed, by the greenlet that does so: there SQLAlchemy's own events call code of the user."""
-
-
-class Phase(enum.Enum):
-    """Where the transaction stands; the order is the order of life."""
-
-    NEW = "open", "new"
-    ACTIVE = "open", "active"
-    COMMITTING = "ending", "committing"  # ours to commit: flushes and the COMMIT itself pass
-    SENT = "ending", "sent"  # COMMIT has been handed to the driver
-    ENDING = "ending", "rolling back or closing"
-    YIELDED = "over", "yielded"  # a read session that gave way: objects readable, SQL refused
-    ENDED = "over", "ended"
-
-    def __init__(self, stage: str, label: str) -> None:
-        self.label: str = label
-        # Attributes, because they are asked several times a statement: hashing a member runs Python code, and so does
-        # looking one up by its name on Python 3.11.
-        self.is_open: bool = stage == "open"
-        self.is_active: bool = label == "active"
-        self.is_ending: bool = stage == "ending"
-        self.is_over: bool = stage == "over"
 
 
 class Transaction:

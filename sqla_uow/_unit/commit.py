@@ -21,7 +21,7 @@ from sqla_uow._log import record
 from sqla_uow._session.session import has_changes, wait_for_locks
 from sqla_uow._tasks.shield import Shielded, shielded
 from sqla_uow._transaction.hooks import ROUNDS, Hook, HookOutcome, run_after_commit, run_after_rollback
-from sqla_uow._transaction.transaction import Phase, Transaction
+from sqla_uow._transaction.phase import Phase
 from sqla_uow._unit.rollback import (
     Ended,
     close_unused,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
+    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow._unit.verify import Witness
 

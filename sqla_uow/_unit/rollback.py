@@ -18,7 +18,7 @@ from sqla_uow._log import record
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.hooks import run_after_rollback
-from sqla_uow._transaction.transaction import Phase, Transaction
+from sqla_uow._transaction.phase import Phase
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from sqla_uow._databases.failures import Failure
+    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.unit import UnitOfWork
 
 __all__ = [

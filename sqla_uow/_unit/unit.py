@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
 from sqla_uow._transaction.hooks import Hook, being_run
-from sqla_uow._transaction.transaction import Phase, Transaction
+from sqla_uow._transaction.phase import Phase
 from sqla_uow.errors import NoUnitError
 from sqla_uow.typing import IsolationLevel, Status
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqla_uow._transaction.hooks import Hooks
+    from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["UnitOfWork"]
 

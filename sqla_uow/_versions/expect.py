@@ -9,7 +9,8 @@ from sqlalchemy.orm import object_session
 from sqlalchemy.orm.attributes import flag_dirty
 
 from sqla_uow._session.instances import describe
-from sqla_uow._transaction.transaction import Phase, Transaction, transaction_of
+from sqla_uow._transaction.phase import Phase
+from sqla_uow._transaction.transaction import Transaction, transaction_of
 from sqla_uow._versions.expectations import Expectation, versions_of
 from sqla_uow._versions.mapping import VersionMixin, attribute_of, check_type
 from sqla_uow.errors import NoUnitError, ReadOnlyError
