@@ -362,9 +362,9 @@ def _take_turn(transaction: Transaction) -> None:
 # -- the events
 
 
-def _before_cursor_execute(
+def _before_cursor_execute(  # noqa: PLR0917  # SQLAlchemy's signature
     connection: UnitConnection,
-    _cursor: Any,
+    cursor: Any,
     statement: str,
     parameters: Any,
     context: Any,
@@ -375,7 +375,12 @@ def _before_cursor_execute(
         lift(connection)
     # isdelete is documented for DefaultExecutionContext only; every dialect's context is one.
     writes = context is not None and (context.isinsert or context.isupdate or context.isdelete)
-    unit.before_statement(writes=writes)
+    try:
+        unit.before_statement(writes=writes)
+    except PropagationError:
+        if context is not None and context._is_server_side:  # SQLAlchemy 2.0 leaves it open, and psycopg warns of that
+            connection._safe_close_cursor(cursor)
+        raise
     if context is not None:
         context.sent_by_unit = True
     if writes:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from functools import partial
@@ -315,7 +316,11 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     if unit is None or transaction.nested or unit.connection is connection:
         return
     unit.begun(connection)
-    remember(connection)
+    try:
+        remember(connection)
+    except asyncio.CancelledError as error:  # SQLAlchemy knows nothing of what was cut off
+        connection.invalidate(error)
+        raise
     database = unit.database
     database.recognise(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())

@@ -19,7 +19,7 @@ Bind = AsyncEngine | UnitOfWorkManager[Any]
 
 # What a unit sends for itself differs from database to database: levels, deadlines, savepoints, the mark of a COMMIT.
 _CONTROL = re.compile(
-    r"\s*(?:BEGIN|PRAGMA|SAVEPOINT|RELEASE|ROLLBACK|SET\s+(?!STATEMENT\b)|SELECT\s+set_config\(|SELECT\s+pg_current_xact_id\(|"
+    r"\s*(?:BEGIN|PRAGMA|SAVEPOINT|RELEASE|ROLLBACK|SET\s+(?!STATEMENT\b)|SELECT\s+set_config\(|SELECT\s+pg_current_xact_id\(|SHOW\s+\w+_timeout\b|"
     r"(?:INSERT\s+INTO|UPDATE)\s+sqla_uow_commits\b)",
     re.IGNORECASE,
 )
