@@ -109,7 +109,9 @@ class UnitConnection(Connection):
         """Do what ``execution_options(isolation_level=...)`` would, which looks each up anew: that costs a fortieth of a unit."""
         lent: Any = self._dbapi_connection
         adapted, dialect = lent.dbapi_connection, engine.dialect
-        lent._connection_record.finalize_callback.append(_restoring(dialect.driver, lent, engine))
+        # A savepoint in somebody else's transaction has its own dialect, which sets nothing and so has nothing to restore.
+        restore = engine.reset if self.unit.database.within else _restoring(dialect.driver, lent, engine)
+        lent._connection_record.finalize_callback.append(restore)
         for name, characteristic, value in engine.settings:
             # In a transaction that a listener has begun it is too late for the driver, but not for `opening`.
             if name != "postgresql_readonly" or not in_transaction(self):
@@ -165,8 +167,9 @@ class UnitConnection(Connection):
             unit.close_left_stream()
         if not self.invalidated and (unit.raw_taken or dialect.driver != "asyncpg"):
             self._ask_driver(unit)
-        # asyncpg does not tell a failed transaction; its server will.
-        answer = None if self.invalidated or dialect.driver != "asyncpg" else listen_to_commit(self)
+        # asyncpg does not tell a failed transaction; its server will, but where a savepoint stands for the transaction.
+        listens = dialect.driver == "asyncpg" and not self.invalidated and unit.database.within is None
+        answer = listen_to_commit(self) if listens else None
         unit.sending_commit()
         try:
             dialect.do_commit(super().connection)
@@ -223,6 +226,7 @@ class UnitConnection(Connection):
                 self.invalidate(e)
                 if isinstance(shown, DBAPIError):
                     shown.connection_invalidated = True
+            self._close_server_cursor(cursor, context)
             unit.failed(e, shown, lost=self.invalidated, sent=sent)
             if unit.self_wait is not None:
                 unit.damage.add(unit.self_wait, hard=True)
@@ -231,6 +235,11 @@ class UnitConnection(Connection):
             if failure is not None and failure.kind is Kind.READ_ONLY:
                 raise ReadOnlyError(unit.read_only_message("a write was sent")) from e
             raise
+
+    def _close_server_cursor(self, cursor: Any, context: Any) -> None:
+        """Close what SQLAlchemy leaves open on a lost connection; nothing is sent.  Psycopg would warn of it."""
+        if self.invalidated and self.dialect.driver == "psycopg" and getattr(context, "_is_server_side", False):
+            self._safe_close_cursor(cursor)
 
 
 class UnitEngine(OptionEngine):
