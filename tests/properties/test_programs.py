@@ -90,9 +90,9 @@ class Program:
                     raise
             except Exception:
                 self.failed = True
+                level.damaged = level.damaged or step[0] not in ("savepoint", "nested", "cancelled", "child")
                 if not swallow:
                     raise
-                level.damaged = level.damaged or step[0] not in ("savepoint", "nested", "cancelled")
 
     async def do_insert(self, level, way):
         name = f"{self.number}-{next(self.numbers)}"
