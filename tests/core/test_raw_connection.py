@@ -11,23 +11,9 @@ from sqlalchemy import event, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from tests.models import Account
+from tests.raw import raw_of, send
 
 INSERT = "INSERT INTO account (id, balance) VALUES (1, 10)"
-
-
-async def raw_of(session):
-    """Return the driver's own connection, as users get it."""
-    connection = await session.connection()
-    return (await connection.get_raw_connection()).driver_connection
-
-
-async def send(raw, sql):
-    """Send a statement past SQLAlchemy."""
-    if hasattr(raw, "execute"):  # asyncpg, psycopg, aiosqlite
-        await raw.execute(sql)
-    else:
-        async with raw.cursor() as cursor:
-            await cursor.execute(sql)
 
 
 async def copy(raw):
