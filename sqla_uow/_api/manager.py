@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 from sqla_uow._attempts.call import Attempts, LoopedAttempts
 from sqla_uow._attempts.observers import check_observers
+from sqla_uow._databases.database import Database
 from sqla_uow._databases.levels import check_level
 from sqla_uow._replicas.position import from_text
 from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
@@ -21,7 +22,6 @@ from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
 from sqla_uow._scope.scope import ScopeContext
-from sqla_uow._session.database import Database
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._tasks.per_loop import PerLoop
 from sqla_uow._unit.join import Joined, Nested, join

@@ -1,5 +1,6 @@
 """All that differs from database to database, and from driver to driver.
 
+* `database`: one engine, and what is known of its server
 * `levels`: isolation levels, and how each database is told
 * `failures`: what an error means
 * `driver`: the driver's own connection

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
     from sqlalchemy.engine import Connection
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._doctor.subject import Check
-    from sqla_uow._session.database import Database
 
 __all__ = ["Options", "UnreachableError", "examine"]
 

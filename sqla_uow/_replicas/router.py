@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._session.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["DRIVERS", "LastWrite", "Replica", "Replicas"]

@@ -1,6 +1,5 @@
 """What SQLAlchemy is told, and tells.
 
-* `database`: one engine, and the sessions made over it
 * `session`: the session of a unit
 * `savepoint`: `begin_nested()` in a unit
 * `connection`: the connection and the engine of a unit, and their events

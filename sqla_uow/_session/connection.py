@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.characteristics import ConnectionCharacteristic
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolResetState
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._replicas.router import Replicas
-    from sqla_uow._session.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["UnitConnection", "UnitEngine", "install", "lift"]

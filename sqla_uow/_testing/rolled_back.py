@@ -13,10 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow._api.manager import UnitOfWorkManager
+from sqla_uow._databases.database import WITHIN
 from sqla_uow._databases.distributed import family_of
 from sqla_uow._databases.interrupt import remember, settle
 from sqla_uow._databases.levels import check_level
-from sqla_uow._session.database import WITHIN
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._testing.savepoints import Outer, check_loop, dialect_within
 from sqla_uow._testing.statements import engine_of

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, Session
 
     from sqla_uow._attempts.observers import Idle, Times
+    from sqla_uow._databases.database import Database
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, Replicas
     from sqla_uow._retry.controller import Slot
-    from sqla_uow._session.database import Database
     from sqla_uow._session.instances import Tainted
     from sqla_uow._session.streams import Stream
     from sqla_uow._versions.expectations import Versions

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from sqla_uow._session.database import Database
+    from sqla_uow._databases.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["Notary", "Witness"]
