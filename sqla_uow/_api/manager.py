@@ -13,15 +13,16 @@ from typing_extensions import TypeVar
 
 from sqla_uow._attempts.call import Attempts, LoopedAttempts
 from sqla_uow._attempts.observers import check_observers
-from sqla_uow._databases.database import Database
 from sqla_uow._databases.levels import check_level
 from sqla_uow._replicas.position import from_text
 from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
+from sqla_uow._retry.budget import budget_of
 from sqla_uow._retry.controller import UNKNOWN, Gate, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
 from sqla_uow._scope.scope import ScopeContext
+from sqla_uow._session.maker import SessionMaker
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._tasks.per_loop import PerLoop
 from sqla_uow._unit.join import Joined, Nested, join
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqla_uow._attempts.attempt import Attempt
+    from sqla_uow._databases.database import Database
     from sqla_uow._scope.scope import Scope
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.unit import UnitOfWork
@@ -104,7 +106,9 @@ class UnitOfWorkManager(Generic[S]):
             )
         if lazy_loads not in get_args(LazyLoads):
             raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
-        self._database: Database[S] = Database(bind, lazy_loads)
+        self._maker: SessionMaker[S] = SessionMaker(bind, lazy_loads)
+        self._database: Database = self._maker.database
+        self._budget = budget_of(self._database.pool)
         self._lazy_loads: LazyLoads = lazy_loads
         check_level(self._database.system, isolation, who=who)
         self._name = name
@@ -305,7 +309,7 @@ class UnitOfWorkManager(Generic[S]):
     def _over(self, engine: AsyncEngine) -> UnitOfWorkManager[S]:
         """Return a manager like this one over another engine."""
         manager = UnitOfWorkManager(
-            self._database.maker_over(engine),
+            self._maker.over(engine),
             name=self._name,
             isolation=self._isolation,
             retries=self._retries,
@@ -342,8 +346,8 @@ def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[As
     return engines
 
 
-def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
-    databases: list[Database[Any]] = [Database(engine) for engine in engines]
+def _replicas_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
+    databases = [SessionMaker(engine).database for engine in engines]
     for database in [primary, *databases]:
         if database.family != primary.family:
             raise ValueError(

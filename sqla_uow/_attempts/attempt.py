@@ -128,7 +128,7 @@ class Attempt(Generic[S]):
         if self._slot is not None and attempts.gate is not None:
             transaction.slot = self._slot
             transaction.lock_wait = None if is_last else attempts.lock_wait(attempts.gate)
-        unit = self.unit = UnitOfWork(transaction, attempt=attempts.attempt, is_last_attempt=is_last)
+        unit = self.unit = UnitOfWork(transaction, manager._maker, attempt=attempts.attempt, is_last_attempt=is_last)
         self._witness = manager._witness(transaction)
         self._place = UnitPlace(manager, unit)
         push(self._place)

@@ -101,7 +101,7 @@ class Attempts(Generic[S]):
     def _count_in(self) -> None:
         """Take part in what the calls that may be run again share: their budget, and their turns."""
         manager = self.manager
-        manager._database.budget.earn()
+        manager._budget.earn()
         # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
         if not self.enclosing and self.policy.contention == "auto":
             self.gate = manager._gate(self.function, name_of(self.function), self.policy.clock)
@@ -138,7 +138,7 @@ class Attempts(Generic[S]):
                 raise refused from error
         wait = self.policy.delay(self.attempt - 1)
         if failure.kind in (Kind.NOT_STARTED, Kind.LOST):
-            soonest = self.manager._database.budget.reserve(time.monotonic(), patience=self.policy.cap)
+            soonest = self.manager._budget.reserve(time.monotonic(), patience=self.policy.cap)
             if soonest is None:
                 raise self.gave_up(failure, spent=True) from error
             wait = max(wait, soonest)

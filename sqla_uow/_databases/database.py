@@ -1,47 +1,35 @@
-"""What a manager is bound to: one engine, the sessions made over it, and what is known of its server."""
+"""One engine, and what is known of its server."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import time
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool, StaticPool
 from sqlalchemy.util import await_only
-from typing_extensions import TypeVar
 
 from sqla_uow._databases.distributed import COCKROACHDB, Distributed, distributed, family_of
 from sqla_uow._databases.driver import raw_connection
-from sqla_uow._databases.levels import check_honoured, engine_options, is_weaker_or_same
+from sqla_uow._databases.levels import check_honoured, is_weaker_or_same
 from sqla_uow._databases.writer_queue import Turns
-from sqla_uow._retry.budget import Budget
-from sqla_uow._session.connection import UnitEngine, install
-from sqla_uow._session.session import UnitSession, unit_session_class
-from sqla_uow._session.watched_session import watching
 from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import Pool
 
-    from sqla_uow._transaction.transaction import Transaction
-    from sqla_uow.typing import IsolationLevel, LazyLoads
+    from sqla_uow.typing import IsolationLevel
 
 __all__ = ["WITHIN", "Database"]
-
-S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 WITHIN = "sqla_uow_within"
 """Option of an engine whose transactions are savepoints of one that somebody else ends: who that is."""
 
-_budgets: weakref.WeakKeyDictionary[Pool, Budget] = weakref.WeakKeyDictionary()
 _turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
 _owners: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
 FIRST_LOOK_SECONDS = 0.002
@@ -50,21 +38,17 @@ _BOUND_TO_LOOP = ("asyncpg", "asyncmy", "aiomysql")
 """Drivers whose connections work in the event loop only in which they were made."""
 
 
-class Database(Generic[S]):
-    """One engine and the class of its sessions.
+class Database:
+    """One engine, and what is known of its server.
 
     Args:
-        bind: an async engine, or an `async_sessionmaker` bound to one.
-        lazy_loads: what becomes of them in its sessions.
+        engine: of the units.
 
     Raises:
-        TypeError: neither of them; or a maker with ``binds=``, without a bind, or bound to a connection; or one whose
-            session class cannot be made as a unit needs it.
-        ValueError: an engine in AUTOCOMMIT, where there is no transaction.
+        ValueError: the engine is in AUTOCOMMIT, where there is no transaction.
     """
 
-    def __init__(self, bind: AsyncEngine | async_sessionmaker[S], lazy_loads: LazyLoads = "allow") -> None:
-        engine, self._maker = _engine_and_maker(bind)
+    def __init__(self, engine: AsyncEngine) -> None:
         self.engine: AsyncEngine = engine
         self.sync_engine: Engine = self.engine.sync_engine
         self.family: str = family_of(self.sync_engine.dialect)
@@ -80,19 +64,11 @@ class Database(Generic[S]):
             )
         self._configured: str | None = configured
         self.within: str | None = self.sync_engine.get_execution_options().get(WITHIN)
-        self._session_class = watching(unit_session_class(_sync_class(self._maker)), lazy_loads)
-        self._engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
+        self.unit_engines: dict[tuple[IsolationLevel | None, bool], AsyncEngine] = {}
+        """The engines of its units, by level and by whether they only read; see `UnitEngine.for_unit`."""
         self.has_connected: bool = False
         self._first: dict[str, asyncio.AbstractEventLoop] = {}
         self._home: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[Pool]] | None = None
-        if self._make(self.engine).sync_session.twophase:
-            raise TypeError(
-                f"{self._maker.class_.__name__} is made with twophase=True, but a unit is one transaction on one engine, and "
-                "knows what became of one COMMIT; leave it out"
-            )
-        install(self.sync_engine, shared=self.within is not None or isinstance(self.pool, StaticPool))
-        # Of the pool, as managers share it through copies of their engine.
-        self.budget: Budget = _budgets.setdefault(self.pool, Budget(time.monotonic()))
 
     @property
     def limits_statements(self) -> bool:
@@ -112,28 +88,6 @@ class Database(Generic[S]):
     @property
     def pool(self) -> Pool:
         return self.sync_engine.pool
-
-    def session(self, transaction: Transaction) -> S:
-        """Make the session of one unit; no connection is taken."""
-        session = self._make(self._engine_for(transaction))
-        sync_session = session.sync_session
-        assert isinstance(sync_session, UnitSession)
-        sync_session.transaction_of_unit = transaction
-        return session
-
-    def unit_engine(self, transaction: Transaction) -> UnitEngine:
-        """Return the engine for units like this one."""
-        engine = self._engine_for(transaction).sync_engine
-        assert isinstance(engine, UnitEngine)
-        return engine
-
-    def _engine_for(self, transaction: Transaction) -> AsyncEngine:
-        key = (transaction.isolation, transaction.read_only)
-        engine = self._engines.get(key)
-        if engine is None:
-            options = engine_options(self.family, transaction.isolation, read_only=transaction.read_only)
-            engine = self._engines[key] = AsyncEngine(UnitEngine(self.sync_engine, options))
-        return engine
 
     def check_loop(self, loop: asyncio.AbstractEventLoop, *, who: str) -> None:
         """Refuse to take a connection that belongs to another event loop, as most drivers' do, out of the pool.
@@ -173,12 +127,6 @@ class Database(Generic[S]):
             self.has_connected = True
         finally:
             self._first.clear()
-
-    def maker_over(self, engine: AsyncEngine) -> async_sessionmaker[S]:
-        """Return a maker of the same sessions over another engine."""
-        maker = copy.copy(self._maker)
-        maker.kw = {**maker.kw, "bind": engine}
-        return maker
 
     def turns(self) -> Turns | None:
         """Return the queue of the writers, on SQLite."""
@@ -247,54 +195,3 @@ class Database(Generic[S]):
         if hasattr(raw, "is_closed"):  # asyncpg
             return not raw.is_closed()
         return not getattr(raw, "closed", False)
-
-    def _make(self, engine: AsyncEngine) -> S:
-        try:
-            session: S = self._maker(
-                bind=engine,
-                expire_on_commit=False,
-                close_resets_only=False,
-                autobegin=True,
-                sync_session_class=self._session_class,
-            )
-        except TypeError as error:
-            raise TypeError(
-                f"{self._maker.class_.__name__} cannot be made with expire_on_commit, close_resets_only and "
-                "sync_session_class; let its __init__ pass keyword arguments on to AsyncSession"
-            ) from error
-        return session
-
-
-def _engine_and_maker(bind: object) -> tuple[AsyncEngine, async_sessionmaker[Any]]:
-    if isinstance(bind, AsyncEngine):
-        return bind, async_sessionmaker[Any](bind)
-    if not isinstance(bind, async_sessionmaker):
-        raise TypeError(
-            f"UnitOfWorkManager got {type(bind).__name__}; pass an AsyncEngine of create_async_engine(), "
-            "or an async_sessionmaker bound to one"
-        )
-    if bind.kw.get("binds"):
-        raise TypeError(
-            "the sessionmaker has binds=, but a unit is one transaction on one engine; make a manager for each"
-        )
-    if bind.kw.get("twophase"):
-        raise TypeError("the sessionmaker has twophase=True, but a unit is one transaction on one engine; leave it out")
-    engine = bind.kw.get("bind")
-    if not isinstance(engine, AsyncEngine):
-        found = "no bind" if engine is None else f"a bind of type {type(engine).__name__}"
-        raise TypeError(f"the sessionmaker has {found}; bind it to an AsyncEngine")
-    return engine, bind  # pyright: ignore[reportUnknownVariableType]  # isinstance() cannot tell the session's class
-
-
-def _sync_class(maker: async_sessionmaker[Any]) -> type[Session]:
-    cls = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
-    if not isinstance(cls, type) or not issubclass(cls, Session):
-        raise TypeError(
-            f"sync_session_class is {cls!r}, not a class of Session; pass a subclass of sqlalchemy.orm.Session"
-        )
-    if cls.get_bind is not Session.get_bind:
-        raise TypeError(
-            f"{cls.__name__} chooses its engine in get_bind(), but a unit is one transaction on one engine; "
-            "make a manager for each engine"
-        )
-    return cls

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import text
 from sqlalchemy.engine import Engine
@@ -23,13 +23,14 @@ from sqla_uow._log import record
 from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import Pool
 
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._databases.database import Database
+    from sqla_uow._tasks.owner import Owner
 
 __all__ = ["Watch", "connect_unless_stuck", "watch_locks"]
 
@@ -66,12 +67,25 @@ _STOP = {"postgresql": "SELECT pg_cancel_backend({inner})", "mysql": "KILL QUERY
 _tasks: set[asyncio.Task[None]] = set()
 
 
+class Waiter(Protocol):
+    """A unit's transaction, as far as it is looked at here."""
+
+    name: str
+    owner: Owner
+    database: Database
+    connection: Connection | None
+    self_wait: PropagationError | None
+
+    @property
+    def enclosing(self) -> Sequence[Waiter]: ...
+
+
 class Watch:
     """Looks now and then whether a unit waits for a lock of a unit around it."""
 
     __slots__ = ("_looks", "_outer", "_timer", "_unit")
 
-    def __init__(self, unit: Transaction, outer: list[Transaction]) -> None:
+    def __init__(self, unit: Waiter, outer: list[Waiter]) -> None:
         self._unit = unit
         self._outer = outer
         self._looks = 0
@@ -101,7 +115,7 @@ class Watch:
         if self._outer:
             self._timer = self._unit.owner.loop.call_later(LOOK_SECONDS, self._look)
 
-    async def _ask(self, outer: list[Transaction]) -> None:
+    async def _ask(self, outer: list[Waiter]) -> None:
         unit = self._unit
         try:
             async with asyncio.timeout(5 * LOOK_SECONDS):
@@ -115,7 +129,7 @@ class Watch:
         if unit.self_wait is None:
             self._again()
 
-    async def _ask_server(self, outer: list[Transaction]) -> None:
+    async def _ask_server(self, outer: list[Waiter]) -> None:
         unit, connection = self._unit, self._unit.connection
         if connection is None:
             return
@@ -157,7 +171,7 @@ def _pid(connection: Connection) -> int:
     return int(raw.pgconn.backend_pid if driver == "psycopg" else raw.thread_id())
 
 
-def watch_locks(unit: Transaction) -> Watch | None:
+def watch_locks(unit: Waiter) -> Watch | None:
     """Watch a unit whose connection has just begun; None where it can wait for none around it."""
     database = unit.database
     if database.family not in _BLOCKERS or database.server is not None:
@@ -174,10 +188,10 @@ def watch_locks(unit: Transaction) -> Watch | None:
 
 # -- connections
 
-_waiting: weakref.WeakKeyDictionary[Pool, set[Transaction]] = weakref.WeakKeyDictionary()
+_waiting: weakref.WeakKeyDictionary[Pool, set[Waiter]] = weakref.WeakKeyDictionary()
 
 
-async def connect_unless_stuck(unit: Transaction, connect: Callable[[], Connection]) -> Connection:
+async def connect_unless_stuck(unit: Waiter, connect: Callable[[], Connection]) -> Connection:
     """Connect, beside a unit that has a connection already.
 
     Raises:
@@ -215,7 +229,7 @@ async def connect_unless_stuck(unit: Transaction, connect: Callable[[], Connecti
         waiting.discard(unit)
 
 
-def _holders(waiting: set[Transaction], pool: Pool) -> set[int]:
+def _holders(waiting: set[Waiter], pool: Pool) -> set[int]:
     return {
         id(outer)
         for unit in waiting

@@ -117,7 +117,7 @@ def _unknown_driver(url: URL, error: Exception) -> str:
     return f"{url.drivername!r} is no asyncio driver; use {_DRIVERS[name]}"
 
 
-def _checks(database: Database[Any]) -> Sequence[Check]:
+def _checks(database: Database) -> Sequence[Check]:
     return _CHECKS[database.family] if database.server is None else DISTRIBUTED
 
 

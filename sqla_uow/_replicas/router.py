@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.util import greenlet_spawn
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._databases.database import Database
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow.typing import IsolationLevel
 
 __all__ = ["DRIVERS", "LastWrite", "Replica", "Replicas"]
 
@@ -96,6 +96,23 @@ async def _ask(connection: Connection, family: str, questions: dict[str, str]) -
 
 # -- what is known
 
+
+class Reading(Protocol):
+    """What a unit that only reads asks for."""
+
+    @property
+    def isolation(self) -> IsolationLevel | None: ...
+
+    @property
+    def deadline(self) -> float | None: ...
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    @property
+    def last_write(self) -> LastWrite | None: ...
+
+
 _ASKED = "sqla_uow.asked"
 
 
@@ -127,8 +144,8 @@ class LastWrite:
 class Replica:
     """One replica, and what is known of it."""
 
-    def __init__(self, number: int, database: Database[Any]) -> None:
-        self.database: Database[Any] = database
+    def __init__(self, number: int, database: Database) -> None:
+        self.database: Database = database
         self._missed = NOWHERE
         self._lagging_until = 0.0
         self._look_at = 0.0
@@ -137,9 +154,9 @@ class Replica:
         self._down_until = 0.0
         self._failures = 0
 
-    def takes(self, transaction: Transaction, now: float) -> bool:
-        """Say whether it is up, as far as is known, and can run the transaction: no standby can at SERIALIZABLE."""
-        level = transaction.isolation or self.database.default_isolation()
+    def takes(self, reading: Reading, now: float) -> bool:
+        """Say whether it is up, as far as is known, and can serve this reading: no standby can at SERIALIZABLE."""
+        level = reading.isolation or self.database.default_isolation()
         return now >= self._down_until and level != "SERIALIZABLE"
 
     def may_have(self, position: Position, now: float) -> bool:
@@ -234,9 +251,9 @@ class Replicas:
         wait: seconds that a read waits for one of them to catch up with its client.
     """
 
-    def __init__(self, primary: Database[Any], replicas: Sequence[Database[Any]], wait: float) -> None:
+    def __init__(self, primary: Database, replicas: Sequence[Database], wait: float) -> None:
         self.last_write: LastWrite = LastWrite()  # of everybody outside the scopes that are clients of their own
-        self.primary: Database[Any] = primary
+        self.primary: Database = primary
         self._replicas = [Replica(number, database) for number, database in enumerate(replicas, 1)]
         self._wait = wait
         self._turn = 0
@@ -245,19 +262,19 @@ class Replicas:
         return len(self._replicas)
 
     async def lend(
-        self, transaction: Transaction, connect: Callable[[Database[Any]], Connection]
+        self, reading: Reading, connect: Callable[[Database], Connection]
     ) -> tuple[Replica, Connection] | None:
         """Connect to a replica that shows what the client has written; None where the primary has to do.
 
         Args:
-            transaction: of a unit that only reads.
+            reading: what a unit that only reads asks for.
             connect: to a database; called in SQLAlchemy's greenlet.
         """
-        last_write = transaction.last_write or self.last_write
+        last_write = reading.last_write or self.last_write
         if last_write.position == UNKNOWN:
             await self._see_primary(last_write)
         wanted = last_write.position
-        candidates = self._candidates(transaction, wanted)
+        candidates = self._candidates(reading, wanted)
         late: list[Replica] = []
         for replica in candidates:
             connection = await replica.lend(partial(connect, replica.database))
@@ -265,7 +282,7 @@ class Replicas:
                 continue
             caught_up: bool | None = None
             try:
-                caught_up = await replica.catches_up(connection, wanted, self._patience(transaction) / len(candidates))
+                caught_up = await replica.catches_up(connection, wanted, self._patience(reading) / len(candidates))
             except Exception as error:
                 replica.failed(error)
                 await greenlet_spawn(connection.invalidate)
@@ -281,21 +298,21 @@ class Replicas:
             await self._too_late(late, last_write, wanted)
         return None
 
-    def _candidates(self, transaction: Transaction, wanted: Position) -> list[Replica]:
+    def _candidates(self, reading: Reading, wanted: Position) -> list[Replica]:
         """Return who is up, another one first at each call; those that have to be waited for are the last."""
         self._turn = (self._turn + 1) % len(self._replicas)
         now = time.monotonic()
         up = [
             replica
             for replica in self._replicas[self._turn :] + self._replicas[: self._turn]
-            if replica.takes(transaction, now) and replica.may_have(wanted, now)
+            if replica.takes(reading, now) and replica.may_have(wanted, now)
         ]
         return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
-    def _patience(self, transaction: Transaction) -> float:
-        if transaction.deadline is None:
+    def _patience(self, reading: Reading) -> float:
+        if reading.deadline is None:
             return self._wait
-        return max(0.0, min(self._wait, (transaction.deadline - transaction.clock()) / 2))
+        return max(0.0, min(self._wait, (reading.deadline - reading.clock()) / 2))
 
     async def _too_late(self, late: list[Replica], last_write: LastWrite, wanted: Position) -> None:
         """Find out who was wrong: a position that nobody has is dropped; for replicas that lag others do not wait now."""

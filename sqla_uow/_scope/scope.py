@@ -77,7 +77,7 @@ class Scope:
         reader = self.reader
         check_loop(_READER, self._loop)
         if reader is None:
-            reader = self.reader = UnitOfWork(self._read_transaction())
+            reader = self.reader = UnitOfWork(self._read_transaction(), self.manager._maker)
             self.manager._counts.readings += 1
         else:
             reader._transaction.owner.check()

@@ -1,5 +1,6 @@
 """What SQLAlchemy is told, and tells.
 
+* `maker`: makes the sessions of units over one engine
 * `session`: the session of a unit
 * `savepoint`: `begin_nested()` in a unit
 * `connection`: the connection and the engine of a unit, and their events

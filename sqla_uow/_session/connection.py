@@ -19,6 +19,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only
 
 from sqla_uow._databases.driver import begin_now, listen_to_commit, tell_next_results, tell_raw_calls
@@ -33,7 +34,7 @@ from sqla_uow._databases.driver_state import (
 )
 from sqla_uow._databases.failures import Kind, classify
 from sqla_uow._databases.interrupt import settle
-from sqla_uow._databases.levels import lift_lock_wait, limit_statement, restore_sqlite
+from sqla_uow._databases.levels import engine_options, lift_lock_wait, limit_statement, restore_sqlite
 from sqla_uow._databases.poolers import explain
 from sqla_uow._databases.self_wait import connect_unless_stuck
 from sqla_uow._log import record
@@ -264,6 +265,16 @@ class UnitEngine(OptionEngine):
         self.settings = tuple((name, known[name], value) for name, value in options.items())
         self.reset = functools.partial(dialect._reset_characteristics, options)
 
+    @classmethod
+    def for_unit(cls, database: Database, transaction: Transaction) -> AsyncEngine:
+        """Return the engine for units like this one, made once for each level, for reading and for writing."""
+        key = (transaction.isolation, transaction.read_only)
+        engine = database.unit_engines.get(key)
+        if engine is None:
+            options = engine_options(database.family, transaction.isolation, read_only=transaction.read_only)
+            engine = database.unit_engines[key] = AsyncEngine(cls(database.sync_engine, options))
+        return engine
+
     def of(self, transaction: Transaction) -> UnitEngine:
         """Return this engine for one unit.  A copy of its attributes: making an option engine costs ten times as much."""
         engine = UnitEngine.__new__(UnitEngine)
@@ -271,10 +282,10 @@ class UnitEngine(OptionEngine):
         engine.unit = transaction
         return engine
 
-    def _become(self, other: UnitEngine) -> None:
-        """Lead elsewhere; sessions know their connections by the engine, which has to stay the same object."""
+    def _lead_to(self, database: Database, transaction: Transaction) -> None:
+        """Lead there; sessions know their connections by the engine, which has to stay the same object."""
         unit = self.unit
-        self.__dict__.update(other.__dict__)
+        self.__dict__.update(self.for_unit(database, transaction).sync_engine.__dict__)
         self.unit = unit
 
     def connect(self) -> Connection:
@@ -318,8 +329,8 @@ class UnitEngine(OptionEngine):
             return UnitConnection(self, transaction)
 
     def _connect_to_replica(self, replicas: Replicas, transaction: Transaction) -> Connection | None:
-        def connect(database: Database[Any]) -> Connection:
-            self._become(database.unit_engine(transaction))
+        def connect(database: Database) -> Connection:
+            self._lead_to(database, transaction)
             return UnitConnection(self, transaction)
 
         try:
@@ -330,7 +341,7 @@ class UnitEngine(OptionEngine):
             transaction.database = transaction.replica.database
             return connection
         finally:
-            self._become(transaction.database.unit_engine(transaction))
+            self._lead_to(transaction.database, transaction)
 
 
 def _restoring(driver: str, lent: Any, engine: UnitEngine) -> Callable[[Any], None]:

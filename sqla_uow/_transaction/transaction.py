@@ -119,7 +119,7 @@ class Transaction:
     def __init__(
         self,
         name: str,
-        database: Database[Any],
+        database: Database,
         *,
         isolation: IsolationLevel | None,
         read_only: bool,
@@ -131,7 +131,7 @@ class Transaction:
         times: Times | None = None,
     ) -> None:
         self.name: str = name
-        self.database: Database[Any] = database
+        self.database: Database = database
         self.isolation: IsolationLevel | None = isolation
         self.read_only: bool = read_only
         self.deadline: float | None = deadline

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Column, MetaData, String, Table, insert, text, update
 from sqlalchemy.engine import Engine
@@ -68,7 +68,7 @@ class Notary:
 
     __slots__ = ("_database", "_locks", "free", "ready")
 
-    def __init__(self, database: Database[Any]) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self._locks = PerLoop(asyncio.Lock)
         self.ready = False
@@ -106,7 +106,7 @@ class Witness:
 
     __slots__ = ("_database", "_life", "_notary", "_old", "_outlawed", "_token", "signed")
 
-    def __init__(self, notary: Notary, database: Database[Any]) -> None:
+    def __init__(self, notary: Notary, database: Database) -> None:
         self._notary = notary
         self._database = database
         # Before the transaction's snapshot: a row that is younger would be a conflict (innodb_snapshot_isolation).
