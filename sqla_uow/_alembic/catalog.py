@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from sqla_uow._alembic.triggers import PREFIX, qualified
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.driver_state import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

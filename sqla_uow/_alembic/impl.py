@@ -9,7 +9,7 @@ from alembic.ddl.impl import _impls
 from sqla_uow._alembic.catalog import Found, is_used, triggers_of
 from sqla_uow._alembic.making import in_step, remake, unnamed
 from sqla_uow._alembic.triggers import literally
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.driver_state import family_of
 from sqla_uow._versions.kinds import TIMESTAMP, UUID, UtcTimestamp
 from sqla_uow._versions.mapping import INFO_KEY
 

@@ -15,7 +15,9 @@ from sqlalchemy import text
 from sqlalchemy.engine import Engine
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.distributed import COCKROACHDB, distributed, family_of
+from sqla_uow._databases.database import recognised
+from sqla_uow._databases.distributed import CockroachDB
+from sqla_uow._databases.driver_state import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -115,7 +117,7 @@ def _name(connection: Connection) -> str:
 
 def _lock_of(connection: Connection) -> AbstractContextManager[_Lock]:
     family = family_of(connection.dialect)
-    if distributed(connection) is COCKROACHDB:
+    if isinstance(recognised(connection), CockroachDB):
         raise CommandError(
             "CockroachDB gives an advisory lock to everybody who asks, so migration_lock() would exclude nobody; run the "
             "migrations from one process"

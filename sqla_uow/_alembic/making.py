@@ -10,7 +10,9 @@ from sqla_uow._alembic.mariadb import locked
 from sqla_uow._alembic.postgresql import ChildTrigger, child_trigger
 from sqla_uow._alembic.target import Target
 from sqla_uow._alembic.triggers import Trigger, literally, names, qualified
-from sqla_uow._databases.distributed import COCKROACHDB, distributed, family_of
+from sqla_uow._databases.database import recognised
+from sqla_uow._databases.distributed import CockroachDB
+from sqla_uow._databases.driver_state import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -22,7 +24,7 @@ def unnamed(impl: Any) -> bool:
     """Say whether nobody can be asked for triggers, which are known by their derived names then: ``--sql``, CockroachDB."""
     if impl.as_sql or family_of(impl.dialect) not in ("postgresql", "mysql", "sqlite"):
         return True
-    return distributed(impl.connection) is COCKROACHDB
+    return isinstance(recognised(impl.connection), CockroachDB)
 
 
 def counting(impl: Any, table: str, column: str, schema: str | None) -> list[Found]:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._alembic.catalog import Found, triggers_of
 from sqla_uow._alembic.triggers import Trigger, literally, qualified
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.driver_state import family_of
 from sqla_uow._databases.failures import code_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from sqla_uow._alembic.patience import Patience, patiently
 from sqla_uow._alembic.postgresql import ChildTrigger, child_trigger
 from sqla_uow._alembic.target import Target, kind_named, version_column
 from sqla_uow._alembic.triggers import Trigger, literally, qualified
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.driver_state import family_of
 
 __all__ = [
     "OPS",

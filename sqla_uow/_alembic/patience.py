@@ -15,9 +15,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._alembic.lock import sleep
-from sqla_uow._databases.distributed import COCKROACHDB, distributed, family_of
+from sqla_uow._databases.database import recognised
+from sqla_uow._databases.distributed import CockroachDB
+from sqla_uow._databases.driver_state import family_of
 from sqla_uow._databases.failures import Kind, chain, classify
-from sqla_uow._databases.levels import milliseconds
+from sqla_uow._databases.postgresql import milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -73,7 +75,7 @@ def patiently(operations: Operations, table: str, patience: Patience, ddl: Calla
         with _transaction_sqlite(connection):
             ddl()
         return
-    if distributed(connection) is COCKROACHDB:  # changes a schema without a table's lock, and in no savepoint
+    if isinstance(recognised(connection), CockroachDB):  # changes a schema without a table's lock, and in no savepoint
         ddl()
         return
     retries = patience.retries if family == "mysql" else _retries_postgresql(connection, context, table, patience)

@@ -9,7 +9,8 @@ from sqlalchemy import text
 
 from sqla_uow._alembic.catalog import PARENT
 from sqla_uow._alembic.target import Target
-from sqla_uow._databases.distributed import distributed, family_of
+from sqla_uow._databases.database import recognised, system_of
+from sqla_uow._databases.postgresql import PostgreSQL
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
@@ -131,11 +132,10 @@ def child_trigger(impl: Any, own: Trigger, parent: str | None) -> ChildTrigger:
     Raises:
         CommandError: another database than PostgreSQL; ``--sql``; no such table, column or reference.
     """
-    family = family_of(impl.dialect)
-    server = None if impl.as_sql else distributed(impl.connection)
-    if family != "postgresql" or server is not None:
+    system = system_of(impl.dialect) if impl.as_sql else recognised(impl.connection)
+    if not isinstance(system, PostgreSQL):
         raise CommandError(
-            f"a trigger of table {own.table!r} cannot count for its parent {parent!r} on {family if server is None else server.name}, where it cannot tell "
+            f"a trigger of table {own.table!r} cannot count for its parent {parent!r} on {system.title}, where it cannot tell "
             f"whether the ORM has; leave it out, and where others write {own.table!r} have them set {own.column} = "
             f"{own.column} in {parent!r} too, which that table's own trigger counts"
         )

@@ -8,8 +8,8 @@ from sqlalchemy import event
 
 from alembic import context
 from sqla_uow._alembic.lock import migration_lock
-from sqla_uow._databases.distributed import family_of
-from sqla_uow._databases.levels import begin_sqlite
+from sqla_uow._databases.driver_state import family_of
+from sqla_uow._databases.sqlite import begin as begin_sqlite
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection

@@ -13,9 +13,9 @@ from typing_extensions import TypeVar
 
 from sqla_uow._attempts.call import Attempts, LoopedAttempts
 from sqla_uow._attempts.observers import check_observers
-from sqla_uow._databases.levels import check_level
+from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
-from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
+from sqla_uow._replicas.router import LastWrite, Replicas
 from sqla_uow._retry.budget import budget_of
 from sqla_uow._retry.controller import UNKNOWN, Gate, together
 from sqla_uow._retry.policy import RetryPolicy
@@ -110,7 +110,7 @@ class UnitOfWorkManager(Generic[S]):
         self._database: Database = self._maker.database
         self._budget = budget_of(self._database.pool)
         self._lazy_loads: LazyLoads = lazy_loads
-        check_level(self._database.system, isolation, who=who)
+        self._database.system.check_level(isolation, who=who)
         self._name = name
         self._isolation: IsolationLevel | None = isolation
         self._retries = retries
@@ -205,7 +205,7 @@ class UnitOfWorkManager(Generic[S]):
         options = block_options(
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
-        check_level(self._database.system, isolation, who=options.who)
+        self._database.system.check_level(isolation, who=options.who)
         return self._enter(options)
 
     def attempts(
@@ -240,7 +240,7 @@ class UnitOfWorkManager(Generic[S]):
         """
         who = name if isinstance(name, str) else "attempts()"
         options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
-        check_level(self._database.system, isolation, who=options.who)
+        self._database.system.check_level(isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
         return LoopedAttempts(self, options, sys._getframe(1).f_code)
@@ -353,13 +353,13 @@ def _replicas_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: floa
             raise ValueError(
                 f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
             )
-        if database.driver not in DRIVERS:
+        if not database.driver.can_ask:
             raise ValueError(
-                f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
+                f"{who} has replicas over {database.sync_engine.dialect.driver}, of which no position can be learned; use {', '.join(drivers_that_ask())}"
             )
         if database.server is not None:
             raise ValueError(
-                f"{who} has replicas on {database.server.name}, which tells no position that one of them could have reached; "
+                f"{who} has replicas on {database.system.title}, which tells no position that one of them could have reached; "
                 "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
             )
     return Replicas(primary, databases, wait)

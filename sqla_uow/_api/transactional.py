@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overl
 from sqla_uow._api.manager import UnitOfWorkManager
 from sqla_uow._attempts.arguments import NOTHING, find_used, keep, leaves_all
 from sqla_uow._attempts.call import Attempts, rehearsals
-from sqla_uow._databases.levels import check_level
 from sqla_uow._scope.lookup import locate
 from sqla_uow._unit.join import join
 from sqla_uow._unit.options import Options, check_name
@@ -98,7 +97,7 @@ def transactional(
             retries=retries, timeout=timeout, retry=retry, retry_on=retry_on,
         )  # fmt: skip
         if isinstance(using, UnitOfWorkManager):
-            check_level(using._database.system, isolation, who=options.who)
+            using._database.system.check_level(isolation, who=options.who)
         wrapped = _wrap(inner, using, options)
         return kind(wrapped) if kind else wrapped
 
@@ -137,7 +136,7 @@ def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], opt
     async def transactional_call(*args: Any, **kwargs: Any) -> Any:
         manager, open_unit = locate(using, options.who)
         if options.isolation is not None:  # before joining too, so that it does not depend on the caller
-            check_level(manager._database.system, options.isolation, who=options.who)
+            manager._database.system.check_level(options.isolation, who=options.who)
         unit = manager._joinable(open_unit, options)
         if unit is not None:
             async with join(unit, options):

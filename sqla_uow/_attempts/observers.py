@@ -128,7 +128,7 @@ def _common(attempts: Attempts[Any]) -> dict[str, Any]:
         "call": attempts.call,
         "function": str(options.who),
         "manager": manager.name,
-        "system": manager._database.system,
+        "system": manager._database.system_name,
         "namespace": manager.engine.url.database,
         "attempt": attempts.attempt,
         "retries": attempts.retries,

@@ -7,35 +7,70 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.distributed import COCKROACHDB, Distributed, distributed, family_of
-from sqla_uow._databases.driver import raw_connection
-from sqla_uow._databases.levels import check_honoured, is_weaker_or_same
-from sqla_uow._databases.writer_queue import Turns
+from sqla_uow._databases.distributed import CockroachDB, UnconfirmedPostgreSQL
+from sqla_uow._databases.driver import Driver, raw_connection
+from sqla_uow._databases.levels import is_weaker_or_same
+from sqla_uow._databases.mariadb import Aiomysql, Asyncmy, MariaDB, MySQL
+from sqla_uow._databases.postgresql import Asyncpg, Psycopg
+from sqla_uow._databases.sqlite import Aiosqlite, SQLite
+from sqla_uow._databases.system import System
 from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import Pool
 
+    from sqla_uow._databases.writer_queue import WriterQueue
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["WITHIN", "Database"]
+__all__ = ["WITHIN", "Database", "driver_of", "drivers_that_ask", "recognised", "system_of"]
 
 WITHIN = "sqla_uow_within"
 """Option of an engine whose transactions are savepoints of one that somebody else ends: who that is."""
 
-_turns: weakref.WeakKeyDictionary[Pool, Turns] = weakref.WeakKeyDictionary()
 _owners: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
 FIRST_LOOK_SECONDS = 0.002
 """Pause between two looks whether another event loop has made the first connection."""
-_BOUND_TO_LOOP = ("asyncpg", "asyncmy", "aiomysql")
-"""Drivers whose connections work in the event loop only in which they were made."""
+_SYSTEMS: dict[str, Callable[[], System]] = {
+    "postgresql": UnconfirmedPostgreSQL,
+    "cockroachdb": CockroachDB,
+    "mysql": MySQL,
+    "mariadb": MariaDB,
+    "sqlite": SQLite,
+}
+_DRIVERS: dict[str, Driver] = {
+    driver.name: driver for driver in (Asyncpg(), Psycopg(), Asyncmy(), Aiomysql(), Aiosqlite())
+}
+_UNKNOWN_DRIVER = Driver()
+
+
+def system_of(dialect: Dialect) -> System:
+    """Return what is known of a dialect's database before anybody has connected; `System.recognise` knows more."""
+    if getattr(dialect, "is_mariadb", False):  # under "mysql" SQLAlchemy finds out with the first connection
+        return MariaDB()
+    make = _SYSTEMS.get(dialect.name)
+    return System(dialect.name) if make is None else make()
+
+
+def recognised(connection: Connection) -> System:
+    """Return which database a connection leads to; nothing is sent."""
+    return system_of(connection.dialect).recognise(connection, driver_of(connection.dialect))
+
+
+def driver_of(dialect: Dialect) -> Driver:
+    """Return what is known of a dialect's driver."""
+    return _DRIVERS.get(dialect.driver, _UNKNOWN_DRIVER)
+
+
+def drivers_that_ask() -> list[str]:
+    """Return the names of the drivers over which a server can be asked for its position."""
+    return [driver.name for driver in _DRIVERS.values() if driver.can_ask]
 
 
 class Database:
@@ -51,10 +86,9 @@ class Database:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine: AsyncEngine = engine
         self.sync_engine: Engine = self.engine.sync_engine
-        self.family: str = family_of(self.sync_engine.dialect)
-        self.server: Distributed | None = COCKROACHDB if self.sync_engine.dialect.name == "cockroachdb" else None
-        self._recognised = self.sync_engine.dialect.name != "postgresql"
-        self._honoured: set[IsolationLevel] = {"SERIALIZABLE"}
+        self.system: System = system_of(self.sync_engine.dialect)
+        self.driver: Driver = driver_of(self.sync_engine.dialect)
+        self._recognised = False
         configured = self.sync_engine.get_execution_options().get("isolation_level")
         # create_engine(isolation_level=) is kept in no public place.
         configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)
@@ -71,19 +105,28 @@ class Database:
         self._home: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[Pool]] | None = None
 
     @property
-    def limits_statements(self) -> bool:
-        """Whether each statement can carry the deadline; SQLAlchemy finds out with the first connection."""
-        return bool(getattr(self.sync_engine.dialect, "is_mariadb", False))
+    def family(self) -> str:
+        return self.system.family
 
     @property
-    def system(self) -> str:
-        """What OpenTelemetry calls it; MariaDB under the dialect "mysql" is known with the first connection."""
+    def server(self) -> Any:
+        return self.system if self.system.family == "postgresql" and not self.system.keeps_status else None
+
+    def turns(self) -> WriterQueue | None:
+        return self.writer_queue()
+
+    @property
+    def limits_statements(self) -> bool:
+        return self.system.limits_statements
+
+    def makes_tables_apart(self) -> bool:
+        return self.system.ddl_is_apart
+
+    @property
+    def system_name(self) -> str:
+        """What OpenTelemetry calls it; MariaDB under the dialect "mysql" is known with anybody's first connection."""
         dialect = self.sync_engine.dialect
         return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
-
-    @property
-    def driver(self) -> str:
-        return self.sync_engine.dialect.driver
 
     @property
     def pool(self) -> Pool:
@@ -100,7 +143,7 @@ class Database:
         pool = self.pool
         if self._home is not None and self._home[0]() is loop and self._home[1]() is pool:
             return
-        if self.driver in _BOUND_TO_LOOP and not isinstance(pool, NullPool):
+        if self.driver.bound_to_loop and not isinstance(pool, NullPool):
             owner = _owners.get(pool)
             other = None if owner is None else owner()
             if other is not None and other is not loop and not other.is_closed():
@@ -128,35 +171,24 @@ class Database:
         finally:
             self._first.clear()
 
-    def turns(self) -> Turns | None:
-        """Return the queue of the writers, on SQLite."""
-        if self.family != "sqlite":
-            return None
-        pool = self.pool
-        turns = _turns.get(pool)
-        if turns is None:
-            turns = _turns[pool] = Turns(everyone=isinstance(pool, StaticPool))
-        return turns
+    def writer_queue(self) -> WriterQueue | None:
+        """Return where the writers wait for their turn; None where the database has room for several."""
+        return self.system.writer_queue(self.pool)
 
     def recognise(self, connection: Connection) -> None:
-        """Find out which server it is that speaks as PostgreSQL does; nothing is sent."""
+        """Find out which database has answered; nothing is sent."""
         if not self._recognised and self.is_open(connection):
-            self.server = distributed(connection)
+            self.system = self.system.recognise(connection, self.driver)
             self._recognised = True
 
     def check_honoured(self, connection: Connection, isolation: IsolationLevel | None, *, who: str) -> None:
         """Ask a server that may run another level than it was told, once for each level."""
-        if self.server is not None and isolation is not None and isolation not in self._honoured:
-            check_honoured(connection, self.server, isolation, who=who)
-            self._honoured.add(isolation)
+        if isolation is not None:
+            self.system.check_honoured(connection, isolation, who=who)
 
     def keeps_status(self) -> bool:
         """Say whether the server can be asked what became of a transaction."""
-        return self.family == "postgresql" and self.within is None and self.server is None
-
-    def makes_tables_apart(self) -> bool:
-        """Say whether DDL is no matter of the transaction that it is sent in."""
-        return self.family == "mysql" or self.server is not None
+        return self.system.keeps_status and self.within is None
 
     def capacity(self) -> int | None:
         """Return how many connections the pool can lend, None where there is no limit."""
@@ -175,8 +207,8 @@ class Database:
 
     def default_isolation(self) -> str | None:
         """Return the level of a unit that asks for none; None before the first connection."""
-        if self.family == "sqlite":
-            return "SERIALIZABLE"
+        if self.system.default_level is not None:
+            return self.system.default_level
         if self._configured is not None:
             return self._configured
         # Set by the first connection to what the server says, so a server's own configuration counts.
@@ -191,7 +223,4 @@ class Database:
         """Say whether the driver still believes in its connection; if not, nothing we send can arrive."""
         if connection is None or connection.closed or connection.invalidated:
             return False
-        raw: Any = raw_connection(connection)
-        if hasattr(raw, "is_closed"):  # asyncpg
-            return not raw.is_closed()
-        return not getattr(raw, "closed", False)
+        return self.driver.is_open(raw_connection(connection))

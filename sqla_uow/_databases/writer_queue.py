@@ -18,7 +18,7 @@ from sqla_uow.errors import PropagationError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Turns"]
+__all__ = ["WriterQueue"]
 
 TURN_SECONDS = 30.0
 """How long a writer without a deadline waits, like a pool for a connection: a unit that waits for its own waiter ends."""
@@ -46,7 +46,7 @@ class _Line:
         self.holder: Writer | None = None
 
 
-class Turns:
+class WriterQueue:
     """A fair lock with a holder, in each event loop; belongs to one pool.
 
     Args:

@@ -10,14 +10,14 @@ import asyncio
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._databases.driver import raw_connection
 from sqla_uow._databases.failures import Kind, classify
 from sqla_uow._log import record
-from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, from_gtid, from_lsn, has_reached, later
+from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, has_reached, later
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["DRIVERS", "LastWrite", "Replica", "Replicas"]
+__all__ = ["LastWrite", "Replica", "Replicas"]
 
 
 ANSWER_SECONDS = 2.0
@@ -45,53 +45,17 @@ POLL_SECONDS = 0.001, 0.016
 
 # -- asking servers
 
-# How far is written, not flushed: with synchronous_commit=off, COMMIT is answered before its record is.
-_PRIMARY = {
-    "postgresql": "SELECT CAST(pg_current_wal_insert_lsn() AS text)",
-    "mysql": "SELECT @@global.gtid_binlog_pos",
-}
-# One that was promoted goes on with positions of its own, which say nothing of the primary's.
-_REPLICA = {
-    "postgresql": "SELECT CASE WHEN pg_is_in_recovery() THEN CAST(pg_last_wal_replay_lsn() AS text) END",
-    "mysql": "SELECT @@global.gtid_slave_pos",
-}
-_READ = {"postgresql": from_lsn, "mysql": from_gtid}
-
 
 class NoPositionError(Exception):
     """The server takes part in no replication."""
 
 
-async def _asyncpg(raw: Any, question: str) -> Any:
-    return await raw.fetchval(question)
-
-
-async def _psycopg(raw: Any, question: str) -> Any:
-    await raw.set_autocommit(True)  # known here only: the server is told nothing
-    try:
-        cursor = await raw.execute(question)
-        return (await cursor.fetchone())[0]
-    finally:
-        await raw.set_autocommit(False)
-
-
-async def _mysql(raw: Any, question: str) -> Any:
-    async with raw.cursor() as cursor:
-        await cursor.execute(question)  # the value of a variable begins no transaction
-        return (await cursor.fetchone())[0]
-
-
-_ASK = {"asyncpg": _asyncpg, "psycopg": _psycopg, "asyncmy": _mysql, "aiomysql": _mysql}
-DRIVERS = tuple(_ASK)
-"""The drivers over which a position can be asked for."""
-
-
-async def _ask(connection: Connection, family: str, questions: dict[str, str]) -> Position:
+async def _ask(connection: Connection, database: Database, question: str) -> Position:
     async with asyncio.timeout(ANSWER_SECONDS):
-        answer = await _ASK[connection.dialect.driver](raw_connection(connection), questions[family])
+        answer = await database.driver.ask(raw_connection(connection), question)
     if not answer:
         raise NoPositionError("it takes part in no replication")
-    return _READ[family](answer)
+    return database.system.read_position(answer)
 
 
 # -- what is known
@@ -124,14 +88,14 @@ class LastWrite:
     def __init__(self, position: Position = NOWHERE) -> None:
         self.position: Position = position
 
-    async def note(self, connection: Connection, family: str) -> None:
+    async def note(self, connection: Connection, database: Database) -> None:
         """Something was committed on a connection, which is in no transaction any more.
 
         Raises:
             Exception: the server did not tell its position; then no replica is far enough.
         """
         try:
-            self.position = later(self.position, await _ask(connection, family, _PRIMARY))
+            self.position = later(self.position, await _ask(connection, database, database.system.primary_position))
         except BaseException:
             self.lose()
             raise
@@ -210,7 +174,7 @@ class Replica:
         known = connection.info.get(_ASKED) is self and self._replayed is not None
         connection.info[_ASKED] = self
         while not (known and self.has(position)):
-            self._replayed = await _ask(connection, self.database.family, _REPLICA)
+            self._replayed = await _ask(connection, self.database, self.database.system.replica_position)
             self._failures, known = 0, True
             if not self.has(position):
                 if until is None:
@@ -328,7 +292,7 @@ class Replicas:
             async with asyncio.timeout(ANSWER_SECONDS), self.primary.engine.connect() as connection:
                 sync_connection = connection.sync_connection
                 assert sync_connection is not None
-                current = await _ask(sync_connection, self.primary.family, _PRIMARY)
+                current = await _ask(sync_connection, self.primary, self.primary.system.primary_position)
         except Exception as error:
             record(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
             return

@@ -22,20 +22,23 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.driver import begin_now, listen_to_commit, tell_next_results, tell_raw_calls
+from sqla_uow._databases.driver import Ended, State
 from sqla_uow._databases.driver_state import (
-    Ended,
-    State,
+    begin_now,
+    explain,
     idle_check,
     in_transaction,
     is_fit,
+    limit_statement,
+    listen_to_commit,
+    restore_sqlite,
+    settle,
     state_of,
     switched_to_autocommit,
+    tell_next_results,
+    tell_raw_calls,
 )
 from sqla_uow._databases.failures import Kind, classify
-from sqla_uow._databases.interrupt import settle
-from sqla_uow._databases.levels import engine_options, lift_lock_wait, limit_statement, restore_sqlite
-from sqla_uow._databases.poolers import explain
 from sqla_uow._databases.self_wait import connect_unless_stuck
 from sqla_uow._log import record
 from sqla_uow._session.statement_kind import (
@@ -271,7 +274,7 @@ class UnitEngine(OptionEngine):
         key = (transaction.isolation, transaction.read_only)
         engine = database.unit_engines.get(key)
         if engine is None:
-            options = engine_options(database.family, transaction.isolation, read_only=transaction.read_only)
+            options = database.system.engine_options(transaction.isolation, read_only=transaction.read_only)
             engine = database.unit_engines[key] = AsyncEngine(cls(database.sync_engine, options))
         return engine
 
@@ -424,7 +427,7 @@ def lift(connection: UnitConnection) -> None:
     unit = connection.unit
     pending, wrote = unit.pending_savepoint, unit.wrote
     unit.lifts_lock_wait, unit.pending_savepoint = False, None
-    lift_lock_wait(connection)
+    unit.database.system.lift_lock_wait(connection)
     unit.lifted_lock_wait, unit.pending_savepoint, unit.wrote = True, pending, wrote
 
 

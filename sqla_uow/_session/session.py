@@ -18,10 +18,8 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.driver_state import watch
+from sqla_uow._databases.driver_state import remember, watch
 from sqla_uow._databases.failures import classify
-from sqla_uow._databases.interrupt import remember
-from sqla_uow._databases.levels import opening
 from sqla_uow._databases.self_wait import watch_locks
 from sqla_uow._log import record
 from sqla_uow._session.connection import UnitConnection, UnitEngine, lift
@@ -325,15 +323,14 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     database.recognise(connection)
     seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
     beginnings = unit.beginnings
-    opening(
+    database.system.open(
         connection,
-        database.family,
+        database.driver,
         unit.isolation,
         read_only=unit.read_only,
         seconds=seconds,
         lock_wait=unit.lock_wait,
         keeps_snapshot=database.keeps_snapshot,
-        server=database.server,
     )
     unit.beginnings = beginnings  # what we have sent has read nothing
     unit.watch = watch(connection) if unit.phase.is_active else None
@@ -358,7 +355,7 @@ def _after_commit(session: UnitSession) -> None:
 def _note_position(unit: Transaction, last_write: LastWrite, connection: Connection) -> None:
     """Ask how far a replica must be to show what was committed."""
     try:
-        await_only(last_write.note(connection, unit.database.family))
+        await_only(last_write.note(connection, unit.database))
     except Exception as error:
         record(
             logging.WARNING,

@@ -13,10 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow._api.manager import UnitOfWorkManager
-from sqla_uow._databases.database import WITHIN
-from sqla_uow._databases.distributed import family_of
-from sqla_uow._databases.interrupt import remember, settle
-from sqla_uow._databases.levels import check_level
+from sqla_uow._databases.database import WITHIN, system_of
+from sqla_uow._databases.driver_state import family_of, remember, settle
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._testing.savepoints import Outer, check_loop, dialect_within
 from sqla_uow._testing.statements import engine_of
@@ -92,7 +90,7 @@ async def _manager_rolled_back(
 
 @asynccontextmanager
 async def _engine_rolled_back(engine: AsyncEngine, isolation: IsolationLevel | None) -> AsyncGenerator[AsyncEngine]:
-    check_level(engine.dialect.name, isolation, who="rolled_back()")
+    system_of(engine.dialect).check_level(isolation, who="rolled_back()")
     # In tasks of their own: cut off half-way, they would leave the connection with its locks to the next test.
     taken = await shielded(partial(_take, engine, isolation))
     if taken.cancelled is not None:

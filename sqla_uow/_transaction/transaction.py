@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from greenlet import getcurrent
 from sqlalchemy.exc import PendingRollbackError
 
-from sqla_uow._databases.driver_state import Ended, State, in_autocommit
+from sqla_uow._databases.driver import Ended, State
+from sqla_uow._databases.driver_state import in_autocommit
 from sqla_uow._databases.failures import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._databases.levels import is_weaker_or_same
 from sqla_uow._tasks.owner import Owner

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 
+from sqla_uow._databases.driver_state import cut
 from sqla_uow._databases.failures import Failure, Kind, classify
-from sqla_uow._databases.interrupt import cut
 from sqla_uow._log import record
 from sqla_uow._session.session import has_changes, wait_for_locks
 from sqla_uow._tasks.shield import Shielded, shielded

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
-from sqla_uow._databases.interrupt import cut
+from sqla_uow._databases.driver_state import cut
 from sqla_uow._log import record
 from sqla_uow._retry.predicates import ask
 from sqla_uow._session.session import has_changes

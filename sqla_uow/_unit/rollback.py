@@ -11,9 +11,8 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqla_uow._databases.driver import raw_connection
-from sqla_uow._databases.driver_state import State, state_of
-from sqla_uow._databases.interrupt import cut, settle
+from sqla_uow._databases.driver import State, raw_connection
+from sqla_uow._databases.driver_state import cut, settle, state_of
 from sqla_uow._log import record
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded

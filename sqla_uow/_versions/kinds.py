@@ -13,7 +13,7 @@ from sqlalchemy.orm import mapped_column
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import UserDefinedType
 
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.driver_state import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

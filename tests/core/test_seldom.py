@@ -27,7 +27,7 @@ from sqla_uow import (
 )
 from sqla_uow._attempts import loop as _loops
 from sqla_uow._databases import interrupt as _settle
-from sqla_uow._databases.levels import opening
+from sqla_uow._databases.system import System
 from sqla_uow._retry.controller import Controller, _Rate, _too_late
 from sqla_uow._tasks.frames import Frame
 from sqla_uow._tasks.shield import shielded
@@ -634,7 +634,8 @@ def test_ancestors_that_are_gone(driver):
 @pytest.mark.drivers("sqlite")
 def test_a_database_that_needs_nothing_at_its_begin(driver):
     """P4: what SQLAlchemy tells it is enough; nothing is sent, so there is no connection."""
-    opening(None, "oracle", "SERIALIZABLE", read_only=False, seconds=None)
+    wants = {"read_only": False, "seconds": None, "lock_wait": None, "keeps_snapshot": None}
+    System("oracle").open(None, None, "SERIALIZABLE", **wants)
 
 
 @pytest.mark.drivers("sqlite")
@@ -643,7 +644,7 @@ def test_a_driver_whose_statements_nobody_can_stop(driver):
     other = SimpleNamespace(
         dialect=SimpleNamespace(driver="oracledb"), connection=SimpleNamespace(driver_connection=None)
     )
-    _settle.settle(other, None)
+    _settle.stop_statement(other, None)
 
 
 # -- attempts
