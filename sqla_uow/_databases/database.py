@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.writer_queue import WriterQueue
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["WITHIN", "Database", "driver_of", "drivers_that_ask", "recognised", "system_of"]
+__all__ = ["WITHIN", "Database", "driver_named", "driver_of", "drivers_that_ask", "recognised", "system_of"]
 
 WITHIN = "sqla_uow_within"
 """Option of an engine whose transactions are savepoints of one that somebody else ends: who that is."""
@@ -65,7 +65,12 @@ def recognised(connection: Connection) -> System:
 
 def driver_of(dialect: Dialect) -> Driver:
     """Return what is known of a dialect's driver."""
-    return _DRIVERS.get(dialect.driver, _UNKNOWN_DRIVER)
+    return driver_named(dialect.driver)
+
+
+def driver_named(name: str) -> Driver:
+    """Return what is known of a driver."""
+    return _DRIVERS.get(name, _UNKNOWN_DRIVER)
 
 
 def drivers_that_ask() -> list[str]:
