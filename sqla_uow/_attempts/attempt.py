@@ -181,7 +181,7 @@ class Attempt(Generic[S]):
         transaction, scope = unit._transaction, self._attempts.scope
         if transaction.idle is not None:
             transaction.idle.ends()
-        mark = transaction.damage.mark
+        mark = transaction.doom.marked
         quiet = error is None and mark is not None and mark.quiet
         witness = self._witness
         if error is None and not quiet:
@@ -320,7 +320,7 @@ class Attempt(Generic[S]):
 
     def _was_chosen(self, transaction: Transaction, error: Exception, links: set[int]) -> bool:
         """Say whether a joined call has said to retry what this unit ends with."""
-        chosen, mark = transaction.chosen, transaction.damage.mark
+        chosen, mark = transaction.chosen, transaction.doom.marked
         if chosen is None or id(chosen) in links:
             return chosen is not None
         # The outer function has swallowed it; what dooms the unit may be what it came from.

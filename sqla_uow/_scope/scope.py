@@ -171,7 +171,7 @@ class Scope:
             transaction.check_no_stream("a transactional function was called")
         self.refuse_unsaved()
         if session is not None and transaction.connection is not None:
-            if transaction.damage.mark is not None:
+            if transaction.doom.marked is not None:
                 await self._end_reading()
                 return
             transaction.seal(Phase.COMMITTING)

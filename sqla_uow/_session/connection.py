@@ -124,7 +124,7 @@ class UnitConnection(Connection):
         if (
             unit.phase.is_active
             and not unit.raw_taken
-            and unit.damage.mark is None
+            and unit.doom.marked is None
             and self._dbapi_connection is not None
         ):
             self._hand_out(unit)
@@ -142,7 +142,7 @@ class UnitConnection(Connection):
         try:
             begin_now(self)
         except BaseException as error:
-            unit.damage.add(error, failure=classify(error) if isinstance(error, Exception) else None, hard=True)
+            unit.doom.mark(error, failure=classify(error) if isinstance(error, Exception) else None, hard=True)
             self.invalidate(error)
             raise
         self.info[_LENT] = True
@@ -161,7 +161,7 @@ class UnitConnection(Connection):
             self.dispatch.commit(self)
         if self._echo:
             self._log_info("COMMIT")
-        if unit.damage.mark is not None:  # a listener may have sent what failed
+        if unit.doom.marked is not None:  # a listener may have sent what failed
             unit.check_sound()
         if unit.stream is not None:
             unit.close_left_stream()
@@ -229,7 +229,7 @@ class UnitConnection(Connection):
             self._close_server_cursor(cursor, context)
             unit.failed(e, shown, lost=self.invalidated, sent=sent)
             if unit.self_wait is not None:
-                unit.damage.add(unit.self_wait, hard=True)
+                unit.doom.mark(unit.self_wait, hard=True)
                 raise unit.self_wait from e
             failure = classify(e) if unit.read_only and isinstance(e, Exception) else None
             if failure is not None and failure.kind is Kind.READ_ONLY:
@@ -545,14 +545,14 @@ def _rollback_savepoint(connection: UnitConnection, name: str, _context: None) -
     unit = connection.unit
     unit.check_not_ending()
     unit.end_stream()
-    unit.damage.roll_back(name)
-    unit.damage.leave(name)
+    unit.doom.roll_back_savepoint(name)
+    unit.doom.end_savepoint(name)
     unit.rolling_back_to_savepoint = True
     unit.lifts_lock_wait = unit.lifts_lock_wait or unit.lifted_lock_wait  # SET LOCAL is undone as well
 
 
 def _release_savepoint(connection: UnitConnection, name: str, _context: None) -> None:
-    connection.unit.damage.leave(name)
+    connection.unit.doom.end_savepoint(name)
 
 
 def _reset(dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:

@@ -16,7 +16,7 @@ __all__ = ["UnitSavepoint"]
 
 
 class UnitSavepoint(SessionTransaction):
-    """The transaction of a ``begin_nested()`` block: left normally, but damaged, it is rolled back and says so.
+    """The transaction of a ``begin_nested()`` block: if an error inside it was swallowed, it is rolled back, and raises.
 
     SQLAlchemy would release it with half of its work, or, where a flush has failed, end it without a word.
     """

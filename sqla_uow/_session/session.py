@@ -86,7 +86,7 @@ class UnitSession(Session):
         transaction = self.transaction_of_unit
         if transaction is not None:
             transaction.stale = classify(error)
-            transaction.damage.add(error, failure=transaction.stale)
+            transaction.doom.mark(error, failure=transaction.stale)
 
     def _get_impl(self, *args: Any, **kwargs: Any) -> Any:
         # get() with a lock compares the version of an object that is in memory.
@@ -145,7 +145,7 @@ class UnitSession(Session):
             if transaction.read_only:
                 refuse_changes(self, transaction)
         except UnitOfWorkError as error:
-            transaction.damage.add(error)
+            transaction.doom.mark(error)
             raise
         before = transaction.owner.hold()
         try:
@@ -154,7 +154,7 @@ class UnitSession(Session):
             self._is_stale(error)
             raise
         except Exception as error:
-            transaction.damage.add(error, failure=classify(error))
+            transaction.doom.mark(error, failure=classify(error))
             raise
         finally:
             transaction.owner.let_go(before)
@@ -214,7 +214,7 @@ class UnitSession(Session):
         if transaction is None or transaction.is_ending_here() or transaction.phase is Phase.ENDED:
             return
         error = PropagationError(f"{method}() was called on the session of {transaction.name}, which {why}")
-        transaction.damage.add(error, hard=True)
+        transaction.doom.mark(error, hard=True)
         raise error
 
     def _merge(self, state: InstanceState[Any], *args: Any, **kwargs: Any) -> Any:
@@ -342,7 +342,7 @@ def _after_begin(session: UnitSession, transaction: SessionTransaction, connecti
     try:
         database.check_honoured(connection, unit.isolation, who=unit.name)
     except ValueError as error:  # else a body that catches it would go on at the other level
-        unit.damage.add(error, hard=True)
+        unit.doom.mark(error, hard=True)
         raise
 
 
@@ -372,13 +372,13 @@ def _note_position(unit: Transaction, last_write: LastWrite, connection: Connect
 def _transaction_created(session: UnitSession, transaction: SessionTransaction) -> None:
     if transaction.nested and session.transaction_of_unit is not None:
         transaction.__class__ = UnitSavepoint
-        session.transaction_of_unit.damage.savepoint(transaction)
+        session.transaction_of_unit.doom.begin_savepoint(transaction)
 
 
 @event.listens_for(UnitSession, "after_transaction_end")
 def _transaction_ended(session: UnitSession, transaction: SessionTransaction) -> None:
     if transaction.nested and session.transaction_of_unit is not None:
-        session.transaction_of_unit.damage.leave(transaction)
+        session.transaction_of_unit.doom.end_savepoint(transaction)
 
 
 @event.listens_for(UnitSession, "after_rollback")
@@ -386,8 +386,8 @@ def _rolled_back(session: UnitSession) -> None:
     unit = session.transaction_of_unit
     if unit is None:
         return
-    savepoint = unit.damage.top_of(SessionTransaction)
+    savepoint = unit.doom.top_of(SessionTransaction)
     if savepoint is not None:
-        unit.damage.roll_back(savepoint)
+        unit.doom.roll_back_savepoint(savepoint)
     else:
         unit.rolled_back_outside(sys.exception())

@@ -1,4 +1,4 @@
-"""One physical transaction: its phase, its owner, its damage, and the rules that SQLAlchemy's events are held to.
+"""One physical transaction: its phase, its owner, its doom, and the rules that SQLAlchemy's events are held to.
 
 Synchronous throughout: `_session` and `_connection` call in from inside SQLAlchemy, `_commit` and `_rollback` finish it.
 """
@@ -14,7 +14,7 @@ from sqla_uow._databases.driver_state import Ended, State, in_autocommit
 from sqla_uow._databases.failures import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._databases.levels import is_weaker_or_same
 from sqla_uow._tasks.owner import Owner
-from sqla_uow._transaction.doom import Damage
+from sqla_uow._transaction.doom import Doom
 from sqla_uow._transaction.hooks import Hooks
 from sqla_uow._transaction.phase import Phase
 from sqla_uow.errors import (
@@ -77,9 +77,9 @@ class Transaction:
         "closer",
         "connect_failure",
         "connection",
-        "damage",
         "database",
         "deadline",
+        "doom",
         "enclosing",
         "engine",
         "hooks",
@@ -142,8 +142,8 @@ class Transaction:
         self.times: Times | None = times
         self.idle: Idle | None = None  # where somebody wants to know of slow calls
         self.hooks: Hooks = Hooks()
-        self.damage: Damage = Damage(self.hooks)
-        self.owner: Owner = Owner(name, self.damage)
+        self.doom: Doom = Doom(self.hooks)
+        self.owner: Owner = Owner(name, self.doom)
         self.phase: Phase = Phase.NEW
         self.closer: greenlet | None = None
         self.engine: Engine | None = None
@@ -182,14 +182,14 @@ class Transaction:
 
     def is_calm(self) -> bool:
         """Say whether it is in the middle of its life, sound, and nothing is in flight: what most statements meet."""
-        return self.phase.is_active and self.damage.mark is None and self.owner.in_flight is None
+        return self.phase.is_active and self.doom.marked is None and self.owner.in_flight is None
 
     def check_usable(self) -> None:
         """Let the running task send SQL, or raise why not."""
         phase = self.phase
         if phase.is_open:
             self.owner.check()
-            if self.damage.mark is not None:
+            if self.doom.marked is not None:
                 self.check_sound()
             return
         self.check_not_ending()
@@ -233,9 +233,9 @@ class Transaction:
         """Doom, because user code calls ``rollback()``; keep the cause that it had."""
         self.check_not_ending()
         before = self.owner.hold()
-        mark = self.damage.mark
+        mark = self.doom.marked
         cause, failure = (None, None) if mark is None else (mark.cause, mark.failure)
-        self.damage.add(cause, failure=failure, hard=True, reason="rollback() was called on its session")
+        self.doom.mark(cause, failure=failure, hard=True, reason="rollback() was called on its session")
         return before
 
     def check_sound(self) -> None:
@@ -244,7 +244,7 @@ class Transaction:
         Raises:
             RollbackOnlyError: from its first cause.
         """
-        mark = self.damage.mark
+        mark = self.doom.marked
         if mark is not None:
             instead = "or guard the step that may fail with propagation='nested'"
             if self.scope_read:
@@ -255,7 +255,7 @@ class Transaction:
 
     def why(self) -> str:
         """Return the fact behind the mark, in words without any SQL or parameter."""
-        mark = self.damage.mark
+        mark = self.doom.marked
         assert mark is not None
         if mark.reason is not None:
             return mark.reason
@@ -295,7 +295,7 @@ class Transaction:
         if isinstance(error, Exception) and not isinstance(error, UnitOfWorkError):
             self.connect_failure = classify(error, connecting=True)
             # A failed statement like any other: swallowed, it must not end in a commit of the rest.
-            self.damage.add(error, failure=self.connect_failure)
+            self.doom.mark(error, failure=self.connect_failure)
 
     def wait_for_locks(self) -> None:
         """Wait for locks as the last attempt does, from the next statement on."""
@@ -328,14 +328,14 @@ class Transaction:
                 f"{self.name} was given isolation_level {foreign!r} through execution options; say isolation= where the "
                 "unit is begun"
             )
-            self.damage.add(error, hard=True)
+            self.doom.mark(error, hard=True)
             raise error
         if self.phase is Phase.NEW and in_autocommit(connection):
             error = IsolationConflictError(
                 f"the connection of {self.name} is in autocommit, where nothing can be rolled back; leave autocommit out of "
                 "connect_args, and of what listens to connect and checkout"
             )
-            self.damage.add(error, hard=True)
+            self.doom.mark(error, hard=True)
             raise error
         if self.phase is Phase.NEW:  # at the end of a unit a connection changes nothing
             self.phase = Phase.ACTIVE
@@ -344,12 +344,12 @@ class Transaction:
                 self._check_default(*self._required)
             except IsolationConflictError as error:
                 # It has begun: if this is swallowed, no other statement may run in it.
-                self.damage.add(error, hard=True)
+                self.doom.mark(error, hard=True)
                 raise
 
     def before_statement(self, *, writes: bool) -> None:
         owner = self.owner
-        if self.phase.is_active and self.damage.mark is None and not self.rolling_back_to_savepoint:
+        if self.phase.is_active and self.doom.marked is None and not self.rolling_back_to_savepoint:
             owner.check()
             if self.stream is not None:
                 self.check_no_stream("a statement was sent")
@@ -372,7 +372,7 @@ class Transaction:
             f"{word} was sent as SQL inside {self.name}, which begins and ends its transaction itself; leave it to the unit, "
             "call doom() to roll back, or use propagation='nested' for a part"
         )
-        self.damage.add(error, hard=True)
+        self.doom.mark(error, hard=True)
         raise error
 
     def refuse_implicit_commit(self, word: str) -> NoReturn:
@@ -382,7 +382,7 @@ class Transaction:
             f"{word} was sent inside {self.name}, which has written: MariaDB commits that first, and no rollback could take "
             "it back; send it outside the unit, before or after"
         )
-        self.damage.add(error, hard=True)
+        self.doom.mark(error, hard=True)
         raise error
 
     def ended_by_statement(self, how: Ended) -> NoReturn:
@@ -396,12 +396,12 @@ class Transaction:
             f"a statement in {self.name} {what} and cannot be rolled back; leave COMMIT and the like to the unit, and "
             "procedures that commit outside"
         )
-        self.damage.add(error, hard=True)
+        self.doom.mark(error, hard=True)
         raise error
 
     def after_statement(self) -> None:
         if self.pending_savepoint:
-            self.damage.savepoint(self.pending_savepoint)
+            self.doom.begin_savepoint(self.pending_savepoint)
         self.pending_savepoint = None
         self.rolling_back_to_savepoint = False
         self.owner.in_flight = None
@@ -413,9 +413,9 @@ class Transaction:
 
     def can_begin_again(self) -> bool:
         """Say whether nothing has been read yet, and the connection was found dead."""
-        mark = self.damage.mark
+        mark = self.doom.marked
         lost = mark is not None and mark.failure is not None and mark.failure.kind is Kind.LOST
-        return lost and self.beginnings > 0 and self.phase.is_active and self.damage.depth == 0
+        return lost and self.beginnings > 0 and self.phase.is_active and self.doom.depth == 0
 
     def begin_again(self) -> None:
         """Forget the connection that was found dead, and a replica behind it."""
@@ -423,7 +423,7 @@ class Transaction:
         if self.replica is not None and self.replicas is not None:
             self.database, self.replica = self.replicas.primary, None
         self.connection = self.engine = self.closer = None
-        self.damage.mark = None
+        self.doom.marked = None
         self.phase = Phase.NEW
 
     def failed(self, error: BaseException, shown: BaseException | None, *, lost: bool, sent: bool) -> None:
@@ -447,14 +447,14 @@ class Transaction:
             failure = Failure(Kind.LOST, failure.code if failure else None, error)
         hard = lost or undoing or (failure is not None and failure.kind in HARD)
         if sent or hard:
-            self.damage.add(shown or error, failure=failure, hard=hard)
+            self.doom.mark(shown or error, failure=failure, hard=hard)
         if self.replica is not None and failure is not None:
             self.replica.met(failure)
 
     def failure_behind(self, links: Sequence[BaseException]) -> Failure | None:
         """Return the retryable failure of this transaction's own connection behind a chain of exceptions."""
         ids = {id(link) for link in links}
-        mark = self.damage.mark
+        mark = self.doom.marked
         if mark is not None and mark.failure is not None and mark.failure.retryable:
             forced = mark.hard and mark.failure.kind in (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE_PLAN)
             # SQLAlchemy's answer to SQL, a RELEASE say, after a failure that was swallowed; it does not name that one.
@@ -478,10 +478,10 @@ class Transaction:
             return
         self.end_stream()
         failure = classify(cause) if isinstance(cause, Exception) else None
-        if cause is None or (failure is None and self.damage.mark is None):
-            self.damage.add(cause, hard=True, reason="its transaction was rolled back inside the body")
+        if cause is None or (failure is None and self.doom.marked is None):
+            self.doom.mark(cause, hard=True, reason="its transaction was rolled back inside the body")
         else:
-            self.damage.add(cause, hard=True, failure=failure)
+            self.doom.mark(cause, hard=True, failure=failure)
 
     def before_commit(self) -> None:
         """COMMIT was asked for: only ours, only a sound one."""
@@ -492,7 +492,7 @@ class Transaction:
                 else f"COMMIT was called inside {self.name}, which commits at its own end; remove the commit() "
                 "or use propagation='requires_new' for a part that must be durable earlier"
             )
-            self.damage.add(error, hard=True)
+            self.doom.mark(error, hard=True)
             raise error
         self.check_sound()
 
@@ -508,16 +508,16 @@ class Transaction:
             RollbackOnlyError: there is nothing to commit any more.
         """
         if state is State.FAILED:
-            self.damage.add(None, hard=True, reason="a statement in it failed on the driver's own connection")
+            self.doom.mark(None, hard=True, reason="a statement in it failed on the driver's own connection")
         elif state is State.NONE and self.was_open:
             self.ended_raw()
         elif state is State.BUSY:
-            self.damage.add(None, hard=True, reason="an operation on the driver's own connection is still under way")
+            self.doom.mark(None, hard=True, reason="an operation on the driver's own connection is still under way")
         self.check_sound()
 
     def ended_raw(self) -> None:
         """The transaction that was begun for the unit is over, whatever has been begun since."""
-        self.damage.add(None, hard=True, reason="its transaction was ended on the driver's own connection")
+        self.doom.mark(None, hard=True, reason="its transaction was ended on the driver's own connection")
 
     def was_closed(self) -> None:
         """COMMIT had nothing to be sent on.
@@ -526,7 +526,7 @@ class Transaction:
             RollbackOnlyError: always.
         """
         self.phase = Phase.COMMITTING
-        self.damage.add(None, hard=True, reason="the driver's own connection was closed in it")
+        self.doom.mark(None, hard=True, reason="the driver's own connection was closed in it")
         self.check_sound()
 
     def unwatch_raw(self) -> None:
@@ -541,7 +541,7 @@ class Transaction:
             RollbackOnlyError: always.
         """
         self.phase = Phase.COMMITTING  # the outcome is known
-        self.damage.add(
+        self.doom.mark(
             None,
             hard=True,
             reason="the server answered its COMMIT by ROLLBACK, because a statement had failed on the driver's own connection",
@@ -569,7 +569,7 @@ class Transaction:
         """A statement failed on the driver's own connection; of its own ones SQLAlchemy will tell."""
         if self.owner.in_flight is None and (self.phase.is_active or self.phase is Phase.COMMITTING):
             failure = classify(error) if isinstance(error, Exception) else None
-            self.damage.add(error, failure=failure, hard=failure is not None and failure.kind in HARD)
+            self.doom.mark(error, failure=failure, hard=failure is not None and failure.kind in HARD)
 
     def raw_conflicted(self, error: Exception) -> None:
         """Take note of what is to be run again; on asyncpg it may be told when the unit is already rolling back."""
@@ -577,7 +577,7 @@ class Transaction:
         if failure is None or failure.kind not in HARD or self.owner.in_flight is not None:
             return
         if self.phase.is_active or self.phase is Phase.COMMITTING:
-            self.damage.add(error, failure=failure, hard=True)
+            self.doom.mark(error, failure=failure, hard=True)
         elif self.phase is Phase.ENDING and self.connect_failure is None:
             self.connect_failure = failure
 
@@ -603,7 +603,7 @@ class Transaction:
             raise self.owner.refuse(message)
         error = PropagationError(message)
         if not self.scope_read:  # it has nothing to lose
-            self.damage.add(error)
+            self.doom.mark(error)
         raise error
 
     def close_left_stream(self) -> None:
@@ -616,7 +616,7 @@ class Transaction:
         except Exception as error:
             if self.connection is None or self.connection.invalidated:
                 return  # nothing is left to close but the driver's own object, which would warn that it was not
-            self.damage.add(error, failure=classify(error), hard=True)
+            self.doom.mark(error, failure=classify(error), hard=True)
             raise
 
     def end_stream(self) -> None:

@@ -69,7 +69,7 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
             await hooks.pop(0).run()
         if hooks:
             continue
-        if transaction.damage.mark is not None:
+        if transaction.doom.marked is not None:
             transaction.check_sound()
         if guard is not None:
             guard()

@@ -105,7 +105,7 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
         discard = True
     work = partial(session.run_sync, _roll_back_and_close, transaction, discard=discard)
     # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
-    limit = math.inf if transaction.scope_read and transaction.damage.mark is None else ROLLBACK_SECONDS
+    limit = math.inf if transaction.scope_read and transaction.doom.marked is None else ROLLBACK_SECONDS
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)
@@ -137,7 +137,7 @@ async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | 
 
 def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
     # A read session has nothing to undo, and a rollback would expire what was read in it.
-    keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
+    keeps = transaction.scope_read and transaction.doom.marked is None and not has_changes(session)
     transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
     transaction.end_stream()
     connection = transaction.connection
