@@ -29,10 +29,10 @@ class UnitSavepoint(SessionTransaction):
         Raises:
             RollbackOnlyError: an error inside the block was swallowed.
         """
-        unit = transaction_of(self.session)
-        if kind is None and unit is not None:
+        transaction = transaction_of(self.session)
+        if kind is None and transaction is not None:
             try:
-                unit.check_sound()
+                transaction.check_sound()
             except UnitOfWorkError as refused:
                 super().__exit__(type(refused), refused, refused.__traceback__)
                 raise

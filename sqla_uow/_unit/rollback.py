@@ -139,7 +139,8 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
     # A read session has nothing to undo, and a rollback would expire what was read in it.
     keeps = transaction.scope_read and transaction.doom.marked is None and not has_changes(session)
     transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
-    transaction.end_stream()
+    if transaction.stream is not None:
+        transaction.stream.end()
     connection = transaction.connection
     try:
         if keeps and not discard:
@@ -160,7 +161,8 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
                 settle(connection, None)
             connection.invalidate()
     finally:
-        transaction.close_left_stream()
+        if transaction.stream is not None:
+            transaction.stream.close_if_left()
         session.close()
 
 
