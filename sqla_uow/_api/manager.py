@@ -328,7 +328,7 @@ class UnitOfWorkManager(Generic[S]):
 
     def __repr__(self) -> str:
         # Not the engine: its repr has the URL.
-        return f"<UnitOfWorkManager {self._name!r} on {self._database.family}>"
+        return f"<UnitOfWorkManager {self._name!r} on {self._database.system.name}>"
 
 
 def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[AsyncEngine, ...]:
@@ -349,15 +349,15 @@ def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[As
 def _replicas_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
     databases = [SessionMaker(engine).database for engine in engines]
     for database in [primary, *databases]:
-        if database.family != primary.family:
+        if not database.system.is_kin_to(primary.system):
             raise ValueError(
-                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
+                f"{who} is on {primary.system.name}, and a replica of it on {database.system.name}; pass its own replicas"
             )
         if not database.driver.can_ask:
             raise ValueError(
                 f"{who} has replicas over {database.sync_engine.dialect.driver}, of which no position can be learned; use {', '.join(drivers_that_ask())}"
             )
-        if database.server is not None:
+        if not database.system.has_positions:
             raise ValueError(
                 f"{who} has replicas on {database.system.title}, which tells no position that one of them could have reached; "
                 "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"

@@ -19,6 +19,7 @@ from sqla_uow._retry.predicates import ask
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
+from sqla_uow._transaction.failing import failure_behind
 from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import commit, prepare
 from sqla_uow._unit.rollback import Ended, roll_back
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
     from sqla_uow._attempts.call import Attempts
     from sqla_uow._retry.controller import Gate, Slot
+    from sqla_uow._transaction.transaction import VersionGuard
     from sqla_uow._unit.verify import Witness
-    from sqla_uow._versions.expectations import Versions
 
 __all__ = ["Attempt"]
 
@@ -181,7 +182,7 @@ class Attempt(Generic[S]):
         transaction, scope = unit._transaction, self._attempts.scope
         if transaction.idle is not None:
             transaction.idle.ends()
-        mark = transaction.damage.mark
+        mark = transaction.doom.marked
         quiet = error is None and mark is not None and mark.quiet
         witness = self._witness
         if error is None and not quiet:
@@ -265,13 +266,13 @@ class Attempt(Generic[S]):
             raise named from error
         return True
 
-    async def _name(self, gave_up: StaleVersionError, versions: Versions | None) -> None:
+    async def _name(self, gave_up: StaleVersionError, versions: VersionGuard | None) -> None:
         """Say of which row it is, as far as that can be found."""
         if versions is not None and (stale := await self._find_stale(versions)) is not None:
             gave_up.model, gave_up.key = stale.model, stale.key
             gave_up.expected, gave_up.found = stale.expected, stale.found
 
-    async def _check_expectations(self, versions: Versions, failure: Failure | None, error: Exception) -> None:
+    async def _check_expectations(self, versions: VersionGuard, failure: Failure | None, error: Exception) -> None:
         """Raise where a client's version is stale: running the body again cannot make it fresh.
 
         Under snapshot isolation the database reports the same race as a conflict (40001; MariaDB 1020), so then the
@@ -291,7 +292,7 @@ class Attempt(Generic[S]):
             stale.attempts, stale.elapsed = attempts.attempt, attempts.elapsed
             raise stale from error
 
-    async def _find_stale(self, versions: Versions) -> StaleVersionError | None:
+    async def _find_stale(self, versions: VersionGuard) -> StaleVersionError | None:
         """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
         attempts = self._attempts
         left = None if attempts.deadline is None else max(0.001, attempts.deadline - attempts.policy.clock())
@@ -309,7 +310,7 @@ class Attempt(Generic[S]):
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
         transaction, options = unit._transaction, self._attempts.options
         chained = list(chain(error))
-        failure = transaction.failure_behind(chained)
+        failure = failure_behind(transaction, chained)
         if failure is not None:
             return failure
         if self._was_chosen(transaction, error, {id(link) for link in chained}):
@@ -320,7 +321,7 @@ class Attempt(Generic[S]):
 
     def _was_chosen(self, transaction: Transaction, error: Exception, links: set[int]) -> bool:
         """Say whether a joined call has said to retry what this unit ends with."""
-        chosen, mark = transaction.chosen, transaction.damage.mark
+        chosen, mark = transaction.chosen, transaction.doom.marked
         if chosen is None or id(chosen) in links:
             return chosen is not None
         # The outer function has swallowed it; what dooms the unit may be what it came from.

@@ -13,11 +13,13 @@ from typing_extensions import TypeVar
 from sqla_uow._attempts.arguments import Called, renew
 from sqla_uow._attempts.attempt import Attempt
 from sqla_uow._attempts.loop import Loop, leads_back, loop_of
-from sqla_uow._attempts.observers import Times, tell_attempt, tell_outcome, tell_retry
+from sqla_uow._attempts.observers import tell_attempt, tell_outcome, tell_retry
 from sqla_uow._databases.failures import Failure, Kind
 from sqla_uow._log import record
 from sqla_uow._scope.lookup import surroundings
-from sqla_uow._session.instances import Tainted, taint
+from sqla_uow._session.instances import taint
+from sqla_uow._transaction.tainted import Tainted
+from sqla_uow._transaction.times import Times
 from sqla_uow._unit.statistics import name_of
 from sqla_uow.errors import (
     ConflictError,

@@ -20,7 +20,7 @@ from sqla_uow._databases.system import System
 from sqla_uow.errors import TaskBoundaryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from sqlalchemy.engine import Connection, Dialect, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from sqla_uow._databases.writer_queue import WriterQueue
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["WITHIN", "Database", "driver_named", "driver_of", "drivers_that_ask", "recognised", "system_of"]
+__all__ = [
+    "WITHIN",
+    "Database",
+    "driver_named",
+    "driver_of",
+    "drivers_that_ask",
+    "family_of",
+    "recognised",
+    "system_of",
+]
 
 WITHIN = "sqla_uow_within"
 """Option of an engine whose transactions are savepoints of one that somebody else ends: who that is."""
@@ -37,7 +46,7 @@ WITHIN = "sqla_uow_within"
 _owners: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
 FIRST_LOOK_SECONDS = 0.002
 """Pause between two looks whether another event loop has made the first connection."""
-_SYSTEMS: dict[str, Callable[[], System]] = {
+_SYSTEMS: dict[str, type[SQLite | MySQL | UnconfirmedPostgreSQL | CockroachDB]] = {
     "postgresql": UnconfirmedPostgreSQL,
     "cockroachdb": CockroachDB,
     "mysql": MySQL,
@@ -56,6 +65,12 @@ def system_of(dialect: Dialect) -> System:
         return MariaDB()
     make = _SYSTEMS.get(dialect.name)
     return System(dialect.name) if make is None else make()
+
+
+def family_of(dialect: Dialect) -> str:
+    """Return which way of speaking this dialect needs; its own name where it has none of the three."""
+    system = _SYSTEMS.get(dialect.name)
+    return dialect.name if system is None else system.family
 
 
 def recognised(connection: Connection) -> System:
@@ -110,24 +125,6 @@ class Database:
         self._home: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[Pool]] | None = None
 
     @property
-    def family(self) -> str:
-        return self.system.family
-
-    @property
-    def server(self) -> Any:
-        return self.system if self.system.family == "postgresql" and not self.system.keeps_status else None
-
-    def turns(self) -> WriterQueue | None:
-        return self.writer_queue()
-
-    @property
-    def limits_statements(self) -> bool:
-        return self.system.limits_statements
-
-    def makes_tables_apart(self) -> bool:
-        return self.system.ddl_is_apart
-
-    @property
     def system_name(self) -> str:
         """What OpenTelemetry calls it; MariaDB under the dialect "mysql" is known with anybody's first connection."""
         dialect = self.sync_engine.dialect
@@ -178,7 +175,7 @@ class Database:
 
     def writer_queue(self) -> WriterQueue | None:
         """Return where the writers wait for their turn; None where the database has room for several."""
-        return self.system.writer_queue(self.pool)
+        return self.system.writer_queue(self.pool) if self.system.queues_writers else None
 
     def recognise(self, connection: Connection) -> None:
         """Find out which database has answered; nothing is sent."""

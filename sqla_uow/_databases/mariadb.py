@@ -52,6 +52,8 @@ _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
 class MySQL(System):
     """MySQL, and MariaDB under its name, as long as nobody has connected."""
 
+    family: str = "mariadb"
+    updates_two_tables: ClassVar[bool] = True
     ddl_is_apart: ClassVar[bool] = True
     ddl_commits: ClassVar[bool] = True
     one_result: ClassVar[bool] = True
@@ -66,7 +68,6 @@ class MySQL(System):
 
     def __init__(self, name: str = "mysql") -> None:
         super().__init__(name)
-        self.family: str = "mysql"
         self.title: str = "MySQL"
 
     def recognise(self, connection: Connection, driver: Driver) -> System:

@@ -41,15 +41,13 @@ _BLOCKER = (
 class SpeaksPostgreSQL(System):
     """What PostgreSQL has in common with those in which its clients feel at home."""
 
+    family: str = "postgresql"
     fails_whole: ClassVar[bool] = True
+    writes_in_with: ClassVar[bool] = True
     quoted: ClassVar[re.Pattern[str] | None] = re.compile(
         r"'(?:[^']|'')*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/", re.DOTALL
     )
     harmless_inside: ClassVar[tuple[str, ...]] = ("BEGIN", "START")
-
-    def __init__(self, name: str = "postgresql") -> None:
-        super().__init__(name)
-        self.family: str = "postgresql"
 
     def engine_options(self, isolation: IsolationLevel | None, *, read_only: bool) -> dict[str, Any]:
         """Return the level, and that it only reads: both go with the BEGIN."""
@@ -252,12 +250,12 @@ class Asyncpg(_PostgreSQLDriver):
     def send_at_once(self, connection: Any, sql: str) -> None:
         """Send past the cursor, which would prepare the text first."""
         lent: Any = connection._dbapi_connection
-        connection.unit.before_statement(writes=False)
+        connection.transaction.before_statement(writes=False)
         try:
             await_only(_send(lent.dbapi_connection, lent.driver_connection, sql))
         except Exception as error:  # as those of a cursor are handled; there is no public way
             connection._handle_dbapi_exception(error, sql, None, None, None)
-        connection.unit.after_statement()
+        connection.transaction.after_statement()
 
     async def ask(self, raw: Any, question: str) -> Any:
         """Return the one value of the answer."""

@@ -35,11 +35,13 @@ _queues: weakref.WeakKeyDictionary[Pool, WriterQueue] = weakref.WeakKeyDictionar
 class SQLite(System):
     """SQLite: one writer, one isolation level, and settings that stay on a connection."""
 
+    family: str = "sqlite"
     levels: ClassVar[tuple[IsolationLevel, ...]] = ("SERIALIZABLE",)  # which is not passed off as another
     default_level: ClassVar[str | None] = "SERIALIZABLE"
     begins_by_sql: ClassVar[bool] = True
     lends_open: ClassVar[bool] = True
     sets_back: ClassVar[bool] = True
+    queues_writers: ClassVar[bool] = True
     quoted: ClassVar[re.Pattern[str] | None] = re.compile(
         r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", re.DOTALL
     )
@@ -74,7 +76,8 @@ class SQLite(System):
             connection.exec_driver_sql("PRAGMA query_only=1")
         begin(connection, read_only=read_only)
 
-    def restore(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+    @staticmethod
+    def restore(dbapi_connection: Any, info: dict[Any, Any]) -> None:
         """Set the connection back as it was before `open`."""
         pragmas: list[str] = []
         if info.pop(_QUERY_ONLY_KEY, False):
@@ -86,7 +89,7 @@ class SQLite(System):
             cursor.execute(pragma)
             cursor.close()
 
-    def writer_queue(self, pool: Pool) -> WriterQueue | None:
+    def writer_queue(self, pool: Pool) -> WriterQueue:
         """Return the queue of the pool's writers; of all its users, where they share one connection."""
         queue = _queues.get(pool)
         if queue is None:

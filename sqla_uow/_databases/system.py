@@ -29,10 +29,11 @@ class System:
 
     Attributes:
         name: as OpenTelemetry knows it.
-        family: of the three ways to speak to a database, the one that it understands; else its own name.
         title: as its makers write it, and as messages do.
     """
 
+    family: str = ""
+    """Of the three ways to speak to a database, the one that it understands; its own name where it has none of them."""
     levels: ClassVar[tuple[IsolationLevel, ...]] = LEVELS
     """The isolation levels that it has, weakest first."""
     default_level: ClassVar[str | None] = None
@@ -53,6 +54,12 @@ class System:
     """Its transactions begin with a BEGIN that is sent as a statement."""
     lends_open: ClassVar[bool] = False
     """Its pool may lend a connection that is in a transaction: programs have the driver begin at once."""
+    queues_writers: ClassVar[bool] = False
+    """It has room for one writer; see `writer_queue`."""
+    updates_two_tables: ClassVar[bool] = False
+    """One UPDATE can change the rows of two tables."""
+    writes_in_with: ClassVar[bool] = False
+    """A statement can change further rows in its WITH."""
     sets_back: ClassVar[bool] = False
     """What `open` sets stays on the connection until `restore` is called."""
     one_result: ClassVar[bool] = False
@@ -76,8 +83,12 @@ class System:
 
     def __init__(self, name: str) -> None:
         self.name: str = name
-        self.family: str = name
+        self.family: str = self.family or name
         self.title: str = name
+
+    def is_kin_to(self, other: System) -> bool:
+        """Say whether one may replicate the other: both are of one family, or the same."""
+        return self.family == other.family
 
     def check_level(self, isolation: object, *, who: str) -> None:
         """Refuse a level that does not exist, or that this database does not have.
@@ -145,12 +156,13 @@ class System:
     def lift_lock_wait(self, connection: Connection) -> None:
         """Let the transaction wait for locks as long as its connection does by itself, where `limits_lock_wait`."""
 
-    def restore(self, dbapi_connection: Any, info: dict[Any, Any]) -> None:
+    @staticmethod
+    def restore(dbapi_connection: Any, info: dict[Any, Any]) -> None:
         """Undo what `open` has set on a connection, before the next user gets it, where `sets_back`."""
 
-    def writer_queue(self, pool: Pool) -> WriterQueue | None:
-        """Return where the writers of a pool wait for their turn; None where the database has room for several."""
-        return None
+    def writer_queue(self, pool: Pool) -> WriterQueue:
+        """Return where the writers of a pool wait for their turn, where it `queues_writers`."""
+        raise NotImplementedError
 
     def read_position(self, answer: str) -> Mapping[int, int]:
         """Read what `primary_position` and `replica_position` are answered, where `has_positions`."""

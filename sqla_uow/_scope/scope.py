@@ -13,11 +13,13 @@ from sqla_uow._databases.failures import chain
 from sqla_uow._log import record
 from sqla_uow._replicas.position import to_text
 from sqla_uow._scope.places import ManagerPlace, UnitPlace, refuse_in_commit
-from sqla_uow._session.instances import Tainted, taint
+from sqla_uow._session.instances import taint
 from sqla_uow._session.session import has_changes, refuse_changes
 from sqla_uow._tasks.frames import check_loop, current_places, pop, push, running_task
 from sqla_uow._tasks.shield import shielded
+from sqla_uow._transaction.failing import failure_behind
 from sqla_uow._transaction.phase import Phase
+from sqla_uow._transaction.tainted import Tainted
 from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import COMMIT_SECONDS, failure_of
 from sqla_uow._unit.rollback import close_unused, release, roll_back
@@ -118,7 +120,7 @@ class Scope:
             error: what came out of the code in the scope.
         """
         reader = self._failed if self.reader is None else self.reader._transaction
-        failure = None if reader is None else reader.failure_behind(list(chain(error)))
+        failure = None if reader is None else failure_behind(reader, list(chain(error)))
         if failure is None:
             return None
         what = failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
@@ -168,10 +170,10 @@ class Scope:
         transaction, session = reader._transaction, reader._session
         transaction.owner.check()
         if transaction.stream is not None:
-            transaction.check_no_stream("a transactional function was called")
+            transaction.stream.check_unread("a transactional function was called")
         self.refuse_unsaved()
         if session is not None and transaction.connection is not None:
-            if transaction.damage.mark is not None:
+            if transaction.doom.marked is not None:
                 await self._end_reading()
                 return
             transaction.seal(Phase.COMMITTING)
@@ -290,7 +292,8 @@ def _has_objects(session: AsyncSession) -> bool:
 def _commit_reading(session: Session, transaction: Transaction) -> None:
     """Commit, not roll back: a rollback expires the objects, and reading them would need the connection."""
     transaction.end_here(Phase.COMMITTING)
-    transaction.end_stream()
+    if transaction.stream is not None:
+        transaction.stream.end()
     session.commit()
 
 

@@ -11,7 +11,8 @@ from sqlalchemy.pool import StaticPool
 from typing_extensions import TypeVar
 
 from sqla_uow._databases.database import Database
-from sqla_uow._session.connection import UnitEngine, install
+from sqla_uow._session.engine import UnitEngine
+from sqla_uow._session.pool import install
 from sqla_uow._session.session import UnitSession, unit_session_class
 from sqla_uow._session.watched_session import watching
 
@@ -47,7 +48,7 @@ class SessionMaker(Generic[S]):
                 "knows what became of one COMMIT; leave it out"
             )
         shared = self.database.within is not None or isinstance(self.database.pool, StaticPool)
-        install(engine.sync_engine, shared=shared)
+        install(self.database, shared=shared)
 
     def session(self, transaction: Transaction) -> S:
         """Make the session of one unit; no connection is taken."""

@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow._api.manager import UnitOfWorkManager
-from sqla_uow._databases.database import WITHIN, system_of
-from sqla_uow._databases.driver_state import family_of, remember, settle
+from sqla_uow._databases.database import WITHIN, driver_of, family_of, system_of
+from sqla_uow._databases.interrupt import stop_statement
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._testing.savepoints import Outer, check_loop, dialect_within
 from sqla_uow._testing.statements import engine_of
@@ -153,7 +153,7 @@ def _roll_back(connection: Connection, outer: Outer, cut_off: bool) -> None:  # 
     """Roll back, or throw away what a statement may still be going on in, as a unit does that is cut off."""
     in_memory = outer.family == "sqlite" and ":memory:" in (connection.engine.url.database or ":memory:")
     if cut_off and not in_memory:  # which is gone with its connection
-        settle(connection, None)
+        stop_statement(connection, None)
         connection.invalidate()
         return
     transaction = connection.get_transaction()
@@ -187,7 +187,7 @@ def _begin(connection: Connection, family: str) -> Outer:
                 raise
     else:
         connection.exec_driver_sql("SELECT 1")
-    remember(connection)
+    driver_of(connection.dialect).keep_cancel_request(connection)
     return Outer(dbapi_connection, family, connection.get_isolation_level())
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 
-from sqla_uow._databases.driver_state import cut
 from sqla_uow._databases.failures import Failure, Kind, classify
+from sqla_uow._databases.interrupt import break_link
 from sqla_uow._log import record
 from sqla_uow._session.session import has_changes, wait_for_locks
 from sqla_uow._tasks.shield import Shielded, shielded
@@ -62,14 +62,14 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
     """
     transaction = unit._transaction
     if transaction.stream is not None:
-        transaction.leave_stream()
+        transaction.stream.leave()
     hooks = transaction.hooks.before_commit
     for _ in range(ROUNDS):
         for _ in range(len(hooks)):
             await hooks.pop(0).run()
         if hooks:
             continue
-        if transaction.damage.mark is not None:
+        if transaction.doom.marked is not None:
             transaction.check_sound()
         if guard is not None:
             guard()
@@ -140,7 +140,7 @@ async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> Base
         return asyncio.CancelledError()
     if task.done():
         return task.exception()
-    if not cut(transaction.connection):
+    if not break_link(transaction.connection):
         task.cancel("the time for COMMIT is up")
     await wait_briefly(task)
     if not task.done():

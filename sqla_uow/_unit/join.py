@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
-from sqla_uow._databases.driver_state import cut
+from sqla_uow._databases.interrupt import break_link
 from sqla_uow._log import record
 from sqla_uow._retry.predicates import ask
 from sqla_uow._session.session import has_changes
@@ -62,11 +62,11 @@ class Joined(Generic[S]):
             try:
                 await flush(self._unit)
             except BaseException as raised:
-                transaction.damage.add(raised)
+                transaction.doom.mark(raised)
                 self.choose(raised)
                 raise
         else:
-            transaction.damage.add(error)
+            transaction.doom.mark(error)
             self.choose(error)
 
     def choose(self, error: BaseException) -> None:
@@ -136,13 +136,13 @@ class Nested(Generic[S]):
         transaction = self._unit._transaction
         if not outcome.task.done():
             reason = f"rolling back a savepoint in it took more than {SAVEPOINT_SECONDS:g} s"
-            transaction.damage.add(None, hard=True, reason=reason)  # at once: the caller may go on
-            if not cut(transaction.connection):
+            transaction.doom.mark(None, hard=True, reason=reason)  # at once: the caller may go on
+            if not break_link(transaction.connection):
                 outcome.stop()
             await wait_briefly(outcome.task)
         elif (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
-            transaction.damage.add(trouble, hard=True)
+            transaction.doom.mark(trouble, hard=True)
             record(
                 logging.DEBUG, "rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__,
                 function=transaction.name, error=trouble,

@@ -11,8 +11,9 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.driver import State, raw_connection
-from sqla_uow._databases.driver_state import cut, settle, state_of
+from sqla_uow._databases.interrupt import break_link, stop_statement
 from sqla_uow._log import record
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded
@@ -96,15 +97,15 @@ async def _stop_and_roll_back(unit: UnitOfWork[Any]) -> asyncio.CancelledError |
         # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
         cancelled = await wait_briefly(idle)
         if not idle.done():
-            cut(transaction.connection)
+            break_link(transaction.connection)
             await wait_briefly(idle)
             discard = True
     if _is_busy(transaction.connection):
-        cut(transaction.connection)
+        break_link(transaction.connection)
         discard = True
     work = partial(session.run_sync, _roll_back_and_close, transaction, discard=discard)
     # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
-    limit = math.inf if transaction.scope_read and transaction.damage.mark is None else ROLLBACK_SECONDS
+    limit = math.inf if transaction.scope_read and transaction.doom.marked is None else ROLLBACK_SECONDS
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)
@@ -124,7 +125,7 @@ def _is_busy(connection: Connection | None) -> bool:
     """Say whether something is under way on the driver's own connection, for which a ROLLBACK would wait."""
     if connection is None or connection.closed or connection.invalidated:
         return False
-    return state_of(connection.dialect.driver, raw_connection(connection)) is State.BUSY
+    return driver_of(connection.dialect).state(raw_connection(connection)) is State.BUSY
 
 
 async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
@@ -136,9 +137,10 @@ async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | 
 
 def _roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
     # A read session has nothing to undo, and a rollback would expire what was read in it.
-    keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
+    keeps = transaction.scope_read and transaction.doom.marked is None and not has_changes(session)
     transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
-    transaction.end_stream()
+    if transaction.stream is not None:
+        transaction.stream.end()
     connection = transaction.connection
     try:
         if keeps and not discard:
@@ -156,10 +158,11 @@ def _roll_back_and_close(session: Session, transaction: Transaction, *, discard:
     try:
         if discard and connection is not None and not connection.closed:
             if transaction.owner.busy() is not None:  # it would go on without us, with its locks
-                settle(connection, None)
+                stop_statement(connection, None)
             connection.invalidate()
     finally:
-        transaction.close_left_stream()
+        if transaction.stream is not None:
+            transaction.stream.close_if_left()
         session.close()
 
 
