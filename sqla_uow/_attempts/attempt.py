@@ -19,7 +19,6 @@ from sqla_uow._retry.predicates import ask
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
-from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import commit, prepare
 from sqla_uow._unit.rollback import Ended, roll_back
 from sqla_uow._unit.unit import UnitOfWork
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._attempts.call import Attempts
     from sqla_uow._retry.controller import Gate, Slot
+    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.verify import Witness
     from sqla_uow._versions.expectations import Versions
 
@@ -67,7 +67,7 @@ class Attempt(Generic[S]):
         attempts, options = self._attempts, self._attempts.options
         if self.unit is not None:
             raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
-        counts = attempts.manager._counts
+        counts = attempts.setup.counts
         if attempts.attempt == 1:
             counts.begun += 1
         else:
@@ -104,24 +104,20 @@ class Attempt(Generic[S]):
 
     async def _begin(self) -> UnitOfWork[S]:
         attempts, options = self._attempts, self._attempts.options
-        manager = attempts.manager
-        transaction = Transaction(
+        setup = attempts.setup
+        transaction = setup.transaction(
             options.who,
-            manager._database,
-            isolation=options.isolation or manager._isolation,
+            isolation=attempts.isolation,
             read_only=options.read_only,
             deadline=attempts.deadline,
             clock=attempts.policy.clock,
             tainted=attempts.tainted,
             enclosing=attempts.enclosing,
             times=attempts.times if attempts.observers else None,
+            last_write=None if setup.replicas is None else last_write_of(setup),
         )
         if attempts.observers:
             transaction.idle = idle_of(attempts)
-        if manager._replicas is not None:
-            transaction.last_write = last_write_of(manager, manager._replicas)
-            if transaction.read_only:
-                transaction.replicas = manager._replicas
         is_last = attempts.attempt > attempts.retries
         if not is_last:
             transaction.on_rollback = attempts.remember
@@ -129,8 +125,9 @@ class Attempt(Generic[S]):
             transaction.slot = self._slot
             transaction.lock_wait = None if is_last else attempts.lock_wait(attempts.gate)
         unit = self.unit = UnitOfWork(transaction, attempt=attempts.attempt, is_last_attempt=is_last)
-        self._witness = manager._witness(transaction)
-        self._place = UnitPlace(manager, unit)
+        if setup.verifier is not None and not transaction.read_only:
+            self._witness = setup.verifier.witness()
+        self._place = UnitPlace(setup, unit)
         push(self._place)
         if attempts.deadline is not None:
             # Its own timer, so that the deadline also ends what is no SQL.
@@ -295,15 +292,16 @@ class Attempt(Generic[S]):
         """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
         attempts = self._attempts
         left = None if attempts.deadline is None else max(0.001, attempts.deadline - attempts.policy.clock())
+        stale: StaleVersionError | None = None
         try:
-            async with attempts.manager.begin(read_only=True, propagation="requires_new", timeout=left) as unit:
-                return await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
+            async with attempts.beside(left) as unit:
+                stale = await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
         except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
             record(
                 logging.WARNING, "the versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__,
-                function=attempts.options.who, manager=attempts.manager.name, error=trouble,
+                function=attempts.options.who, manager=attempts.setup.name, error=trouble,
             )  # fmt: skip
-            return None
+        return stale
 
     def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
         """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""

@@ -18,6 +18,7 @@ from sqla_uow._databases.failures import Failure, Kind
 from sqla_uow._log import record
 from sqla_uow._scope.lookup import surroundings
 from sqla_uow._session.instances import Tainted, taint
+from sqla_uow._unit.options import Options, block_options
 from sqla_uow._unit.statistics import name_of
 from sqla_uow.errors import (
     ConflictError,
@@ -27,7 +28,7 @@ from sqla_uow.errors import (
     TransactionTimeoutError,
 )
 from sqla_uow.events import Call
-from sqla_uow.typing import Status
+from sqla_uow.typing import IsolationLevel, Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -35,11 +36,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from sqla_uow._api.manager import UnitOfWorkManager
     from sqla_uow._retry.controller import Gate
     from sqla_uow._scope.scope import Scope
     from sqla_uow._transaction.transaction import Transaction
-    from sqla_uow._unit.options import Options
+    from sqla_uow._unit.setup import Setup
 
 __all__ = ["Attempts", "LoopedAttempts", "rehearsals"]
 
@@ -58,22 +58,23 @@ class Attempts(Generic[S]):
     """As many runs as the retries allow, or one that commits: `next` as long as there are `more`."""
 
     __slots__ = (
-        "attempt", "call", "called", "deadline", "enclosing", "function", "gate", "given_up", "manager", "more", "observers",
-        "options", "policy", "reading", "retries", "scope", "started", "tainted", "timeout", "times",
+        "attempt", "call", "called", "deadline", "enclosing", "function", "gate", "given_up", "isolation", "more", "observers",
+        "options", "policy", "reading", "retries", "scope", "setup", "started", "tainted", "timeout", "times",
     )  # fmt: skip
 
-    def __init__(self, manager: UnitOfWorkManager[S], options: Options, function: object = None) -> None:
-        self.manager = manager
+    def __init__(self, setup: Setup[S], options: Options, function: object = None) -> None:
+        self.setup = setup
         self.options = options
-        self.policy = options.retry or manager._retry
-        self.retries = manager._retries if options.retries is None else options.retries
-        self.timeout = manager._timeout if options.timeout is None else options.timeout
+        self.isolation: IsolationLevel | None = options.isolation or setup.isolation
+        self.policy = options.retry or setup.retry
+        self.retries = setup.retries if options.retries is None else options.retries
+        self.timeout = setup.timeout if options.timeout is None else options.timeout
         # The clock is read once per call, and again only on trouble.
         self.started = self.policy.clock()
         self.deadline = None if self.timeout is None else self.started + self.timeout
         self.attempt = 0
         self.scope: Scope | None
-        self.scope, inside, self.enclosing = surroundings(manager)
+        self.scope, inside, self.enclosing = surroundings(setup)
         # Only an outermost call ends the scope's reading; around an inner one the outer unit still guards its objects.
         self.reading = None if inside else self.scope
         self.tainted: Tainted | None = self.scope.tainted if self.scope else None
@@ -82,7 +83,7 @@ class Attempts(Generic[S]):
         self.gate: Gate | None = None
         self.given_up: Failure | None = None
         self.called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
-        self.observers = manager._observers
+        self.observers = setup.observers
         if self.scope is not None and self.scope.observers:
             self.observers += self.scope.observers
         self.call: Call | None
@@ -98,13 +99,23 @@ class Attempts(Generic[S]):
             self._count_in()
         return Attempt(self)
 
+    def beside(self, timeout: float | None) -> Attempt[S]:
+        """Return a unit of its own that only reads.
+
+        Args:
+            timeout: seconds for it; None is the manager's.
+        """
+        options = block_options(
+            who="begin()", isolation=None, read_only=True, propagation="requires_new", retries=0, timeout=timeout
+        )
+        return Attempts(self.setup, options).next()
+
     def _count_in(self) -> None:
         """Take part in what the calls that may be run again share: their budget, and their turns."""
-        manager = self.manager
-        manager._database.budget.earn()
+        self.setup.database.budget.earn()
         # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
         if not self.enclosing and self.policy.contention == "auto":
-            self.gate = manager._gate(self.function, name_of(self.function), self.policy.clock)
+            self.gate = self.setup.gate(self.function, name_of(self.function), self.policy.clock)
 
     @property
     def elapsed(self) -> float:
@@ -138,7 +149,7 @@ class Attempts(Generic[S]):
                 raise refused from error
         wait = self.policy.delay(self.attempt - 1)
         if failure.kind in (Kind.NOT_STARTED, Kind.LOST):
-            soonest = self.manager._database.budget.reserve(time.monotonic(), patience=self.policy.cap)
+            soonest = self.setup.database.budget.reserve(time.monotonic(), patience=self.policy.cap)
             if soonest is None:
                 raise self.gave_up(failure, spent=True) from error
             wait = max(wait, soonest)
@@ -155,7 +166,7 @@ class Attempts(Generic[S]):
             await self.policy.sleep(wait)
         else:
             await self.gate.back_off(self.policy.sleep, wait)
-        self.manager._counts.retried(failure)
+        self.setup.counts.retried(failure)
         self.more = True
 
     def lock_wait(self, gate: Gate) -> float | None:
@@ -167,7 +178,7 @@ class Attempts(Generic[S]):
     def _fields(self, failure: Failure) -> dict[str, Any]:
         """Return what a record says of a failed run."""
         return {
-            "function": self.options.who, "manager": self.manager.name, "attempt": self.attempt,
+            "function": self.options.who, "manager": self.setup.name, "attempt": self.attempt,
             "attempts": self.retries + 1, "reason": failure.kind.value, "code": failure.code,
         }  # fmt: skip
 
@@ -186,11 +197,11 @@ class Attempts(Generic[S]):
         """
         doomed = False
         if status is Status.COMMITTED:
-            self.manager._counts.committed += 1
+            self.setup.counts.committed += 1
         else:
             refused = error is None or isinstance(error, RollbackOnlyError)
             doomed = finished and refused and status is Status.ROLLED_BACK
-            self.manager._counts.failed(status, error, gave_up=self.given_up is not None, doomed=doomed)
+            self.setup.counts.failed(status, error, gave_up=self.given_up is not None, doomed=doomed)
         if self.observers:
             tell_outcome(self, status, error, doomed=doomed)
 
@@ -240,8 +251,8 @@ class LoopedAttempts(Attempts[S]):
 
     __slots__ = ("_loop",)
 
-    def __init__(self, manager: UnitOfWorkManager[S], options: Options, function: object) -> None:
-        super().__init__(manager, options, function)
+    def __init__(self, setup: Setup[S], options: Options, function: object) -> None:
+        super().__init__(setup, options, function)
         self._loop: Loop | None = None
 
     def __aiter__(self) -> LoopedAttempts[S]:

@@ -123,16 +123,16 @@ def tell_outcome(attempts: Attempts[Any], status: Status, error: BaseException |
 
 
 def _common(attempts: Attempts[Any]) -> dict[str, Any]:
-    manager, options = attempts.manager, attempts.options
+    setup, options = attempts.setup, attempts.options
     return {
         "call": attempts.call,
         "function": str(options.who),
-        "manager": manager.name,
-        "system": manager._database.system,
-        "namespace": manager.engine.url.database,
+        "manager": setup.name,
+        "system": setup.database.system,
+        "namespace": setup.database.engine.url.database,
         "attempt": attempts.attempt,
         "retries": attempts.retries,
-        "isolation": options.isolation or manager.isolation,
+        "isolation": attempts.isolation,
         "read_only": options.read_only,
         "elapsed": attempts.elapsed,
     }
@@ -157,6 +157,6 @@ def _tell(attempts: Attempts[Any], method: str, event: object, observers: Iterab
         except (Exception, asyncio.CancelledError) as error:
             record(
                 logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
-                attempts.manager.name, method, exc_info=error,
-                function=attempts.options.who, manager=attempts.manager.name, error=error,
+                attempts.setup.name, method, exc_info=error,
+                function=attempts.options.who, manager=attempts.setup.name, error=error,
             )  # fmt: skip

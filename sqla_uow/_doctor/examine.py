@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_uow._api.manager import UnitOfWorkManager
+from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._databases.failures import classify
 from sqla_uow._doctor.mariadb import CHECKS as MARIADB
 from sqla_uow._doctor.postgresql import CHECKS as POSTGRESQL
@@ -76,8 +76,8 @@ async def examine(url: str, options: Options) -> list[Finding]:
     try:
         manager = UnitOfWorkManager(engine, timeout=options.seconds)
         subject = Subject(engine, manager, options.pool_size * options.processes)
-        await _connect(engine, url, options.seconds, manager._database.recognise)
-        checks = [*_checks(manager._database), *([] if options.read_only else [try_levels])]
+        await _connect(engine, url, options.seconds, setup_of(manager).database.recognise)
+        checks = [*_checks(setup_of(manager).database), *([] if options.read_only else [try_levels])]
         found = [
             Finding("driver", _driver(engine)),
             *[one for check in checks for one in await _run(check, subject, options)],

@@ -11,7 +11,7 @@ from sqla_uow._transaction.transaction import committing
 from sqla_uow.errors import NoUnitError
 
 if TYPE_CHECKING:
-    from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._unit.setup import Setup
     from sqla_uow._unit.unit import UnitOfWork
 
 __all__ = ["ManagerPlace", "UnitPlace", "refuse_in_commit"]
@@ -20,12 +20,12 @@ __all__ = ["ManagerPlace", "UnitPlace", "refuse_in_commit"]
 class ManagerPlace(Place):
     """A manager is known here; nothing is open."""
 
-    __slots__ = ("manager", "name")
+    __slots__ = ("name", "setup")
 
-    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
-        super().__init__(manager)
-        self.manager: UnitOfWorkManager[Any] = manager
-        self.name: str = manager._name
+    def __init__(self, setup: Setup[Any]) -> None:
+        super().__init__(setup)
+        self.setup: Setup[Any] = setup
+        self.name: str = setup.name
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""
@@ -59,8 +59,8 @@ class UnitPlace(ManagerPlace):
 
     __slots__ = ("_unit",)
 
-    def __init__(self, manager: UnitOfWorkManager[Any], unit: UnitOfWork[Any]) -> None:
-        super().__init__(manager)
+    def __init__(self, setup: Setup[Any], unit: UnitOfWork[Any]) -> None:
+        super().__init__(setup)
         self._unit: UnitOfWork[Any] | None = unit
 
     def empty(self) -> None:

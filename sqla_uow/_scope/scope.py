@@ -18,7 +18,6 @@ from sqla_uow._session.session import has_changes, refuse_changes
 from sqla_uow._tasks.frames import check_loop, current_places, pop, push, running_task
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.phase import Phase
-from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import COMMIT_SECONDS, failure_of
 from sqla_uow._unit.rollback import close_unused, release, roll_back
 from sqla_uow._unit.unit import UnitOfWork
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
 
     from sqla_uow._api.manager import UnitOfWorkManager
     from sqla_uow._replicas.router import LastWrite
+    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._unit.setup import Setup
     from sqla_uow.events import Observer
 
 __all__ = ["Scope", "ScopeContext", "ScopePlace"]
@@ -53,10 +54,12 @@ class Scope:
     def __init__(
         self,
         manager: UnitOfWorkManager[Any],
-        last_write: LastWrite | None = None,
-        observers: tuple[Observer, ...] = (),
+        setup: Setup[Any],
+        last_write: LastWrite | None,
+        observers: tuple[Observer, ...],
     ) -> None:
         self.manager: UnitOfWorkManager[Any] = manager
+        self.setup: Setup[Any] = setup
         self.observers: tuple[Observer, ...] = observers
         self.last_write: LastWrite | None = last_write
         self.tainted: Tainted = Tainted()
@@ -77,28 +80,11 @@ class Scope:
         reader = self.reader
         check_loop(_READER, self._loop)
         if reader is None:
-            reader = self.reader = UnitOfWork(self._read_transaction())
-            self.manager._counts.readings += 1
+            reader = self.reader = UnitOfWork(self.setup.read_transaction(_READER, self.last_write))
+            self.setup.counts.readings += 1
         else:
             reader._transaction.owner.check()
         return reader
-
-    def _read_transaction(self) -> Transaction:
-        manager = self.manager
-        transaction = Transaction(
-            _READER,
-            manager._database,
-            isolation=manager._isolation,
-            read_only=True,
-            deadline=None,
-            clock=manager._retry.clock,
-            scope_read=True,
-        )
-        replicas = transaction.replicas = manager._replicas
-        transaction.last_write = self.last_write
-        # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
-        transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
-        return transaction
 
     @property
     def position(self) -> str | None:
@@ -186,7 +172,7 @@ class Scope:
                     raise error
                 record(
                     logging.INFO, "the read session could not end its transaction (%s); it is closed", type(error).__name__,
-                    manager=self.manager.name, error=error,
+                    manager=self.setup.name, error=error,
                 )  # fmt: skip
                 return
         transaction.phase = Phase.YIELDED
@@ -300,7 +286,7 @@ class ScopePlace(ManagerPlace):
     __slots__ = ("scope",)
 
     def __init__(self, scope: Scope) -> None:
-        super().__init__(scope.manager)
+        super().__init__(scope.setup)
         self.scope: Scope = scope
 
     def unit(self) -> UnitOfWork[Any]:
@@ -316,12 +302,17 @@ class ScopePlace(ManagerPlace):
 class ScopeContext:
     """``async with manager.scope()``."""
 
-    __slots__ = ("_last_write", "_manager", "_observers", "_place")
+    __slots__ = ("_last_write", "_manager", "_observers", "_place", "_setup")
 
     def __init__(
-        self, manager: UnitOfWorkManager[Any], last_write: LastWrite | None, observers: tuple[Observer, ...] = ()
+        self,
+        manager: UnitOfWorkManager[Any],
+        setup: Setup[Any],
+        last_write: LastWrite | None,
+        observers: tuple[Observer, ...],
     ) -> None:
         self._manager = manager
+        self._setup = setup
         self._observers = observers
         self._last_write = last_write
         self._place: ScopePlace | None = None
@@ -329,7 +320,7 @@ class ScopeContext:
     async def __aenter__(self) -> Scope:
         if self._place is not None:
             raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
-        scope = Scope(self._manager, self._last_write, self._observers)
+        scope = Scope(self._manager, self._setup, self._last_write, self._observers)
         self._place = scope.place = ScopePlace(scope)
         push(self._place)
         return scope

@@ -15,6 +15,7 @@ from sqla_uow._retry.predicates import ask
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._unit.rollback import wait_briefly
+from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sqla_uow._unit.options import Options
     from sqla_uow._unit.unit import UnitOfWork
 
-__all__ = ["Joined", "Nested", "join"]
+__all__ = ["Joined", "Nested", "join", "joinable"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
@@ -81,6 +82,33 @@ async def flush(unit: UnitOfWork[S]) -> None:
     session = unit._session
     if session is not None and has_changes(session.sync_session):
         await session.flush()
+
+
+def joinable(unit: UnitOfWork[S] | None, options: Options, manager: str) -> UnitOfWork[S] | None:
+    """Return the open unit if a call joins it, None if the call begins one of its own.
+
+    Args:
+        unit: the one that is open here, if any.
+        options: of the call.
+        manager: the name of the unit's.
+
+    Raises:
+        PropagationError: there is one and must not be, or the other way round.
+    """
+    propagation = options.propagation
+    if propagation in ("required", "nested"):
+        return unit
+    if unit is None and propagation == "mandatory":
+        raise PropagationError(
+            f"{options.who} must join a unit of manager {manager!r}, but none is open; call it from a "
+            "transactional function, or drop propagation='mandatory'"
+        )
+    if unit is not None and propagation == "durable":
+        raise PropagationError(
+            f"{options.who} must be outermost to be durable, but was called inside {unit._transaction.name}; "
+            "call it after the outer one, or drop propagation='durable'"
+        )
+    return unit if propagation == "mandatory" else None
 
 
 def join(unit: UnitOfWork[S], options: Options) -> Joined[S] | Nested[S]:

@@ -159,7 +159,7 @@ async def test_on_a_cluster_the_marker_is_taken(wire, monkeypatch):
     assert lost.fired
     assert await has_added_once(wire, applied=False)
     markers = await wire.db.rows("SELECT token FROM sqla_uow_commits ORDER BY token")
-    assert sorted(wire._managers["verify"]._notary.free) == [token for (token,) in markers]
+    assert sorted(wire._managers["verify"]._setup.verifier.free) == [token for (token,) in markers]
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
