@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_uow._attempts.call import Attempts, LoopedAttempts
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import Call
+from sqla_uow._attempts.loop import LoopedCall
 from sqla_uow._attempts.observers import check_observers
 from sqla_uow._databases.levels import check_level
 from sqla_uow._replicas.position import from_text
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
-    from sqla_uow._attempts.attempt import Attempt
     from sqla_uow._scope.scope import Scope
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.events import Observer
@@ -235,7 +236,7 @@ class UnitOfWorkManager(Generic[S]):
         check_level(self._setup.database.system, isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
-        return LoopedAttempts(self._setup, options, sys._getframe(1).f_code)
+        return LoopedCall(self._setup, options, sys._getframe(1).f_code)
 
     def contention(self, function: Callable[..., object], /) -> Contention:
         """Return how many calls of a function run at once now, and how many wait because of their conflicts.
@@ -266,7 +267,7 @@ class UnitOfWorkManager(Generic[S]):
         """Return what `options.propagation` means here: a new unit, a joined one, or a savepoint."""
         setup, open_unit = locate(self._setup, options.who)
         unit = joinable(open_unit, options, setup.name)
-        return Attempts(setup, options).next() if unit is None else join(unit, options)
+        return Attempt(Call(setup, options)) if unit is None else join(unit, options)
 
     def _over(self, engine: AsyncEngine) -> UnitOfWorkManager[S]:
         """Return a manager like this one over another engine; its calls are counted by this one."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overl
 
 from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._attempts.arguments import NOTHING, find_used, keep, leaves_all
-from sqla_uow._attempts.call import Attempts, rehearsals
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import Call, before_first_attempt
 from sqla_uow._databases.levels import check_level
 from sqla_uow._scope.lookup import locate
 from sqla_uow._unit.join import join, joinable
@@ -146,17 +147,17 @@ def _wrap(function: Callable[..., Any], using: str | Setup[Any], options: Option
         if unit is not None:
             async with join(unit, options):
                 return await function(*args, **kwargs)
-        attempts = Attempts(setup, options)
-        if attempts.retries or rehearsals:
+        call: Call[Any] = Call(setup, options)
+        if call.retries or before_first_attempt:
             used = None if leaves_all(args, kwargs) else find_used(args, kwargs)
-            attempts.called = function, args, kwargs, await keep(used) if used else NOTHING
-        for rehearse in rehearsals:
-            await rehearse(attempts, functools.partial(function, *args, **kwargs))
+            call.called = function, args, kwargs, await keep(used) if used else NOTHING
+        for rehearse in before_first_attempt:
+            await rehearse(call, functools.partial(function, *args, **kwargs))
         result: Any = None
         while True:
-            async with attempts.next():
+            async with Attempt(call):
                 result = await function(*args, **kwargs)
-            if not attempts.more:  # else the attempt has swallowed its failure
+            if not call.more:  # else the attempt has swallowed its failure
                 return result
 
     vars(transactional_call)["__transactional__"] = options  # how `UnitOfWorkManager.contention` knows it

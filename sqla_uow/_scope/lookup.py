@@ -56,15 +56,15 @@ def surroundings(setup: Setup[Any]) -> tuple[Scope | None, bool, tuple[Transacti
     transactions: tuple[Transaction, ...] = ()
     for place in current_places():
         if isinstance(place, UnitPlace):
-            unit = place.open_unit()
-            if unit is not None:
-                transactions += (unit._transaction,)
+            transaction = place.open_transaction()
+            if transaction is not None:
+                transactions += (transaction,)
                 inside = inside or (scope is None and place.setup is setup)
         elif isinstance(place, ScopePlace) and not place.closed:
             if scope is None and place.setup is setup and place.scope.is_of_this_loop():
                 scope = place.scope
-            elif place.scope.reader is not None:
-                transactions += (place.scope.reader._transaction,)  # holds a connection, and will not give way to us
+            elif place.scope.reading.transaction is not None:
+                transactions += (place.scope.reading.transaction,)  # holds a connection, and will not give way to us
     return scope, inside, transactions
 
 

@@ -11,6 +11,7 @@ from sqla_uow._transaction.transaction import committing
 from sqla_uow.errors import NoUnitError
 
 if TYPE_CHECKING:
+    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.setup import Setup
     from sqla_uow._unit.unit import UnitOfWork
 
@@ -57,25 +58,30 @@ def refuse_in_commit() -> None:
 class UnitPlace(ManagerPlace):
     """A unit is open here, until its end empties the place."""
 
-    __slots__ = ("_unit",)
+    __slots__ = ("_transaction", "_unit")
 
-    def __init__(self, setup: Setup[Any], unit: UnitOfWork[Any]) -> None:
+    def __init__(self, setup: Setup[Any], unit: UnitOfWork[Any], transaction: Transaction) -> None:
         super().__init__(setup)
         self._unit: UnitOfWork[Any] | None = unit
+        self._transaction: Transaction | None = transaction
 
     def empty(self) -> None:
         """Keep neither unit nor connection alive by the contexts that copied this place."""
-        self._unit = None
+        self._unit = self._transaction = None
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         return None if self.closed else self._unit
 
+    def open_transaction(self) -> Transaction | None:
+        """Return the transaction of the unit that is open here."""
+        return None if self.closed else self._transaction
+
     def unit(self) -> UnitOfWork[Any]:
-        unit = self._unit
-        if unit is None or self.closed:
+        unit, transaction = self._unit, self._transaction
+        if unit is None or transaction is None or self.closed:
             raise NoUnitError(
                 "the unit of work that was open here has ended; in a task that outlives it, or a background task, "
                 "call a @transactional function, which opens its own"
             )
-        unit._transaction.owner.check()
+        transaction.owner.check()
         return unit

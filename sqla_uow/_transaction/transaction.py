@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sqla_uow._session.instances import Tainted
     from sqla_uow._session.streams import Stream
     from sqla_uow._versions.expectations import Versions
-    from sqla_uow.typing import IsolationLevel
+    from sqla_uow.typing import IsolationLevel, Status
 
 __all__ = ["Transaction", "committing", "transaction_of"]
 
@@ -82,6 +82,7 @@ class Transaction:
         "deadline",
         "enclosing",
         "engine",
+        "final",
         "hooks",
         "idle",
         "isolation",
@@ -103,6 +104,7 @@ class Transaction:
         "rolling_back_to_savepoint",
         "scope_read",
         "self_wait",
+        "session",
         "slot",
         "stale",
         "stream",
@@ -146,6 +148,8 @@ class Transaction:
         self.owner: Owner = Owner(name, self.damage)
         self.phase: Phase = Phase.NEW
         self.closer: greenlet | None = None
+        self.session: Any = None  # the unit's, until the end: the session names the transaction, which would be a cycle
+        self.final: Status | None = None  # what became of it
         self.engine: Engine | None = None
         self.connection: Connection | None = None
         self.connect_failure: Failure | None = None
