@@ -17,6 +17,7 @@ from sqlalchemy.orm import (
     mapped_column,
     registry,
     selectin_polymorphic,
+    selectinload,
 )
 
 from sqla_uow import Status, errors
@@ -26,7 +27,7 @@ from tests.models import Account
 from tests.statements import statements
 from tests.versioning import test_edges as edges_tables
 from tests.versioning.others import execute_outside, overtake, version_of, written
-from tests.versioning.tables import ByTimestamp, ByUUID, JoinedChild, OtherAttribute, Plain
+from tests.versioning.tables import ByTimestamp, ByUUID, Customer, JoinedChild, Order, OtherAttribute, Plain
 
 edges = edges_tables.edges
 MODELS = [Plain, ByUUID, ByTimestamp, OtherAttribute, JoinedChild]
@@ -467,6 +468,20 @@ async def test_a_touch_and_another_key(db, edges):
     assert await db.rows(
         "SELECT version FROM composite WHERE " + ("`right`" if db.family == "mysql" else '"right"') + " = 'b'"
     ) == [(2,)]
+
+
+async def test_a_part_and_another_key(db, versioned):
+    """The same where a new part counts for a whole whose key is changed in the same flush."""
+    async with versioned.begin() as unit:
+        unit.session.add(Customer(id=1))
+    sent = statements(versioned.engine, lambda statement: statement.startswith("UPDATE"))
+    async with versioned.begin() as unit:
+        customer = await unit.session.get_one(Customer, 1, options=[selectinload(Customer.orders)])
+        customer.id = 5
+        customer.orders.append(Order(id=1))
+    assert await db.rows("SELECT id, version FROM customer") == [(5, 2)]
+    assert await db.rows("SELECT id, customer_id FROM order_") == [(1, 5)]
+    assert len(sent) == 1
 
 
 async def test_a_key_of_another_case(db, versioned):
