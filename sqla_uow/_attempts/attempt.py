@@ -11,12 +11,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
 from sqla_uow._attempts.call import Call
-from sqla_uow._attempts.observers import Times, idle_of, tell_attempt, tell_outcome
+from sqla_uow._attempts.observers import idle_of, tell_attempt, tell_outcome
 from sqla_uow._attempts.retry_or_raise import retry_or_raise, timed_out
 from sqla_uow._log import record
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
+from sqla_uow._transaction.times import Times
 from sqla_uow._unit.commit import commit, prepare
 from sqla_uow._unit.options import block_options
 from sqla_uow._unit.rollback import roll_back
@@ -180,7 +181,7 @@ class Attempt(Generic[S]):
         scope, witness = self._call.scope, self._witness
         if transaction.idle is not None:
             transaction.idle.ends()
-        mark = transaction.damage.mark
+        mark = transaction.doom.marked
         quiet = error is None and mark is not None and mark.quiet
         if error is None and not quiet:
             try:

@@ -8,7 +8,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
 from sqla_uow._scope.lookup import surroundings
-from sqla_uow._session.instances import Tainted, taint
+from sqla_uow._session.instances import taint
+from sqla_uow._transaction.tainted import Tainted
 from sqla_uow.events import Call as Key
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from sqla_uow._attempts.observers import Times
     from sqla_uow._databases.failures import Failure
     from sqla_uow._retry.controller import Gate
     from sqla_uow._scope.scope import Scope
+    from sqla_uow._transaction.times import Times
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.options import Options
     from sqla_uow._unit.setup import Setup

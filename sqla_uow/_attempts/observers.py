@@ -7,62 +7,17 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from sqla_uow._log import record
+from sqla_uow._transaction.times import Idle
 from sqla_uow.events import AttemptEvent, IdleEvent, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from sqla_uow._attempts.call import Call
     from sqla_uow._databases.failures import Failure
 
-__all__ = ["Idle", "Times", "check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
-
-
-class Times:
-    """When a transaction had its connection, and what its COMMIT took; on the clock of its policy."""
-
-    __slots__ = ("clock", "commit_began", "commit_ended", "connection_seconds")
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock: Callable[[], float] = clock
-        self.connection_seconds: float | None = None
-        self.commit_began: float | None = None
-        self.commit_ended: float | None = None
-
-    def commit_seconds(self) -> float | None:
-        """Return what COMMIT took; until now, where it was given up and goes on."""
-        if self.commit_began is None:
-            return None
-        return (self.clock() if self.commit_ended is None else self.commit_ended) - self.commit_began
-
-
-class Idle:
-    """How long a transaction has been open with nothing in flight.
-
-    Args:
-        clock: of the policy.
-        patience: seconds that are not told.
-        tell: called with more of them.
-    """
-
-    __slots__ = ("_clock", "_patience", "_since", "_tell")
-
-    def __init__(self, clock: Callable[[], float], patience: float, tell: Callable[[float], None]) -> None:
-        self._clock = clock
-        self._patience = patience
-        self._tell = tell
-        self._since: float | None = None
-
-    def begins(self) -> None:
-        """A statement was answered."""
-        self._since = self._clock()
-
-    def ends(self) -> None:
-        """The next one is about to be sent, or the unit ends."""
-        since, self._since = self._since, None
-        if since is not None and (idle := self._clock() - since) >= self._patience:
-            self._tell(idle)
+__all__ = ["check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
 
 
 def idle_of(call: Call[Any]) -> Idle | None:

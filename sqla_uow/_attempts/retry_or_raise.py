@@ -14,6 +14,7 @@ from sqla_uow._attempts.observers import tell_retry
 from sqla_uow._databases.failures import Failure, Kind, chain, classify
 from sqla_uow._log import record
 from sqla_uow._retry.predicates import ask
+from sqla_uow._transaction.failing import failure_behind
 from sqla_uow.errors import (
     AfterCommitError,
     AmbiguousCommitError,
@@ -34,10 +35,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from sqla_uow._attempts.call import Call
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._transaction.transaction import Transaction, VersionGuard
     from sqla_uow._unit.ending import Ended
     from sqla_uow._unit.unit import UnitOfWork
-    from sqla_uow._versions.expectations import Versions
 
     S = TypeVar("S", bound=AsyncSession)
 
@@ -123,7 +123,7 @@ def _failure(call: Call[S], transaction: Transaction, error: Exception) -> Failu
     """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
     options = call.options
     chained = list(chain(error))
-    failure = transaction.failure_behind(chained)
+    failure = failure_behind(transaction, chained)
     if failure is not None:
         return failure
     if _was_chosen(transaction, error, {id(link) for link in chained}):
@@ -135,7 +135,7 @@ def _failure(call: Call[S], transaction: Transaction, error: Exception) -> Failu
 
 def _was_chosen(transaction: Transaction, error: Exception, links: set[int]) -> bool:
     """Say whether a joined call has said to retry what this unit ends with."""
-    chosen, mark = transaction.chosen, transaction.damage.mark
+    chosen, mark = transaction.chosen, transaction.doom.marked
     if chosen is None or id(chosen) in links:
         return chosen is not None
     # The outer function has swallowed it; what dooms the unit may be what it came from.
@@ -146,7 +146,7 @@ def _was_chosen(transaction: Transaction, error: Exception, links: set[int]) -> 
 
 
 async def _check_expectations(
-    call: Call[S], versions: Versions, failure: Failure | None, error: Exception, beside: _Beside[S]
+    call: Call[S], versions: VersionGuard, failure: Failure | None, error: Exception, beside: _Beside[S]
 ) -> None:
     """Raise where a client's version is stale: running the body again cannot make it fresh.
 
@@ -167,14 +167,14 @@ async def _check_expectations(
         raise stale from error
 
 
-async def _name(call: Call[S], gave_up: StaleVersionError, versions: Versions | None, beside: _Beside[S]) -> None:
+async def _name(call: Call[S], gave_up: StaleVersionError, versions: VersionGuard | None, beside: _Beside[S]) -> None:
     """Say of which row it is, as far as that can be found."""
     if versions is not None and (stale := await _find_stale(call, versions, beside)) is not None:
         gave_up.model, gave_up.key = stale.model, stale.key
         gave_up.expected, gave_up.found = stale.expected, stale.found
 
 
-async def _find_stale(call: Call[S], versions: Versions, beside: _Beside[S]) -> StaleVersionError | None:
+async def _find_stale(call: Call[S], versions: VersionGuard, beside: _Beside[S]) -> StaleVersionError | None:
     """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
     left = None if call.deadline is None else max(0.001, call.deadline - call.policy.clock())
     stale: StaleVersionError | None = None

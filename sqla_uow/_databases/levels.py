@@ -221,12 +221,12 @@ def send_at_once(connection: Any, sql: str) -> None:
         connection.exec_driver_sql(sql)
         return
     lent: Any = connection._dbapi_connection
-    connection.unit.before_statement(writes=False)
+    connection.transaction.before_statement(writes=False)
     try:
         await_only(_send_asyncpg(lent.dbapi_connection, lent.driver_connection, sql))
     except Exception as error:  # as those of a cursor are handled; there is no public way
         connection._handle_dbapi_exception(error, sql, None, None, None)
-    connection.unit.after_statement()
+    connection.transaction.after_statement()
 
 
 async def _send_asyncpg(adapted: Any, raw: Any, sql: str) -> None:

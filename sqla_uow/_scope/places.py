@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from greenlet import getcurrent
 
 from sqla_uow._tasks.frames import Place
-from sqla_uow._transaction.transaction import committing
+from sqla_uow._transaction.committing import being_committed
 from sqla_uow.errors import NoUnitError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def refuse_in_commit() -> None:
     Raises:
         NoUnitError: it is.
     """
-    transaction = committing.get(getcurrent()) if committing else None
+    transaction = being_committed.get(getcurrent()) if being_committed else None
     if transaction is not None:
         raise NoUnitError(
             f"{transaction.name} is being committed, so it is not looked up any more: in an event of COMMIT use the session that the "

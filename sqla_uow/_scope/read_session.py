@@ -11,11 +11,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow._databases.failures import chain
 from sqla_uow._log import record
-from sqla_uow._session.instances import Tainted, taint
+from sqla_uow._session.instances import taint
 from sqla_uow._session.session import has_changes, refuse_changes
 from sqla_uow._tasks.frames import check_loop
 from sqla_uow._tasks.shield import shielded
+from sqla_uow._transaction.failing import failure_behind
 from sqla_uow._transaction.phase import Phase
+from sqla_uow._transaction.tainted import Tainted
 from sqla_uow._unit.commit import COMMIT_SECONDS
 from sqla_uow._unit.ending import close_unused, failure_of, release
 from sqla_uow._unit.rollback import roll_back
@@ -94,7 +96,7 @@ class ReadSession:
             error: what came out of the code in the scope.
         """
         transaction = self._failed if self.transaction is None else self.transaction
-        failure = None if transaction is None else transaction.failure_behind(list(chain(error)))
+        failure = None if transaction is None else failure_behind(transaction, list(chain(error)))
         if failure is None:
             return None
         what = failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
@@ -132,10 +134,10 @@ class ReadSession:
         session = transaction.session
         transaction.owner.check()
         if transaction.stream is not None:
-            transaction.check_no_stream("a transactional function was called")
+            transaction.stream.check_unread("a transactional function was called")
         self.refuse_unsaved()
         if session is not None and transaction.connection is not None:
-            if transaction.damage.mark is not None:
+            if transaction.doom.marked is not None:
                 await self._end()
                 return
             transaction.seal(Phase.COMMITTING)
@@ -225,7 +227,7 @@ class ReadSession:
         transaction, self.transaction, self._unit = self.transaction, None, None
         if transaction is None or transaction.phase is Phase.ENDED:
             return
-        if transaction.final is None and transaction.damage.mark is not None:
+        if transaction.final is None and transaction.doom.marked is not None:
             self._failed = transaction
         if transaction.session is not None:
             taint(transaction, transaction.session.sync_session, self.tainted, "read")
@@ -246,5 +248,6 @@ def _has_objects(session: AsyncSession) -> bool:
 def _commit(session: Session, transaction: Transaction) -> None:
     """Commit, not roll back: a rollback expires the objects, and reading them would need the connection."""
     transaction.end_here(Phase.COMMITTING)
-    transaction.end_stream()
+    if transaction.stream is not None:
+        transaction.stream.end()
     session.commit()

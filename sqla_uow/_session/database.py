@@ -20,7 +20,8 @@ from sqla_uow._databases.driver import raw_connection
 from sqla_uow._databases.levels import check_honoured, engine_options, is_weaker_or_same
 from sqla_uow._databases.writer_queue import Turns
 from sqla_uow._retry.budget import Budget
-from sqla_uow._session.connection import UnitEngine, install
+from sqla_uow._session.engine import UnitEngine
+from sqla_uow._session.pool import install
 from sqla_uow._session.session import UnitSession, unit_session_class
 from sqla_uow._session.watched_session import watching
 from sqla_uow.errors import TaskBoundaryError

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary, WeakSet
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from sqlalchemy import inspect
 
@@ -13,33 +13,9 @@ from sqla_uow.errors import InstanceReuseError, ReadOnlyError
 if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, Session
 
-__all__ = ["Tainted", "check_attach", "check_merge", "describe", "taint"]
+    from sqla_uow._transaction.tainted import Reason, Tainted
 
-Reason: TypeAlias = Literal["attempt", "read"]
-
-
-class Tainted:
-    """Objects that may not be attached: of an attempt that failed, or of the read session."""
-
-    __slots__ = ("_reasons",)
-
-    def __init__(self) -> None:
-        # Made with the first: most have none.
-        self._reasons: WeakKeyDictionary[InstanceState[Any], Reason] | None = None
-
-    def get(self, state: InstanceState[Any]) -> Reason | None:
-        """Return why an object may not be attached, None if it may."""
-        return None if self._reasons is None else self._reasons.get(state)
-
-    def add(self, state: InstanceState[Any], reason: Reason) -> None:
-        if self._reasons is None:
-            self._reasons = WeakKeyDictionary()
-        self._reasons[state] = reason
-
-    def copy(self) -> Tainted:
-        copied = Tainted()
-        copied._reasons = None if self._reasons is None else self._reasons.copy()
-        return copied
+__all__ = ["check_attach", "check_merge", "describe", "taint"]
 
 
 def check_attach(transaction: Transaction, state: InstanceState[Any]) -> None:

@@ -24,13 +24,17 @@ from sqla_uow._databases.interrupt import remember
 from sqla_uow._databases.levels import opening
 from sqla_uow._databases.self_wait import watch_locks
 from sqla_uow._log import record
-from sqla_uow._session.connection import UnitConnection, UnitEngine, lift
+from sqla_uow._session.connection import UnitConnection
+from sqla_uow._session.connection_events import lift
+from sqla_uow._session.engine import UnitEngine
 from sqla_uow._session.instances import check_attach, check_merge, describe
 from sqla_uow._session.load_advice import NO_WAITING, refusal
 from sqla_uow._session.load_origin import UNASKED, origin_of
 from sqla_uow._session.savepoint import UnitSavepoint
+from sqla_uow._transaction.committing import before_commit, being_committed
+from sqla_uow._transaction.failing import begin_again, can_begin_again
 from sqla_uow._transaction.phase import Phase
-from sqla_uow._transaction.transaction import Transaction, committing
+from sqla_uow._transaction.reports import session_rolled_back, transaction_begun
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState
 
     from sqla_uow._replicas.router import LastWrite
+    from sqla_uow._transaction.transaction import Transaction
 
 
 __all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class", "wait_for_locks"]
@@ -86,7 +91,7 @@ class UnitSession(Session):
         transaction = self.transaction_of_unit
         if transaction is not None:
             transaction.stale = classify(error)
-            transaction.damage.add(error, failure=transaction.stale)
+            transaction.doom.mark(error, failure=transaction.stale)
 
     def _get_impl(self, *args: Any, **kwargs: Any) -> Any:
         # get() with a lock compares the version of an object that is in memory.
@@ -99,11 +104,11 @@ class UnitSession(Session):
     def _begins_again(self, error: Exception) -> bool:
         """Say whether the first statement of a read session is to be sent again, on another connection than a dead one."""
         transaction = self.transaction_of_unit
-        if transaction is None or not transaction.can_begin_again() or has_changes(self) or len(self.identity_map):
+        if transaction is None or not can_begin_again(transaction) or has_changes(self) or len(self.identity_map):
             return False
         transaction.end_here(Phase.ENDING)
         super().rollback()
-        transaction.begin_again()
+        begin_again(transaction)
         record(
             logging.INFO, "%s met a dead connection (%s) and begins again on another", transaction.name, type(error).__name__,
             function=transaction.name, error=error,
@@ -145,7 +150,7 @@ class UnitSession(Session):
             if transaction.read_only:
                 refuse_changes(self, transaction)
         except UnitOfWorkError as error:
-            transaction.damage.add(error)
+            transaction.doom.mark(error)
             raise
         before = transaction.owner.hold()
         try:
@@ -154,7 +159,7 @@ class UnitSession(Session):
             self._is_stale(error)
             raise
         except Exception as error:
-            transaction.damage.add(error, failure=classify(error))
+            transaction.doom.mark(error, failure=classify(error))
             raise
         finally:
             transaction.owner.let_go(before)
@@ -166,15 +171,15 @@ class UnitSession(Session):
         transaction = self.transaction_of_unit
         if transaction is None or not transaction.is_ending_here():
             if transaction is not None:
-                transaction.before_commit()
+                before_commit(transaction)
             super().commit()
             return
         here = getcurrent()
-        committing[here] = transaction
+        being_committed[here] = transaction
         try:
             super().commit()
         finally:
-            del committing[here]
+            del being_committed[here]
 
     def rollback(self) -> None:
         """Roll back; the unit is doomed by it, and not under another task's statement."""
@@ -214,7 +219,7 @@ class UnitSession(Session):
         if transaction is None or transaction.is_ending_here() or transaction.phase is Phase.ENDED:
             return
         error = PropagationError(f"{method}() was called on the session of {transaction.name}, which {why}")
-        transaction.damage.add(error, hard=True)
+        transaction.doom.mark(error, hard=True)
         raise error
 
     def _merge(self, state: InstanceState[Any], *args: Any, **kwargs: Any) -> Any:
@@ -311,83 +316,83 @@ def unit_session_class(base: type[Session]) -> type[Session]:
 
 # First, whatever the user's listeners on Session do: those registered before this module was imported would precede it.
 @event.listens_for(UnitSession, "after_begin", insert=True)
-def _after_begin(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
-    unit = session.transaction_of_unit
-    if unit is None or transaction.nested or unit.connection is connection:
+def _after_begin(session: UnitSession, session_transaction: SessionTransaction, connection: Connection) -> None:
+    transaction = session.transaction_of_unit
+    if transaction is None or session_transaction.nested or transaction.connection is connection:
         return
-    unit.begun(connection)
+    transaction_begun(transaction, connection)
     try:
         remember(connection)
     except asyncio.CancelledError as error:  # SQLAlchemy knows nothing of what was cut off
         connection.invalidate(error)
         raise
-    database = unit.database
+    database = transaction.database
     database.recognise(connection)
-    seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
-    beginnings = unit.beginnings
+    seconds = None if transaction.deadline is None else max(0.001, transaction.deadline - transaction.clock())
+    beginnings = transaction.beginnings
     opening(
         connection,
         database.family,
-        unit.isolation,
-        read_only=unit.read_only,
+        transaction.isolation,
+        read_only=transaction.read_only,
         seconds=seconds,
-        lock_wait=unit.lock_wait,
+        lock_wait=transaction.lock_wait,
         keeps_snapshot=database.keeps_snapshot,
         server=database.server,
     )
-    unit.beginnings = beginnings  # what we have sent has read nothing
-    unit.watch = watch(connection) if unit.phase.is_active else None
-    if unit.enclosing:
-        unit.lock_watch = watch_locks(unit)
+    transaction.beginnings = beginnings  # what we have sent has read nothing
+    transaction.watch = watch(connection) if transaction.phase.is_active else None
+    if transaction.enclosing:
+        transaction.lock_watch = watch_locks(transaction)
     try:
-        database.check_honoured(connection, unit.isolation, who=unit.name)
+        database.check_honoured(connection, transaction.isolation, who=transaction.name)
     except ValueError as error:  # else a body that catches it would go on at the other level
-        unit.damage.add(error, hard=True)
+        transaction.doom.mark(error, hard=True)
         raise
 
 
 @event.listens_for(UnitSession, "after_commit", insert=True)
 def _after_commit(session: UnitSession) -> None:
-    unit = session.transaction_of_unit
-    if unit is not None and unit.phase is Phase.SENT:  # else it is the release of a savepoint
-        unit.phase = Phase.ENDING  # answered: what listeners of the user raise now is no trouble of COMMIT
-        if unit.last_write is not None and unit.wrote and unit.connection is not None:
-            _note_position(unit, unit.last_write, unit.connection)
+    transaction = session.transaction_of_unit
+    if transaction is not None and transaction.phase is Phase.SENT:  # else it is the release of a savepoint
+        transaction.phase = Phase.ENDING  # answered: what listeners of the user raise now is no trouble of COMMIT
+        if transaction.last_write is not None and transaction.wrote and transaction.connection is not None:
+            _note_position(transaction, transaction.last_write, transaction.connection)
 
 
-def _note_position(unit: Transaction, last_write: LastWrite, connection: Connection) -> None:
+def _note_position(transaction: Transaction, last_write: LastWrite, connection: Connection) -> None:
     """Ask how far a replica must be to show what was committed."""
     try:
-        await_only(last_write.note(connection, unit.database.family))
+        await_only(last_write.note(connection, transaction.database.family))
     except Exception as error:
         record(
             logging.WARNING,
             "%s is committed, but the primary did not tell its position (%s); its client will read from the primary",
-            unit.name, type(error).__name__, function=unit.name, error=error,
+            transaction.name, type(error).__name__, function=transaction.name, error=error,
         )  # fmt: skip
         connection.invalidate()
 
 
 @event.listens_for(UnitSession, "after_transaction_create")
-def _transaction_created(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.nested and session.transaction_of_unit is not None:
-        transaction.__class__ = UnitSavepoint
-        session.transaction_of_unit.damage.savepoint(transaction)
+def _transaction_created(session: UnitSession, session_transaction: SessionTransaction) -> None:
+    if session_transaction.nested and session.transaction_of_unit is not None:
+        session_transaction.__class__ = UnitSavepoint
+        session.transaction_of_unit.doom.begin_savepoint(session_transaction)
 
 
 @event.listens_for(UnitSession, "after_transaction_end")
-def _transaction_ended(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.nested and session.transaction_of_unit is not None:
-        session.transaction_of_unit.damage.leave(transaction)
+def _transaction_ended(session: UnitSession, session_transaction: SessionTransaction) -> None:
+    if session_transaction.nested and session.transaction_of_unit is not None:
+        session.transaction_of_unit.doom.end_savepoint(session_transaction)
 
 
 @event.listens_for(UnitSession, "after_rollback")
 def _rolled_back(session: UnitSession) -> None:
-    unit = session.transaction_of_unit
-    if unit is None:
+    transaction = session.transaction_of_unit
+    if transaction is None:
         return
-    savepoint = unit.damage.top_of(SessionTransaction)
+    savepoint = transaction.doom.top_of(SessionTransaction)
     if savepoint is not None:
-        unit.damage.roll_back(savepoint)
+        transaction.doom.roll_back_savepoint(savepoint)
     else:
-        unit.rolled_back_outside(sys.exception())
+        session_rolled_back(transaction, sys.exception())

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sqla_uow._tasks.frames import check_loop, descends, here, running_task
 from sqla_uow.errors import TaskBoundaryError
-
-if TYPE_CHECKING:
-    from sqla_uow._transaction.doom import Damage
 
 __all__ = ["Owner"]
 
 Task = asyncio.Task[Any]
 
 
+class Doom(Protocol):
+    """What an owner tells of tasks that have used the unit at once."""
+
+    def mark(self, cause: BaseException | None, *, hard: bool) -> None: ...
+
+
 class Owner:
     """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
 
-    __slots__ = ("_damage", "_frame", "_held", "_lost", "idle", "in_flight", "last", "loop", "name")
+    __slots__ = ("_doom", "_frame", "_held", "_lost", "idle", "in_flight", "last", "loop", "name")
 
-    def __init__(self, name: str, damage: Damage) -> None:
+    def __init__(self, name: str, doom: Doom) -> None:
         task = running_task()
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
@@ -31,7 +34,7 @@ class Owner:
         self.last: Task | None = task
         self._frame = here(task)
         self._lost: weakref.WeakSet[Task] | None = None
-        self._damage = damage
+        self._doom = doom
         self._held: Task | None = None
         self.in_flight: Task | None = None
         self.idle: asyncio.Future[None] | None = None
@@ -103,7 +106,7 @@ class Owner:
         try:
             task = check_loop(self.name, self.loop)
         except TaskBoundaryError as error:
-            self._damage.add(error, hard=True)
+            self._doom.mark(error, hard=True)
             raise
         busy = self.busy()
         if busy is not None and busy is not task:
@@ -135,7 +138,7 @@ class Owner:
     def refuse(self, message: str) -> TaskBoundaryError:
         """Doom the unit, because two tasks use it, and return the error to raise."""
         error = TaskBoundaryError(message)
-        self._damage.add(error, hard=True)
+        self._doom.mark(error, hard=True)
         return error
 
 

@@ -169,7 +169,7 @@ class FaultPlan:
         context = rest[-1]
         connection = getattr(context, "root_connection", None)
         if isinstance(connection, UnitConnection):
-            unit, dbapi_connection = connection.unit, connection.connection.dbapi_connection
+            unit, dbapi_connection = connection.transaction, connection.connection.dbapi_connection
             self._of[dbapi_connection] = unit
             if is_work(statement) and self._is_due(unit):
                 self._strike(unit, dbapi_connection)

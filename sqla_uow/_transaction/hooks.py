@@ -68,8 +68,8 @@ takers: list[Callable[[list[Hook]], None]] = []
 class Hooks:
     """The hooks of one unit.
 
-    A savepoint remembers how many hooks there were when it began (`mark`); rolling it back drops those that came later,
-    so that nesting needs no tree.  `undone` keeps the rollback hooks of rolled-back savepoints until they can run.
+    A savepoint remembers how many hooks there were when it began (`counts`).  Rolling it back drops those that came later, so
+    nesting needs no tree.  `undone` keeps the rollback hooks of rolled-back savepoints until they can run.
     """
 
     __slots__ = ("after_commit", "after_rollback", "before_commit", "undone")
@@ -80,7 +80,7 @@ class Hooks:
         self.after_rollback: list[Hook] = []
         self.undone: list[Hook] = []
 
-    def mark(self) -> tuple[int, int, int]:
+    def counts(self) -> tuple[int, int, int]:
         return len(self.after_commit), len(self.before_commit), len(self.after_rollback)
 
     def due_after_rollback(self) -> list[Hook]:
@@ -88,12 +88,12 @@ class Hooks:
         # A savepoint on the server may begin later than the session's own, and is undone first.
         return sorted(self.undone + self.after_rollback, key=lambda hook: hook.number)
 
-    def drop(self, mark: tuple[int, int, int]) -> None:
-        """Forget what was registered since `mark`; its rollback hooks are due."""
-        del self.after_commit[mark[0] :]
-        del self.before_commit[mark[1] :]
-        self.undone.extend(self.after_rollback[mark[2] :])
-        del self.after_rollback[mark[2] :]
+    def drop(self, counts: tuple[int, int, int]) -> None:
+        """Forget the hooks that were registered since `counts`; their rollback hooks are to run."""
+        del self.after_commit[counts[0] :]
+        del self.before_commit[counts[1] :]
+        self.undone.extend(self.after_rollback[counts[2] :])
+        del self.after_rollback[counts[2] :]
 
 
 _Kind: TypeAlias = Literal["after_commit", "after_rollback"]

@@ -64,14 +64,14 @@ async def prepare(transaction: Transaction, guard: Callable[[], None] | None) ->
         RollbackOnlyError: they never come to an end.
     """
     if transaction.stream is not None:
-        transaction.leave_stream()
+        transaction.stream.leave()
     hooks = transaction.hooks.before_commit
     for _ in range(ROUNDS):
         for _ in range(len(hooks)):
             await hooks.pop(0).run()
         if hooks:
             continue
-        if transaction.damage.mark is not None:
+        if transaction.doom.marked is not None:
             transaction.check_sound()
         if guard is not None:
             guard()

@@ -72,9 +72,10 @@ async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> Base
 
 def roll_back_and_close(session: Session, transaction: Transaction, *, discard: bool) -> None:
     # A read session has nothing to undo, and a rollback would expire what was read in it.
-    keeps = transaction.scope_read and transaction.damage.mark is None and not has_changes(session)
+    keeps = transaction.scope_read and transaction.doom.marked is None and not has_changes(session)
     transaction.end_here(Phase.COMMITTING if keeps else Phase.ENDING)
-    transaction.end_stream()
+    if transaction.stream is not None:
+        transaction.stream.end()
     connection = transaction.connection
     try:
         if keeps and not discard:
@@ -95,7 +96,8 @@ def roll_back_and_close(session: Session, transaction: Transaction, *, discard: 
                 settle(connection, None)
             connection.invalidate()
     finally:
-        transaction.close_left_stream()
+        if transaction.stream is not None:
+            transaction.stream.close_if_left()
         session.close()
 
 

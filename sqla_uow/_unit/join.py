@@ -65,11 +65,11 @@ class Joined(Generic[S]):
             try:
                 await flush(transaction)
             except BaseException as raised:
-                transaction.damage.add(raised)
+                transaction.doom.mark(raised)
                 self.choose(raised)
                 raise
         else:
-            transaction.damage.add(error)
+            transaction.doom.mark(error)
             self.choose(error)
 
     def choose(self, error: BaseException) -> None:
@@ -168,13 +168,13 @@ class Nested(Generic[S]):
         transaction = self._transaction
         if not outcome.task.done():
             reason = f"rolling back a savepoint in it took more than {SAVEPOINT_SECONDS:g} s"
-            transaction.damage.add(None, hard=True, reason=reason)  # at once: the caller may go on
+            transaction.doom.mark(None, hard=True, reason=reason)  # at once: the caller may go on
             if not cut(transaction.connection):
                 outcome.stop()
             await wait_briefly(outcome.task)
         elif (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
-            transaction.damage.add(trouble, hard=True)
+            transaction.doom.mark(trouble, hard=True)
             record(
                 logging.DEBUG, "rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__,
                 function=transaction.name, error=trouble,

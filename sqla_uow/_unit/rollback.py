@@ -90,7 +90,7 @@ async def _stop_and_roll_back(transaction: Transaction) -> asyncio.CancelledErro
         discard = True
     work = partial(transaction.session.run_sync, roll_back_and_close, transaction, discard=discard)
     # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
-    limit = math.inf if transaction.scope_read and transaction.damage.mark is None else ROLLBACK_SECONDS
+    limit = math.inf if transaction.scope_read and transaction.doom.marked is None else ROLLBACK_SECONDS
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)

@@ -16,11 +16,11 @@ from sqla_uow._unit.statistics import Counts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqla_uow._attempts.observers import Times
     from sqla_uow._replicas.router import LastWrite, Replicas
     from sqla_uow._retry.policy import RetryPolicy
     from sqla_uow._session.database import Database
-    from sqla_uow._session.instances import Tainted
+    from sqla_uow._transaction.tainted import Tainted
+    from sqla_uow._transaction.times import Times
     from sqla_uow._unit.verify import Notary
     from sqla_uow.events import Observer
     from sqla_uow.typing import IsolationLevel

@@ -71,7 +71,7 @@ class UnitOfWork(Generic[S]):
         """Where the unit stands; once it has ended, what became of it, reliably."""
         if self._transaction.final is not None:
             return self._transaction.final
-        if self._transaction.damage.mark is not None:
+        if self._transaction.doom.marked is not None:
             return Status.DOOMED
         return Status.NEW if self._transaction.phase is Phase.NEW else Status.ACTIVE
 
@@ -164,7 +164,7 @@ class UnitOfWork(Generic[S]):
             NoUnitError: the unit has ended.
         """
         self._check_open("call doom()")
-        self._transaction.damage.add(
+        self._transaction.doom.mark(
             None, hard=True, reason=f"doom() was called: {reason}" if reason else "doom() was called",
             quiet=self._transaction.joined == 0,
         )  # fmt: skip

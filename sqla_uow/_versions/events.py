@@ -12,7 +12,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqla_uow._session.instances import describe
 from sqla_uow._session.session import UnitSession
 from sqla_uow._transaction.transaction import transaction_of
-from sqla_uow._versions.expectations import versions_of
+from sqla_uow._versions.expectations import Versions, versions_of
 from sqla_uow._versions.mapping import INFO_KEY, VersionMixin, attribute_of, kind_of
 from sqla_uow._versions.reading import seen, settle
 from sqla_uow._versions.rows import stale_version, version_table
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
-
-    from sqla_uow._versions.expectations import Versions
 
 __all__: list[str] = []
 
@@ -89,7 +87,7 @@ def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: objec
 def _written(instance: VersionMixin, _flush: Any, names: Collection[str]) -> None:
     """Move an expectation on with the unit's own write of that row, and with nothing else."""
     transaction = transaction_of(object_session(instance))
-    if transaction is not None and transaction.versions is not None and transaction.versions.expectations:
+    if transaction is not None and isinstance(transaction.versions, Versions) and transaction.versions.expectations:
         state: InstanceState[Any] = inspect(instance)
         if attribute_of(state.mapper) in names:
             transaction.versions.move_on(state, state.dict[attribute_of(state.mapper)])
@@ -166,5 +164,5 @@ def _rolled_back(session: UnitSession) -> None:
 @event.listens_for(UnitSession, "after_transaction_end")
 def _transaction_ended(session: UnitSession, ended: SessionTransaction) -> None:
     transaction = session.transaction_of_unit
-    if ended.nested and transaction is not None and transaction.versions is not None:
+    if ended.nested and transaction is not None and isinstance(transaction.versions, Versions):
         transaction.versions.leave(session, ended)

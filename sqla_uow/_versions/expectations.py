@@ -211,6 +211,6 @@ def _by_mapper(expectations: Iterable[Expectation]) -> list[tuple[Mapper[Any], l
 
 def versions_of(transaction: Transaction) -> Versions:
     """Return the unit's versions, from now on there."""
-    if transaction.versions is None:
+    if not isinstance(transaction.versions, Versions):
         transaction.versions = Versions()
     return transaction.versions

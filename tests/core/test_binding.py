@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from sqla_uow import Status, UnitOfWorkManager, errors
 from sqla_uow._session import connection as _connection
-from sqla_uow._transaction.transaction import Transaction
+from sqla_uow._session import pool as _pool
 from tests.models import Account
 from tests.statements import statements
 
@@ -224,8 +224,10 @@ async def test_the_rules_hold_for_a_users_session_class(db):
 async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
     """S8: several managers over one engine and its copies share them; a failure is told once."""
     told = []
-    failed = Transaction.failed
-    monkeypatch.setattr(Transaction, "failed", lambda self, *a, **k: (told.append(self), failed(self, *a, **k)))
+    failed = _connection.operation_failed
+    monkeypatch.setattr(
+        _connection, "operation_failed", lambda unit, *a, **k: (told.append(unit), failed(unit, *a, **k))
+    )
     engine = db.engine()
     copy = engine.execution_options(yield_per=10)
     binds = [copy, engine] if copy_first else [engine, copy]
@@ -236,7 +238,7 @@ async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
                 await unit.session.execute(text("SELECT nonsense"))
         assert told == [unit._transaction]
         told.clear()
-    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is _connection._reset]
+    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is _pool._reset]
     assert len(resets) == (1 if db.family == "sqlite" else 0)
 
 
@@ -249,7 +251,7 @@ async def test_no_pool_is_taken_for_an_earlier_one(db):
         for engine in engines:
             UnitOfWorkManager(engine)
             listeners = engine.sync_engine.pool.dispatch.reset
-            assert _connection._reset in list(listeners)
+            assert _pool._reset in list(listeners)
             kept.append(listeners)  # these outlive their pools now and then; here always
         ids = {id(engine.sync_engine.pool) for engine in engines}
         if earlier & ids:
