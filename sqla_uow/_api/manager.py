@@ -17,7 +17,7 @@ from sqla_uow._attempts.observers import check_observers
 from sqla_uow._databases.levels import check_level
 from sqla_uow._replicas.position import from_text
 from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
-from sqla_uow._retry.controller import UNKNOWN, together
+from sqla_uow._retry.gate import UNKNOWN, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace

@@ -29,7 +29,7 @@ from sqla_uow.typing import Status
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from sqla_uow._retry.controller import Gate, Slot
+    from sqla_uow._retry.gate import Gate, Slot
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.ending import Ended
     from sqla_uow._unit.verify import Witness

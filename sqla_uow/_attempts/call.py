@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._retry.controller import Gate
+    from sqla_uow._retry.gate import Gate
     from sqla_uow._scope.scope import Scope
     from sqla_uow._transaction.times import Times
     from sqla_uow._transaction.transaction import Transaction

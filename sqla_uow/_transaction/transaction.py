@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, Replicas
-    from sqla_uow._retry.controller import Slot
+    from sqla_uow._retry.gate import Slot
     from sqla_uow._session.database import Database
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
-from sqla_uow._retry.controller import Gate
+from sqla_uow._retry.gate import Gate
 from sqla_uow._tasks.per_loop import PerLoop
 from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.statistics import Counts

@@ -298,7 +298,7 @@ def manager(db):
 @pytest.fixture
 def no_stall(monkeypatch):
     """Let nobody in for the time alone that others take."""
-    monkeypatch.setattr(_contention, "STALL_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (60.0, 60.0))
 
 
 one_driver = pytest.mark.drivers("sqlite")  # what is about no database
@@ -410,7 +410,7 @@ async def test_off_means_off(manager):
 @one_driver
 async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
     """R10: who lets the next one in for the time alone looks once more, finds nobody, and wakes the loop no longer."""
-    monkeypatch.setattr(_contention, "STALL_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (0.01, 0.01))
     gate = narrow(manager, Busy(manager).call)
     gate._watch()
     assert gate._timer is not None

@@ -28,7 +28,8 @@ from sqla_uow import (
 from sqla_uow._attempts import loop as _loops
 from sqla_uow._databases import interrupt as _settle
 from sqla_uow._databases.levels import opening
-from sqla_uow._retry.controller import Controller, _Rate, _too_late
+from sqla_uow._retry.controller import Controller, _Rate
+from sqla_uow._retry.gate import _too_late
 from sqla_uow._tasks.frames import Frame
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._unit import commit as _commit
