@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_uow._api.manager import UnitOfWorkManager
+from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._databases.database import driver_named
 from sqla_uow._databases.failures import classify
 from sqla_uow._doctor.mariadb import CHECKS as MARIADB
@@ -79,8 +79,8 @@ async def examine(url: str, wanted: Examination) -> list[Finding]:
     try:
         manager = UnitOfWorkManager(engine, timeout=wanted.seconds)
         subject = Subject(engine, manager, wanted.pool_size * wanted.processes)
-        await _connect(engine, url, wanted.seconds, manager._database.recognise)
-        checks = [*_CHECKS[manager._database.system.title], *([] if wanted.read_only else [try_levels])]
+        await _connect(engine, url, wanted.seconds, setup_of(manager).database.recognise)
+        checks = [*_CHECKS[setup_of(manager).database.system.title], *([] if wanted.read_only else [try_levels])]
         found = [
             Finding("driver", _driver(engine)),
             *[one for check in checks for one in await _run(check, subject, wanted)],

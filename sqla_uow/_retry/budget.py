@@ -1,7 +1,7 @@
 """How many retries an outage may cause.
 
 A database that is away fails every call at once; if each were run six times, it would come back to six times the load.
-Conflicts are another matter: `_contention` lets their calls take turns.
+Conflicts are another matter: their calls take turns; see `gate`.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, Replicas
-    from sqla_uow._retry.controller import Slot
+    from sqla_uow._retry.gate import Slot
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
     from sqla_uow.errors import PropagationError, StaleVersionError
-    from sqla_uow.typing import IsolationLevel
+    from sqla_uow.typing import IsolationLevel, Status
 
 __all__ = ["OpenStream", "Transaction", "VersionGuard", "transaction_of"]
 
@@ -106,6 +106,7 @@ class Transaction:
         "doom",
         "enclosing",
         "engine",
+        "final",
         "hooks",
         "idle",
         "isolation",
@@ -128,6 +129,7 @@ class Transaction:
         "rolling_back_to_savepoint",
         "scope_read",
         "self_wait",
+        "session",
         "slot",
         "stale",
         "stream",
@@ -171,6 +173,8 @@ class Transaction:
         self.owner: Owner = Owner(name, self.doom)
         self.phase: Phase = Phase.NEW
         self.closer: greenlet | None = None
+        self.session: Any = None  # the unit's, until the end: the session names the transaction, which would be a cycle
+        self.final: Status | None = None  # what became of it
         self.engine: Engine | None = None
         self.connection: Connection | None = None
         self.connect_failure: Failure | None = None

@@ -24,7 +24,7 @@ UNKNOWN = (
 def impatient(monkeypatch):
     """Bounds of a fifth of a second; psycopg alone would wait 5 s for the answer to its cancel request."""
     monkeypatch.setattr("sqla_uow._unit.commit.COMMIT_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
 
 
 @APPLIED

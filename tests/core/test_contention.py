@@ -263,7 +263,7 @@ def test_a_call_that_goes_on_for_long_does_not_keep_others_from_counting():
 
 def narrow(manager, function):
     """Let one call of `function` run at a time, from now on."""
-    gate = manager._gate(function.__transactional__, "test", manager.retry.clock)
+    gate = manager._setup.gate(function.__transactional__, "test", manager.retry.clock)
     gate._controller.opening = False
     gate._controller._go(0)
     return gate
@@ -298,7 +298,7 @@ def manager(db):
 @pytest.fixture
 def no_stall(monkeypatch):
     """Let nobody in for the time alone that others take."""
-    monkeypatch.setattr(_contention, "STALL_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (60.0, 60.0))
 
 
 one_driver = pytest.mark.drivers("sqlite")  # what is about no database
@@ -393,7 +393,7 @@ def test_attempts_may_be_made_where_no_loop_runs():
     """R10: as `UnitOfWorkMiddleware` does to have its options checked."""
     manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
     manager.attempts(retries=5)
-    assert manager._gates.everywhere() == []
+    assert manager._setup.gates.everywhere() == []
 
 
 @one_driver
@@ -404,13 +404,13 @@ async def test_off_means_off(manager):
     await until(lambda: len(busy.order) == 5, seconds=5, pause=0)
     busy.let_go.set()
     await asyncio.gather(*calls)
-    assert manager._gates.everywhere() == []
+    assert manager._setup.gates.everywhere() == []
 
 
 @one_driver
 async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
     """R10: who lets the next one in for the time alone looks once more, finds nobody, and wakes the loop no longer."""
-    monkeypatch.setattr(_contention, "STALL_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (0.01, 0.01))
     gate = narrow(manager, Busy(manager).call)
     gate._watch()
     assert gate._timer is not None
@@ -457,7 +457,7 @@ async def test_what_is_known_of_a_function_goes_with_it(manager):
     del busy
     gc.collect()
     assert gone() is None
-    assert len(manager._gates.here()) == 0
+    assert len(manager._setup.gates.here()) == 0
 
 
 @one_driver
@@ -602,7 +602,10 @@ async def test_transfers_in_four_processes(db, quick_deadlocks):
                 for turn in range(turns):
                     await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
                     attempts_so_far.append(len(attempts))
-                    if contention == "auto" and manager._gates.here()[transfer.__transactional__]._controller.crowded:
+                    if (
+                        contention == "auto"
+                        and manager._setup.gates.here()[transfer.__transactional__]._controller.crowded
+                    ):
                         crowded.add(number % 4)
 
         await asyncio.gather(*(worker(number) for number in range(16)))

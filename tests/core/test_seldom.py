@@ -28,7 +28,8 @@ from sqla_uow import (
 from sqla_uow._attempts import loop as _loops
 from sqla_uow._databases import interrupt as _settle
 from sqla_uow._databases.system import System
-from sqla_uow._retry.controller import Controller, _Rate, _too_late
+from sqla_uow._retry.controller import Controller, _Rate
+from sqla_uow._retry.gate import _too_late
 from sqla_uow._tasks.frames import Frame
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._unit import commit as _commit
@@ -452,9 +453,9 @@ async def test_a_scope_does_not_rest_under_a_statement(db, manager):
         async with manager.scope() as scope:
             session = current_session()
             reading = asyncio.create_task(session.execute(sleep))
-            await until(lambda: scope.reader._transaction.owner.in_flight is reading, pause=0)
+            await until(lambda: scope.reading.transaction.owner.in_flight is reading, pause=0)
             await scope.rest()
-            assert scope.reader is not None
+            assert scope.reading.transaction is not None
             await reading
 
 
@@ -529,7 +530,7 @@ async def test_a_read_session_that_is_closed_twice(manager):
     with manager.activate():
         async with manager.scope() as scope:
             await current_session().execute(select(Note))
-            await asyncio.gather(scope.end_reading(), scope.end_reading())
+            await asyncio.gather(scope.reading.end(), scope.reading.end())
             assert manager.engine.pool.checkedout() == 0
             assert (await current_session().execute(select(Note))).all() == []
 
@@ -576,7 +577,7 @@ async def test_trouble_in_discarding_a_connection(db, manager, monkeypatch, capl
 async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
     """C2: a number that comes later was forgotten by a server that crashed: what had it is not there."""
     manager = UnitOfWorkManager(db.engine(), ambiguous_commit="verify")
-    witness = manager._notary.witness()
+    witness = manager._setup.verifier.witness()
     witness._token = str(2**40 + 5)
     async with manager.engine.connect() as connection:
         assert await witness._ask_status(connection) == "aborted"
@@ -588,8 +589,8 @@ async def test_a_marker_that_is_still_being_written(db):
     manager = UnitOfWorkManager(
         db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
     )
-    await manager._notary.make_table()
-    witness = manager._notary.witness()
+    await manager._setup.verifier.make_table()
+    witness = manager._setup.verifier.witness()
     witness._token = str(1)
     async with db.outside() as other, manager.engine.connect() as connection:
         await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))
@@ -656,7 +657,7 @@ async def test_a_turn_that_does_not_come_in_a_scope(db, manager):
         async with manager.scope() as scope:
             await current_session().execute(select(Note))
             async with a_turn_that_does_not_come(manager):
-                assert scope.reader is None
+                assert scope.reading.transaction is None
             await current_session().execute(select(Note))
     assert manager.engine.pool.checkedout() == 0
 

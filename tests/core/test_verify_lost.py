@@ -137,7 +137,7 @@ async def test_undecidable_by_the_deadline_is_the_error(wire, applied):
 async def test_the_answer_is_not_given_too_early(wire, monkeypatch):
     """C2: while the lost transaction still lives, nobody can tell; it is asked until it has ended."""
     held = wire.on_commit("hold", applied=False)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
     task = asyncio.create_task(wire.add_one(ambiguous_commit="verify", timeout=0.5))
     assert await asyncio.to_thread(held.wait)
     with pytest.raises(AmbiguousCommitError):
@@ -159,7 +159,7 @@ async def test_on_a_cluster_the_marker_is_taken(wire, monkeypatch):
     assert lost.fired
     assert await has_added_once(wire, applied=False)
     markers = await wire.db.rows("SELECT token FROM sqla_uow_commits ORDER BY token")
-    assert sorted(wire._managers["verify"]._notary.free) == [token for (token,) in markers]
+    assert sorted(wire._managers["verify"]._setup.verifier.free) == [token for (token,) in markers]
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")

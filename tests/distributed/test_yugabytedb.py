@@ -32,7 +32,7 @@ async def test_it_is_known_by_what_it_announces(yugabyte):
         sent = statements(warm)
         async with manager.begin() as unit:
             await unit.session.execute(select(Account.id))
-        assert manager._database.system.title == name
+        assert manager._setup.database.system.title == name
         assert len(sent) == 1
 
 
