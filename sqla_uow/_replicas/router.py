@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["LastWrite", "Replica", "Replicas"]
+__all__ = ["LastWrite", "Replica", "ReplicaRouter"]
 
 
 ANSWER_SECONDS = 2.0
@@ -206,7 +206,7 @@ class Replica:
         )  # fmt: skip
 
 
-class Replicas:
+class ReplicaRouter:
     """All replicas of one manager.
 
     Args:
