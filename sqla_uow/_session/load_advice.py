@@ -12,12 +12,12 @@ from sqla_uow.errors import LazyLoadError
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["NO_WAITING", "Place", "place_of", "refusal", "repeated"]
+__all__ = ["NO_WAITING", "CodeLine", "code_line_of", "refusal", "repeated"]
 
 NO_WAITING = "an attribute cannot wait for the database"
 
 
-class Place(NamedTuple):
+class CodeLine(NamedTuple):
     """A line of the user's code, as `warnings.warn_explicit` wants it."""
 
     filename: str
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     registry: dict[Any, Any]
 
 
-def place_of(frame: FrameType | None) -> Place | None:
+def code_line_of(frame: FrameType | None) -> CodeLine | None:
     """Return the first caller outside SQLAlchemy and this package; None where a task was made of SQLAlchemy's own code.
 
     Args:
@@ -41,7 +41,7 @@ def place_of(frame: FrameType | None) -> Place | None:
                 return None
             if package not in ("sqlalchemy", "sqla_uow", "sqla_uow_starlette"):
                 registry = frame.f_globals.setdefault("__warningregistry__", {})
-                return Place(frame.f_code.co_filename, frame.f_lineno, module, registry)
+                return CodeLine(frame.f_code.co_filename, frame.f_lineno, module, registry)
             frame = frame.f_back
         assert greenlet.parent is not None  # the first one has whoever runs the loop
         greenlet = greenlet.parent
@@ -71,7 +71,7 @@ def refusal(origin: Origin, why: str) -> LazyLoadError:
     )
 
 
-def repeated(origin: Origin, times: int, unit: str, place: Place | None) -> str:
+def repeated(origin: Origin, times: int, unit: str, place: CodeLine | None) -> str:
     """Return the warning for a SELECT that was sent again and again."""
     where = "" if place is None else f", at {place.filename}:{place.lineno}"
     if origin.cause is Cause.SELECT:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 
-from sqla_uow._session.load_advice import NO_WAITING, place_of, refusal, repeated
+from sqla_uow._session.load_advice import NO_WAITING, code_line_of, refusal, repeated
 from sqla_uow._session.load_origin import NEVER_LOADED, UNASKED, Cause, Origin, origin_of
 from sqla_uow._session.session import UnitSession
 from sqla_uow.errors import NPlusOneWarning
@@ -82,7 +82,7 @@ class WatchedSession(UnitSession):
 
     def _warn(self, origin: Origin, times: int) -> None:
         assert self.transaction_of_unit is not None
-        place = place_of(sys._getframe(1))
+        place = code_line_of(sys._getframe(1))
         message = repeated(origin, times, self.transaction_of_unit.name, place)
         if place is None:
             warnings.warn(message, NPlusOneWarning, stacklevel=2)

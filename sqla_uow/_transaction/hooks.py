@@ -19,7 +19,7 @@ from sqla_uow.errors import UnitOfWorkError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ROUNDS", "Hook", "HookOutcome", "Hooks", "being_run", "run_after_commit", "run_after_rollback", "takers"]
+__all__ = ["ROUNDS", "Hook", "HookOutcome", "Hooks", "being_run", "capturers", "run_after_commit", "run_after_rollback"]
 
 HOOK_SECONDS = 10.0
 """How long the hooks may still take after their caller was cancelled."""
@@ -61,7 +61,7 @@ class Hook(NamedTuple):
             await result
 
 
-takers: list[Callable[[list[Hook]], None]] = []
+capturers: list[Callable[[list[Hook]], None]] = []
 """Called with the `after_commit` hooks of each unit that has committed with some; what they take out does not run."""
 
 
@@ -126,7 +126,7 @@ class HookOutcome(NamedTuple):
 
 async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tuple[list[Exception], HookOutcome]:
     """Run the hooks of a commit; return what they raised, too."""
-    for take in takers:
+    for take in capturers:
         take(hooks.after_commit)
     failures: list[Exception] = []
     return failures, await _bounded(

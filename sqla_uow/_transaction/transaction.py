@@ -52,7 +52,7 @@ class OpenStream(Protocol):
     def end(self) -> None:
         """Let nobody read on."""
 
-    def leave(self) -> None:
+    def body_returned(self) -> None:
         """Let nobody read on, as the body has returned; raise if another task still reads."""
 
 
@@ -258,7 +258,7 @@ class Transaction:
         if self.idle is not None:
             self.idle.begins()
         if self.owner.idle is not None:
-            self.owner.leave()
+            self.owner.end_operation()
 
     def seal(self, phase: Phase) -> None:
         """Let nobody use the session and its connection, until `end_here`."""

@@ -62,7 +62,7 @@ async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> No
     """
     transaction = unit._transaction
     if transaction.stream is not None:
-        transaction.stream.leave()
+        transaction.stream.body_returned()
     hooks = transaction.hooks.before_commit
     for _ in range(ROUNDS):
         for _ in range(len(hooks)):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._versions.expectations import Versions
-    from sqla_uow._versions.kinds import Kind
+    from sqla_uow._versions.kinds import VersionKind
     from sqla_uow._versions.mapping import VersionMixin
 
 __all__ = ["next_version"]
@@ -90,7 +90,7 @@ class _Bulk:
         self._options = options
         given: Any = options.get("execution_options") or {}
         self.settings: dict[str, Any] = {**self.statement.get_execution_options(), **given}
-        self.kind: Kind = kind
+        self.kind: VersionKind = kind
         self.attribute = attribute_of(mapper)
         self.versions: Versions = versions_of(self.transaction)
 
@@ -107,7 +107,7 @@ class _Bulk:
         states = [state for state in self.session.identity_map.all_states() if state.mapper.isa(self.mapper)]
         return [state for state in states if seen(state) is not None or state in self.versions.expectations]
 
-    def remember(self, now: _Found, *, seen: _Found, before: _Found) -> None:
+    def put_into_memory(self, now: _Found, *, seen: _Found, before: _Found) -> None:
         """Put the rows' versions into memory, as loaded ones.
 
         An object that was stale before the statement stays so: it was read before somebody else's change.
@@ -270,7 +270,7 @@ def _execute(bulk: _Bulk, states: list[InstanceState[Any]], run: Callable[[], An
     before = {state: seen(state) for state in states}
     locked = bulk.read(states, lock=True)
     result = run()
-    bulk.remember(bulk.read(states), seen=before, before=locked)
+    bulk.put_into_memory(bulk.read(states), seen=before, before=locked)
     return result
 
 
@@ -292,7 +292,7 @@ def _by_key(bulk: _Bulk, params: list[dict[str, Any]]) -> Any:
         before = {states[key]: version for key, version in found.values() if key in states}
         noted = {state: seen(state) for state in before}
         result = _run_rows(bulk, [row for _, row in several])
-        bulk.remember(bulk.read(before), seen=noted, before=before)
+        bulk.put_into_memory(bulk.read(before), seen=noted, before=before)
     return result
 
 

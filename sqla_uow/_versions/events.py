@@ -158,11 +158,11 @@ def _rolled_back(session: UnitSession) -> None:
     versions = versions_of(transaction)
     for instance in changed:  # not flushed yet; its version is expired with the change
         versions.save(session, inspect(instance))
-    versions.undo(savepoint)
+    versions.roll_back_savepoint(savepoint)
 
 
 @event.listens_for(UnitSession, "after_transaction_end")
 def _transaction_ended(session: UnitSession, ended: SessionTransaction) -> None:
     transaction = session.transaction_of_unit
     if ended.nested and transaction is not None and isinstance(transaction.versions, Versions):
-        transaction.versions.leave(session, ended)
+        transaction.versions.end_savepoint(session, ended)

@@ -147,11 +147,11 @@ class Versions:
             now, checked = (None, False) if expectation is None else (expectation.now, expectation.checked)
             saved[state] = _Saved(state.obj(), version, now, checked)
 
-    def undo(self, savepoint: SessionTransaction) -> None:
+    def roll_back_savepoint(self, savepoint: SessionTransaction) -> None:
         """Take note that a savepoint is being rolled back."""
         self._undone.add(savepoint)
 
-    def leave(self, session: Session, savepoint: SessionTransaction) -> None:
+    def end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
         """Bring back the versions of a savepoint that was rolled back; hand those of a released one to the next."""
         saved = self._saved.pop(savepoint, {})
         if savepoint in self._undone:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
 
-__all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "Kind", "UtcTimestamp"]
+__all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "UtcTimestamp", "VersionKind"]
 
 T_co = TypeVar("T_co", covariant=True)
 _MICROSECOND = timedelta(microseconds=1)
@@ -127,7 +127,7 @@ def _later_sqlite(element: a_microsecond_later, compiler: SQLCompiler, **kw: Any
     return f"({second} || '.' || printf('%06d', {digits} % 1000000))"
 
 
-class Kind(NamedTuple):
+class VersionKind(NamedTuple):
     """One kind of version.
 
     Attributes:
@@ -184,8 +184,8 @@ def _bumped_timestamp(column: ColumnElement[Any]) -> ColumnElement[Any]:
     return case((column < now, now), else_=a_microsecond_later(column))
 
 
-INTEGER = Kind("integer", int, _next_integer, Integer, "1", _bumped_integer)
-UUID = Kind(
+INTEGER = VersionKind("integer", int, _next_integer, Integer, "1", _bumped_integer)
+UUID = VersionKind(
     "uuid",
     uuid.UUID,
     _next_uuid,
@@ -193,7 +193,7 @@ UUID = Kind(
     "0" * 32,  # PostgreSQL and MariaDB read it as a UUID, and it is what SQLAlchemy writes where it is CHAR(32)
     _bumped_uuid,
 )
-TIMESTAMP = Kind(
+TIMESTAMP = VersionKind(
     "timestamp",
     datetime,
     _next_timestamp,
@@ -201,4 +201,4 @@ TIMESTAMP = Kind(
     "1970-01-01 00:00:00.000000",  # with its fraction: SQLite compares texts
     _bumped_timestamp,
 )
-XMIN = Kind("xmin", int, None, Xid, None, None)
+XMIN = VersionKind("xmin", int, None, Xid, None, None)

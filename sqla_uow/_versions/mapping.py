@@ -15,7 +15,7 @@ from sqlalchemy.util import get_annotations
 
 from sqla_uow._databases.distributed import distributed
 from sqla_uow._session.instances import describe
-from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, XMIN, Kind, UtcTimestamp
+from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, XMIN, UtcTimestamp, VersionKind
 
 if TYPE_CHECKING:
     import uuid
@@ -53,7 +53,7 @@ class VersionMixin:
 
     __version_attr__: ClassVar[str] = "version"
     __version_follows__: ClassVar[tuple[str, ...]] = ()
-    __version_kind__: ClassVar[Kind]
+    __version_kind__: ClassVar[VersionKind]
 
     if not TYPE_CHECKING:
         # Without an annotation: a mixin that has one breaks MappedAsDataclass, whose models would take it for a field.
@@ -111,9 +111,9 @@ class VersionedByXmin(VersionMixin):
         version: Mapped[int]
 
 
-def kind_of(mapper: Mapper[Any]) -> Kind | None:
+def kind_of(mapper: Mapper[Any]) -> VersionKind | None:
     """Return the kind of a model's version, None where it has no version mixin."""
-    kind: Kind | None = getattr(mapper.class_, "__version_kind__", None)
+    kind: VersionKind | None = getattr(mapper.class_, "__version_kind__", None)
     return kind
 
 
@@ -184,7 +184,7 @@ def _check_place(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
         )
 
 
-def _send_no_returning(mapper: Mapper[Any], kind: Kind) -> None:
+def _send_no_returning(mapper: Mapper[Any], kind: VersionKind) -> None:
     """Tell SQLAlchemy that the version is ours although its column has a server default.
 
     Else it asks for it with RETURNING, which a post_update of several rows cannot have (SQLAlchemy 2.1.9).
@@ -256,7 +256,7 @@ def _excluded(mapper: Mapper[Any], name: str) -> bool:
     return name in excluded or (included is not None and name not in included)
 
 
-def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> None:
+def _complete(column: Column[Any], kind: VersionKind, model: type[VersionMixin]) -> None:
     """Give a column that the model wrote itself what ours has."""
     # The private one tells a column that was declared nullable from one that nobody said anything about.
     if column.nullable and column._user_defined_nullable is True:
