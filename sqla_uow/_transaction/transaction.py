@@ -330,7 +330,7 @@ class Transaction:
         return refusals.read_only(what, self.name, scope_read=self.scope_read)
 
     def check_join(self, who: str, isolation: IsolationLevel | None, *, read_only: bool) -> None:
-        """Refuse a call that needs more than this unit gives (others run SERIALIZABLE code at READ COMMITTED).
+        """Refuse a call that needs more than this unit gives; else code for SERIALIZABLE would run at READ COMMITTED.
 
         Raises:
             IsolationConflictError: the call needs a stronger level, or writes in a read-only unit.
@@ -365,6 +365,6 @@ class Transaction:
 
 
 def transaction_of(session: Session | None) -> Transaction | None:
-    """Return the unit's transaction behind a session, None for a session of nobody's unit."""
+    """Return the transaction of a session's unit, None if the session does not belong to a unit."""
     transaction: Transaction | None = getattr(session, "transaction_of_unit", None)
     return transaction
