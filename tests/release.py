@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.reader import Reader
+from tests.docs.reader import Reader
 
 CHECKOUT = Path(__file__).parents[1]
 TUTORIALS = (("tutorial.md",), ("tutorial-web.md", "tutorial-testing.md"))

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import event, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
-from tests.cancelling import WAYS, Suspensions
-from tests.models import Account
-from tests.waiting import until
+from tests.kit.cancelling import WAYS, Suspensions
+from tests.kit.models import Account
+from tests.kit.waiting import until
 
 CAUGHT = {"asyncio.timeout", "TaskGroup", "anyio scope", "move_on_after", "fail_after", "anyio group"}
 """Ways that end the cancellation themselves: the task goes on, and no request to cancel it is left."""

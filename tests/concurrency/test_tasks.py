@@ -19,8 +19,8 @@ from sqlalchemy import literal_column, select, text
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._tasks.frames import Frame, Place
 from sqla_uow._unit import rollback as _rollback
-from tests import waiting
-from tests.models import Account
+from tests.kit import waiting
+from tests.kit.models import Account
 
 few_drivers = pytest.mark.drivers("sqlite", "asyncpg")  # what is about tasks alone
 SLOW = {

@@ -33,9 +33,9 @@ from sqla_uow._tasks.frames import Frame
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._unit import commit as _commit
 from sqla_uow.testing import FaultPlan
-from tests.models import Note, Unique
-from tests.queueing import a_turn_that_does_not_come
-from tests.waiting import until
+from tests.kit.models import Note, Unique
+from tests.kit.queueing import a_turn_that_does_not_come
+from tests.kit.waiting import until
 
 AT_ONCE = RetryPolicy(base=0, cap=0)
 SERVERS = ("asyncpg", "psycopg", "asyncmy", "aiomysql")

@@ -12,7 +12,7 @@ from examples.bank.serving import served
 from examples.bank.tally import Tally
 from examples.bank.web import create_app
 from sqla_uow import UnitOfWorkManager
-from tests.waiting import until_free
+from tests.kit.waiting import until_free
 
 if TYPE_CHECKING:
     import httpx

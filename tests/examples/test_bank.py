@@ -18,7 +18,7 @@ import pytest
 from websockets.sync.client import connect
 
 from examples.bank.run import main
-from tests.databases import SERVERS
+from tests.kit.databases import SERVERS
 
 CHECKOUT = Path(__file__).parents[2]
 ONCE = ("--once", "--calls", "60", "--accounts", "4")

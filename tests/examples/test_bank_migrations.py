@@ -19,8 +19,8 @@ from examples.bank.models import VERSION_TABLE
 from sqla_uow import UnitOfWorkManager
 from tests.alembic.catalog import columns, triggers
 from tests.alembic.locking import locked
-from tests.databases import ONE_OF_EACH
-from tests.waiting import until
+from tests.kit.databases import ONE_OF_EACH
+from tests.kit.waiting import until
 
 pytestmark = pytest.mark.drivers(*ONE_OF_EACH)  # test_bank.py starts the bank, and so migrates, by each driver
 CHECKOUT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from examples.bank.openapi import DOCUMENT
 from examples.bank.plain import create_plain_app
 from examples.bank.serving import served
 from examples.bank.web import ROUTES
-from tests.waiting import until
+from tests.kit.waiting import until
 
 BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
 LEDGER = "SELECT source, target, amount, reference FROM sqla_uow_bank_entry WHERE reference <> 'opening' ORDER BY id"
