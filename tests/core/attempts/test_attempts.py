@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import logging
+import sys
 
 import pytest
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_unit, errors
+from sqla_uow._attempts import loop as _loops
 from tests.kit.troubles import QUICK, BusyAtCommit, WriteSkewAtCommit
 
 AT_COMMIT = {"sqlite": BusyAtCommit, "asyncpg": WriteSkewAtCommit, "psycopg": WriteSkewAtCommit}
@@ -398,3 +401,21 @@ async def test_a_body_can_make_its_attempt_the_last(db):
         f"attempts() failed in attempt 1 of 6, which was made the last, within {caught.value.elapsed:.3f} s, last by "
         f"{trouble.reason} {trouble.code}; call it again later, or shorten the transaction"
     )
+
+
+@pytest.mark.drivers("sqlite")
+def test_code_that_leads_nowhere(driver):
+    """A frame whose next step cannot be told, or is told by another Python, is not taken for a loop."""
+    code = test_code_that_leads_nowhere.__code__
+    assert not _loops._leads_back(code, 0, 0)
+    graph = _loops._graph(code)
+    call = next(one for one in dis.get_instructions(code) if one.opname == "CALL")
+    assert graph.at(call.offset + 2).offset == call.offset  # its cache
+    assert graph.at(-2) is None
+
+
+@pytest.mark.drivers("sqlite")
+def test_another_python(driver, monkeypatch):
+    """Whose code is not CPython's; none runs here."""
+    monkeypatch.setattr(sys.implementation, "name", "pypy")
+    assert not _loops._leads_back.__wrapped__(test_another_python.__code__, 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import pytest
@@ -10,8 +11,20 @@ from sqlalchemy import event, text
 from sqlalchemy.util import await_only
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
+from tests.kit.models import Note
 
 SLEEP = {"postgresql": "SELECT pg_sleep(20)", "mysql": "SELECT 1 WHERE sleep(20) = 0"}
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database."""
+    return UnitOfWorkManager(db.engine())
+
+
+async def notes(db):
+    """Return what is committed."""
+    return [note for (note,) in await db.rows("SELECT text FROM note ORDER BY id")]
 
 
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -64,3 +77,26 @@ async def test_a_deadline_that_passes_behind_the_commit(db):
     assert await db.rows("SELECT id FROM account") == [(1,)]
     async with manager.begin() as unit:
         assert await unit.session.scalar(text("SELECT 7")) == 7
+
+
+async def test_a_body_that_swallows_its_deadline(db, manager):
+    """R6: it comes to its end, too late: rolled back, and the caller is told."""
+
+    async def late(*, cancelled_too):
+        async with manager.begin(timeout=0.05) as unit:
+            units.append(unit)
+            unit.session.add(Note(text="late"))
+            await unit.session.flush()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            if cancelled_too:
+                asyncio.current_task().cancel()
+
+    for cancelled_too in (False, True):
+        units = []
+        task = asyncio.create_task(late(cancelled_too=cancelled_too))
+        with pytest.raises(errors.TransactionTimeoutError):
+            await task
+        assert units[0].status is Status.ROLLED_BACK
+    assert await notes(db) == []
+    assert manager.engine.pool.checkedout() == 0

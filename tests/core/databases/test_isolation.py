@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
+from sqla_uow._databases.levels import opening
 from tests.kit.models import Account, Note
 from tests.kit.slow import RUNNING, SLOW, sent
 from tests.kit.waiting import until
@@ -21,6 +22,17 @@ INNODB = (
     "WHERE trx_mysql_thread_id = connection_id()"
 )
 ADD = text("INSERT INTO account (id, balance) VALUES (:id, 0)")
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database."""
+    return UnitOfWorkManager(db.engine())
+
+
+async def notes(db):
+    """Return what is committed."""
+    return [note for (note,) in await db.rows("SELECT text FROM note ORDER BY id")]
 
 
 async def characteristics(db, session):
@@ -141,6 +153,12 @@ async def test_a_level_that_no_statement_used_does_not_wait_for_the_next_transac
             raise KeyError
     async with AsyncSession(engine) as plain, plain.begin():
         assert await characteristics(db, plain) == ("REPEATABLE READ", False)
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_database_that_needs_nothing_at_its_begin(driver):
+    """P4: what SQLAlchemy tells it is enough; nothing is sent, so there is no connection."""
+    opening(None, "oracle", "SERIALIZABLE", read_only=False, seconds=None)
 
 
 # -- levels that cannot be
@@ -296,6 +314,35 @@ async def test_a_default_found_too_weak_dooms_the_unit(db):
                 await unit.session.execute(ADD, {"id": 2})
     assert isinstance(caught.value.__cause__, errors.IsolationConflictError)
     assert await db.rows("SELECT id FROM account") == []
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_function_that_needs_what_sqlite_always_gives(db, manager):
+    """P2: SERIALIZABLE joins a unit that asks for nothing."""
+
+    @transactional(using=manager, isolation="SERIALIZABLE")
+    async def inner():
+        current_session(manager).add(Note(text="inner"))
+
+    async with manager.begin():
+        await inner()
+    assert await notes(db) == ["inner"]
+
+
+async def test_what_is_asked_for_before_the_first_sql(db, manager):
+    """P2: the strongest level that was asked for is compared with the database's own, once that is known."""
+    if db.family == "sqlite":
+        pytest.skip("SQLite has one level, known without a connection")
+
+    @transactional(using=manager, isolation="READ COMMITTED")
+    async def asks():
+        pass
+
+    async with manager.begin() as unit:
+        await asks()
+        await asks()
+        unit.session.add(Note(text="kept"))
+    assert await notes(db) == ["kept"]
 
 
 # -- read-only

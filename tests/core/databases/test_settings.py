@@ -166,3 +166,15 @@ async def test_a_unit_only_reads_also_where_a_listener_has_begun_its_transaction
     async with manager.begin() as unit:
         await unit.session.execute(ADD, {"id": 2})
     assert unit.status is Status.COMMITTED
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_an_older_postgresql_has_no_transaction_timeout(db):
+    """R6: before 17 the server has statement_timeout alone; the one that runs here is newer, and taken for an older one."""
+    engine = db.engine()
+    async with engine.connect():
+        engine.sync_engine.dialect.server_version_info = (16, 4)
+    async with UnitOfWorkManager(engine).begin(timeout=20) as unit:
+        late = await unit.session.scalar(text("SELECT current_setting('transaction_timeout')"))
+        statement = await unit.session.scalar(text("SELECT current_setting('statement_timeout')"))
+    assert (late, statement != "0") == ("0", True)

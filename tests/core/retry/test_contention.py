@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._retry import controller as _contention
-from sqla_uow._retry.controller import Controller
+from sqla_uow._retry.controller import Controller, _Rate, _too_late
 from sqla_uow.typing import Contention
 from tests.kit.models import Account
 from tests.kit.waiting import until
@@ -256,6 +256,27 @@ def test_a_call_that_goes_on_for_long_does_not_keep_others_from_counting():
         now += 0.001
         controller.conflicted(number / 100, 3.0, 1, 32)
     assert controller._measured[0].goodput > 0
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_turn_that_comes_with_the_deadline(driver):
+    """R10: who has it keeps it."""
+    loop = asyncio.new_event_loop()
+    turn = loop.create_future()
+    turn.set_result(True)
+    _too_late(turn)
+    assert turn.result()
+    loop.close()
+
+
+@pytest.mark.drivers("sqlite")
+def test_a_narrower_width_that_brings_more_leads_on(driver):
+    """R10: while time is wasted, the next one down is tried at once."""
+    controller = Controller(lambda: 1.0)
+    controller._best, controller._rung = 3, 2
+    controller._measured[3] = _Rate().then(10, 1.0, 0.0)
+    controller._compare(1.0, 1.0, 100, 0.9, held_back=True)
+    assert (controller._best, controller._rung) == (2, 1)
 
 
 # -- the gate, in front of real units

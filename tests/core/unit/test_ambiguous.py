@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from sqla_uow import Status, UnitOfWorkManager
+from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, transactional
+from sqla_uow._unit import commit as _commit
 from sqla_uow.errors import AmbiguousCommitError
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -18,6 +19,7 @@ UNKNOWN = (
     "COMMIT of Wire._body() was sent and its answer is unknown; look in the database whether the work is there before "
     "doing it again, or let ambiguous_commit='verify' look"
 )
+AT_ONCE = RetryPolicy(base=0, cap=0)
 
 
 @pytest.fixture
@@ -136,3 +138,56 @@ async def test_a_refusal_at_commit_is_no_lost_answer(db):
     async with manager.begin() as unit:
         assert await unit.session.scalar(text("SELECT pg_backend_pid()")) == number
     assert await db.rows("SELECT * FROM child") == []
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_an_unknown_outcome_of_a_unit_that_only_reads(db):
+    """R2, C1: 40003 at its COMMIT, of a temporary table's constraint, leaves nothing unknown: it is run again."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+    async with manager.begin() as unit:
+        for statement in (
+            "CREATE TEMPORARY TABLE scratch (id int)",
+            (
+                "CREATE FUNCTION pg_temp.unknown() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN RAISE EXCEPTION 'unknown' USING ERRCODE = '40003'; END $$"
+            ),
+            (
+                "CREATE CONSTRAINT TRIGGER unknown AFTER INSERT ON scratch DEFERRABLE INITIALLY DEFERRED "
+                "FOR EACH ROW EXECUTE FUNCTION pg_temp.unknown()"
+            ),
+            "CREATE FUNCTION pg_temp.fill() RETURNS void LANGUAGE sql AS 'INSERT INTO scratch VALUES (1)'",
+        ):
+            await unit.session.execute(text(statement))
+    units = []
+
+    @transactional(using=manager, retries=1, retry=AT_ONCE, read_only=True)
+    async def read():
+        units.append(current_unit(manager))
+        await current_session(manager).execute(text("SELECT pg_temp.fill()" if len(units) == 1 else "SELECT 1"))
+
+    await read()
+    assert [unit.status for unit in units] == [Status.ROLLED_BACK, Status.COMMITTED]
+
+
+@pytest.mark.drivers("asyncpg")
+async def test_an_answer_that_comes_while_the_link_is_cut(db, wire, monkeypatch):
+    """C3: the bound for COMMIT is up in the very moment in which the answer is there: it counts."""
+    held = wire.on_commit("hold", applied=True)
+    manager = UnitOfWorkManager(wire.engine)
+    monkeypatch.setattr(_commit, "COMMIT_SECONDS", 0.05)
+    # Such a moment cannot be hit; so the answer is let go where the link would be cut.
+    monkeypatch.setattr(_commit, "cut", lambda _connection: held.release() or True)
+
+    async def call():
+        async with manager.begin() as unit:
+            await unit.session.execute(text("UPDATE account SET balance = balance + 1"))
+            units.append(unit)
+
+    units = []
+    task = asyncio.create_task(call())
+    await asyncio.to_thread(held.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert units[0].status is Status.COMMITTED
+    assert await wire.balance() == 1

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 
-from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
+from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, transactional
 from sqla_uow.errors import AmbiguousCommitError
-from tests.kit.models import Account
+from tests.kit.models import Account, Note
 from tests.kit.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
 RETRIED = [Status.ROLLED_BACK, Status.COMMITTED]
+AT_ONCE = RetryPolicy(base=0, cap=0)
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database."""
+    return UnitOfWorkManager(db.engine())
 
 
 async def has_retried(wire):
@@ -123,3 +133,21 @@ async def test_a_rollback_that_is_not_answered_is_given_up(wire, monkeypatch, ca
     await until(lambda: not wire.engine.pool.checkedout(), seconds=2)
     await wire.add_one()
     assert await wire.balance() == 1
+
+
+async def test_another_failure_after_a_lost_connection_was_swallowed(db, manager):
+    """R2: the function has judged it, and failed for a reason of its own: that is not run again."""
+    units = []
+
+    @transactional(using=manager, retries=3, retry=AT_ONCE)
+    async def work():
+        units.append(current_unit(manager))
+        session = current_session(manager)
+        await db.kill(session)
+        with contextlib.suppress(DBAPIError):
+            await session.execute(select(Note))
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        await work()
+    assert len(units) == 1

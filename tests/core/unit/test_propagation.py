@@ -8,11 +8,23 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 
-from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
-from tests.kit.models import Account
+from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
+from tests.kit.models import Account, Note, Unique
 from tests.kit.statements import statements
 
 ADD = text("INSERT INTO account (id, balance) VALUES (:id, 0)")
+AT_ONCE = RetryPolicy(base=0, cap=0)
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database."""
+    return UnitOfWorkManager(db.engine())
+
+
+async def notes(db):
+    """Return what is committed."""
+    return [note for (note,) in await db.rows("SELECT text FROM note ORDER BY id")]
 
 
 async def connection_of(unit):
@@ -129,6 +141,64 @@ async def test_a_nested_call_alone_is_a_unit(db):
     assert unit.status is Status.COMMITTED
     assert not [statement for statement in sent if statement.startswith("SAVEPOINT")]
     assert await ids(db) == [1]
+
+
+async def test_a_nested_function_that_undoes_its_own_savepoint(db, manager):
+    """Its exception goes on; there is nothing left to be undone a second time."""
+
+    @transactional(propagation="nested")
+    async def inner():
+        session = current_session()
+        session.add(Note(text="inner"))
+        await session.flush()
+        await session.get_nested_transaction().rollback()
+        raise KeyError
+
+    with manager.activate():
+        async with manager.begin() as unit:
+            unit.session.add(Note(text="outer"))
+            with pytest.raises(KeyError):
+                await inner()
+    assert await notes(db) == ["outer"]
+
+
+async def test_a_nested_function_that_never_begins(db, manager):
+    """P1: what its caller had not written yet is refused before its savepoint; the caller's own it is."""
+    await db.run("INSERT INTO uniq (id, name) VALUES (1, 'taken')")
+    ran = []
+
+    @transactional(propagation="nested")
+    async def inner():
+        ran.append("inner")
+
+    with manager.activate(), pytest.raises(IntegrityError):
+        async with manager.begin() as unit:
+            unit.session.add(Unique(name="taken"))
+            await inner()
+    assert (unit.status, ran) == (Status.ROLLED_BACK, [])
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_a_savepoint_that_cannot_be_set(db, manager):
+    """The connection is gone: what joins has not begun, and the unit is run again."""
+    units = []
+
+    @transactional(propagation="nested")
+    async def inner():
+        current_session().add(Note(text="inner"))
+
+    @transactional(retries=1, retry=AT_ONCE)
+    async def outer():
+        units.append(current_unit())
+        await current_session().execute(select(Note))
+        if len(units) == 1:
+            await db.kill(current_session())
+        await inner()
+
+    with manager.activate():
+        await outer()
+    assert [unit.status for unit in units] == [Status.ROLLED_BACK, Status.COMMITTED]
+    assert await notes(db) == ["inner"]
 
 
 # -- requires_new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 
 import pytest
@@ -11,10 +12,15 @@ from sqlalchemy.exc import DBAPIError
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, transactional
 from sqla_uow._unit.verify import MARKERS
 from sqla_uow.errors import ConflictError
-from tests.kit.models import Account
+from tests.kit.models import Account, Note
 
 MARKED = ("sqlite", "asyncmy", "aiomysql")
 COUNT = "SELECT count(*) FROM sqla_uow_commits"
+
+
+async def notes(db):
+    """Return what is committed."""
+    return [note for (note,) in await db.rows("SELECT text FROM note ORDER BY id")]
 
 
 @pytest.fixture
@@ -204,3 +210,16 @@ async def test_a_schema_for_each_tenant_needs_no_marker_table_for_each(unmarked,
         assert await unmarked.scalar(COUNT) == 1
     finally:
         await unmarked.run(f"DROP DATABASE {tenant}")
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_two_first_writers_make_the_table_of_markers_once(db):
+    """C2: the second waits for the first, and finds it."""
+    manager = UnitOfWorkManager(db.engine(), ambiguous_commit="verify")
+
+    async def write(number):
+        async with manager.begin() as unit:
+            unit.session.add(Note(text=str(number)))
+
+    await asyncio.gather(*(write(number) for number in range(5)))
+    assert len(await notes(db)) == 5

@@ -6,15 +6,23 @@ import asyncio
 import logging
 
 import pytest
+from sqlalchemy import event, text
 
-from sqla_uow import Status, UnitOfWorkManager, current_session, transactional
+from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._unit import verify as _verify
 from sqla_uow.errors import AmbiguousCommitError
+from sqla_uow.testing import FaultPlan
+from tests.kit.models import Note
 from tests.kit.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 
 APPLIED = pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
+
+
+async def notes(db):
+    """Return what is committed."""
+    return [note for (note,) in await db.rows("SELECT text FROM note ORDER BY id")]
 
 
 @pytest.fixture
@@ -171,3 +179,47 @@ async def test_on_a_cluster_a_probe_may_be_lost_as_well(wire, monkeypatch):
         await wire.add_one(ambiguous_commit="verify")
     assert all(lost.fired for lost in both)
     assert await wire.balance() == 0
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_an_outcome_that_cannot_be_looked_up(db, caplog):
+    """C2: somebody drops the table of markers: the outcome stays unknown, and the log says why."""
+    engine = db.engine()
+    manager = UnitOfWorkManager(engine, ambiguous_commit="verify")
+    async with manager.begin() as unit:
+        unit.session.add(Note(text="first"))
+    with pytest.raises(errors.AmbiguousCommitError), FaultPlan(manager, "lost", at="after commit") as plan:
+
+        @event.listens_for(engine.sync_engine, "do_connect")
+        def drop(*_arguments):
+            if plan.struck:
+                db.server.execute("DROP TABLE IF EXISTS sqla_uow_commits", database=db.name)
+
+        async with manager.begin() as unit:
+            unit.session.add(Note(text="second"))
+    assert "the outcome of a COMMIT could not be verified (ProgrammingError)" in caplog.messages
+    assert await notes(db) == ["first", "second"]
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
+    """C2: a number that comes later was forgotten by a server that crashed: what had it is not there."""
+    manager = UnitOfWorkManager(db.engine(), ambiguous_commit="verify")
+    witness = manager._notary.witness()
+    witness._token = str(2**40 + 5)
+    async with manager.engine.connect() as connection:
+        assert await witness._ask_status(connection) == "aborted"
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_a_marker_that_is_still_being_written(db):
+    """C2: its transaction is under way: asked again."""
+    manager = UnitOfWorkManager(
+        db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
+    )
+    await manager._notary.make_table()
+    witness = manager._notary.witness()
+    witness._token = str(1)
+    async with db.outside() as other, manager.engine.connect() as connection:
+        await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))
+        assert await witness._ask_marker(connection) == "again"
