@@ -17,7 +17,7 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-from examples.bank.run import main
+from examples.bank.runner.run import main
 from tests.kit.databases import SERVERS
 
 CHECKOUT = Path(__file__).parents[2]

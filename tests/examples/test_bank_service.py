@@ -11,12 +11,13 @@ from sqlalchemy import select, text
 from starlette.routing import Route
 from websockets.asyncio.client import connect
 
-from examples.bank import load, mail, services
+from examples.bank import mail, services
 from examples.bank.feed import FEED
 from examples.bank.models import Entry
 from examples.bank.openapi import DOCUMENT
 from examples.bank.plain import create_plain_app
-from examples.bank.serving import served
+from examples.bank.runner import load
+from examples.bank.runner.serving import served
 from examples.bank.web import ROUTES
 from tests.kit.waiting import until
 

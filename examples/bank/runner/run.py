@@ -14,12 +14,12 @@ from alembic.util import CommandError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
-from examples.bank import audit, load, report, schema
-from examples.bank.options import USAGE, parse
-from examples.bank.places import Place, UnavailableError, engine_of, name_of, place
 from examples.bank.plain import create_plain_app
-from examples.bank.serving import PortTakenError, served
-from examples.bank.tally import Tally
+from examples.bank.runner import audit, load, report, schema
+from examples.bank.runner.options import USAGE, parse
+from examples.bank.runner.places import Place, UnavailableError, engine_of, name_of, place
+from examples.bank.runner.serving import PortTakenError, served
+from examples.bank.runner.tally import Tally
 from examples.bank.web import create_app
 from sqla_uow import UnitOfWorkManager
 from sqla_uow.errors import UnitOfWorkError

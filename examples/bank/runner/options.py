@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from examples.bank.places import SERVERS
+from examples.bank.runner.places import SERVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

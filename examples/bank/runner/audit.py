@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from examples.bank.tally import Tally
+    from examples.bank.runner.tally import Tally
 
 __all__ = ["Finding", "inspect_books"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from examples.bank.waiting import to_the_end
+from examples.bank.runner.waiting import to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

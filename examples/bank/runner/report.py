@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from examples.bank.audit import Finding
-    from examples.bank.tally import Tally
+    from examples.bank.runner.audit import Finding
+    from examples.bank.runner.tally import Tally
 
 __all__ = ["findings", "progress", "table", "without"]
 

@@ -13,7 +13,7 @@ from sqlalchemy.schema import DropTable
 
 from alembic import command
 from examples.bank.models import VERSION_TABLE, Account, Base, Clerk, Entry
-from examples.bank.waiting import to_the_end
+from examples.bank.runner.waiting import to_the_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -29,7 +29,7 @@ START = 200_00
 """Cents on every account at the beginning."""
 CLERKS = 2
 """Both are on duty at the beginning."""
-_MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATIONS = Path(__file__).parents[1] / "migrations"
 _OWNERS = ("Ada", "Alan", "Barbara", "Edsger", "Emmy", "Frances", "Grace", "John", "Katherine", "Tony")
 
 

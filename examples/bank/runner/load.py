@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
 
-from examples.bank.schema import CLERKS
-from examples.bank.tally import FUNCTIONS, Row, Tally
+from examples.bank.runner.schema import CLERKS
+from examples.bank.runner.tally import FUNCTIONS, Row, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
