@@ -17,8 +17,11 @@ from sqla_uow import UnitOfWorkManager, errors
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = sorted((CHECKOUT / "docs").rglob("*.md"))
-TUTORIAL = CHECKOUT / "docs/tutorial.md"
-WITH_FILES = [CHECKOUT / "docs/tutorial-web.md", CHECKOUT / "docs/tutorial-testing.md"]  # followed by test_tutorials.py
+TUTORIAL = CHECKOUT / "docs/tutorials/first-unit.md"
+WITH_FILES = [
+    CHECKOUT / "docs/tutorials/web.md",
+    CHECKOUT / "docs/tutorials/testing.md",
+]  # followed by test_tutorials.py
 README = CHECKOUT / "README.md"
 SETUP = 2
 """How many blocks of the tutorial are the setup that every other page goes on from: model, engine, tables."""

@@ -26,7 +26,7 @@ def reader(tmp_path):
 @pytest.mark.drivers("sqlite")
 def test_the_first_unit(driver, reader):
     """The page's blocks, pasted into its prompt, raise nothing, and the log tells of the retry."""
-    reader.follow(CHECKOUT / "docs/tutorial.md")
+    reader.follow(CHECKOUT / "docs/tutorials/first-unit.md")
     reader.check()
     assert reader.promised == [
         "INFO:sqla_uow:safe_transfer(): attempt 1 of 6 failed (conflict SQLITE_BUSY); again in 4.1 ms"
@@ -37,9 +37,9 @@ def test_the_first_unit(driver, reader):
 @pytest.mark.drivers("sqlite")
 def test_the_web_service_and_its_tests(driver, reader):
     """The pages' files make a service that answers as they say, and tests that pass."""
-    reader.follow(CHECKOUT / "docs/tutorial-web.md")
+    reader.follow(CHECKOUT / "docs/tutorials/web.md")
     reader.check()
-    reader.follow(CHECKOUT / "docs/tutorial-testing.md")
+    reader.follow(CHECKOUT / "docs/tutorials/testing.md")
     reader.check()
     reader.stack.close()
     assert reader.output.count("\n30 moved from 1 to 2\n") == 1
