@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ async def until(condition: Callable[[], Any], *, seconds: float = 10, pause: flo
 async def until_free(engine: Any) -> None:
     """Wait until nothing is checked out of the engine's pool."""
     await until(lambda: not engine.pool.checkedout())
+
+
+def eventually(condition, timeout=10.0):
+    """Poll without an event loop until the condition holds; return whether it does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 async def _value(answer: Any) -> Any:
