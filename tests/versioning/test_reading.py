@@ -163,6 +163,21 @@ async def test_an_object_that_was_never_read(db, one):
     )
 
 
+async def test_an_object_that_was_never_read_in_a_savepoint(db, one):
+    """Its version is read later than its data: the savepoint's rollback expires them, and must not put that version back."""
+    with pytest.raises(InvalidRequestError, match="nothing tells at which version its data were read"):
+        async with one.begin(isolation=weakest(db)) as unit:
+            row = Plain(id=1, value=7)  # as somebody has seen it, before the row became 0
+            make_transient_to_detached(row)
+            unit.session.add(row)
+            assert await unit.session.run_sync(lambda _: row.other) == 0  # and reads the version with it
+            async with unit.session.begin_nested() as savepoint:
+                row.other = 4
+                await savepoint.rollback()
+            row.value = 8
+    assert await db.rows("SELECT value, other FROM plain") == [(0, 0)]
+
+
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 async def test_loading_sends_no_more_than_before(db, one):
     """The version comes with the object, and a write of it sends one UPDATE."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from sqlalchemy import event, text
@@ -20,27 +21,35 @@ LOCK = "SELECT balance FROM account WHERE id = 1 FOR UPDATE"
 
 @pytest.fixture
 async def held(db):
-    """Provide one account, and a task that holds its row until another session has waited for longer than that."""
+    """Provide one account, and a block during which its row is locked until a session has waited for longer than that."""
     await db.run("INSERT INTO account (id, balance) VALUES (1, 0)")
-    locked = asyncio.Event()
 
-    async def waited():
-        query = (
-            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' "
-            f"AND clock_timestamp() - query_start > interval '{LONGER} s'"
-        )
-        return bool(await db.rows(query))
+    @contextlib.asynccontextmanager
+    async def holding():
+        locked, over = asyncio.Event(), asyncio.Event()
 
-    async def waited_or(gone):
-        return gone.done() or await waited()
+        async def has_waited():
+            query = (
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' "
+                f"AND clock_timestamp() - query_start > interval '{LONGER} s'"
+            )
+            return over.is_set() or bool(await db.rows(query))
 
-    async def hold(gone):
-        async with db.outside() as other:
-            await other.execute(text(LOCK))
-            locked.set()
-            await until(lambda: waited_or(gone))
+        async def hold():
+            async with db.outside() as other:
+                await other.execute(text(LOCK))
+                locked.set()
+                await until(has_waited)
 
-    return locked, hold
+        holder = asyncio.create_task(hold())
+        await locked.wait()
+        try:
+            yield
+        finally:
+            over.set()
+            await holder
+
+    return holding
 
 
 def statements_of(engine):
@@ -72,7 +81,6 @@ async def beside(work, another):
 async def race(manager, held, become_last):
     """Return how many attempts a call took that becomes the last and then meets a lock, beside another call."""
     runs = []
-    locked, hold = held
 
     @transactional
     async def work(began=None, over=None):
@@ -84,16 +92,8 @@ async def race(manager, held, become_last):
         await become_last()
         await current_session().execute(text("UPDATE account SET balance = balance + 1 WHERE id = 1"))
 
-    async def call():
-        task = asyncio.create_task(work())
-        holder = asyncio.create_task(hold(task))
-        try:
-            await locked.wait()
-            await task
-        finally:
-            await holder
-
-    await beside(call, work)
+    async with held():
+        await beside(work, work)
     return len(runs)
 
 
@@ -167,7 +167,6 @@ async def test_nothing_is_sent_where_nothing_changes(db, manager):
 
 async def test_a_request_whose_body_is_too_long_to_be_replayed(db, held):
     """It is the last attempt by the middleware's own decision: no 503 for a row that is busy."""
-    _locked, hold = held
     manager = UnitOfWorkManager(db.engine(), retry=RetryPolicy(base=0, cap=0))
     began, over = asyncio.Event(), asyncio.Event()
 
@@ -187,9 +186,8 @@ async def test_a_request_whose_body_is_too_long_to_be_replayed(db, held):
     async with client_of(app) as client:
         first = asyncio.create_task(client.get("/waits"))
         await began.wait()
-        request = asyncio.create_task(client.post("/write", content=b"x" * 1000))
-        await hold(request)
-        response = await request
+        async with held():
+            response = await client.post("/write", content=b"x" * 1000)
         over.set()
         await first
     assert (response.status_code, response.text) == (200, "written")
