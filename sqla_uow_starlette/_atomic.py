@@ -87,26 +87,24 @@ class AtomicRequest:
 
     async def handle(self) -> None:
         """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
-        try:
-            await self._handle()
-        finally:
-            await self.body.close()
-
-    async def _handle(self) -> None:
         outer = self.scope.get("app")
         read_only = self.scope["method"] in self.options.read_only_methods
         known = sent(self.carrier, self.scope)
-        async with self.manager.scope(position=known, observers=self.observers) as unit_scope:
-            self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
-            units = atomic_requests(self.manager, self.options, self.name, read_only=read_only)
-            try:
-                failure = await self._attempts(unit_scope, units)
-            finally:
-                if not self.ending.locked():  # by a child task that the application has left behind
-                    await units.aclose()
-        if failure is not None:
-            app = answering(failure, self.scope, outer)
-            await answer(app, unit_scope, self.scope, self.body.replaying(None), self.send)
+        try:
+            async with self.manager.scope(position=known, observers=self.observers) as unit_scope:
+                self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
+                units = atomic_requests(self.manager, self.options, self.name, read_only=read_only)
+                try:
+                    failure = await self._attempts(unit_scope, units)
+                finally:
+                    if not self.ending.locked():  # by a child task that the application has left behind
+                        await units.aclose()
+            if failure is not None:
+                app = answering(failure, self.scope, outer)
+                await answer(app, unit_scope, self.scope, self.body.replaying(None), self.send)
+        finally:
+            if self.body.looking is not None:
+                await self.body.close()
 
     async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
         """Run the application until one of its units has ended for good; return what is left to be answered."""

@@ -19,6 +19,8 @@ _TURNS = 20
 
 _NOTHING = -1
 
+_CONTAINERS = (dict, list, set)
+
 
 class Given:
     """What a request was given: its scope, and the dicts, lists and sets in it.
@@ -37,20 +39,17 @@ class Given:
         self._note(scope, dict)
 
     def _note(self, container: Any, kind: Any) -> None:
-        if id(container) in self._seen:
+        seen = self._seen
+        if id(container) in seen:
             return
-        self._seen.add(id(container))
+        seen.add(id(container))
         content: Any = kind(container)
         # A class of dicts may have attributes as well: a session knows by one whether it was modified.
-        own: dict[str, Any] | None = getattr(container, "__dict__", None)
+        own: dict[str, Any] | None = None if type(container) is kind else getattr(container, "__dict__", None)
         self._contents.append((container, content, None if own is None else dict(own)))
         for value in content.values() if kind is dict else content:
-            if isinstance(value, dict):
-                self._note(value, dict)
-            elif isinstance(value, list):
-                self._note(value, list)
-            elif isinstance(value, set):
-                self._note(value, set)
+            if isinstance(value, _CONTAINERS):
+                self._note(value, next(each for each in _CONTAINERS if isinstance(value, each)))
 
     def restore(self) -> None:
         """Put the content back that everything had."""
@@ -68,6 +67,7 @@ class Body:
     What is read beyond it, and a client that leaves, make the attempt that sees it the last.
 
     Attributes:
+        looking: what waits for the client to leave, if anything does.
         overflowed: whether more was read than may be recorded, so that there is no other attempt.
         left: whether the client has left.
     """
@@ -79,7 +79,7 @@ class Body:
         self._size = 0
         self._read = False
         self._complete = False
-        self._looking: asyncio.Task[Message] | None = None
+        self.looking: asyncio.Task[Message] | None = None
         self.overflowed = False
         self.left = False
 
@@ -118,10 +118,10 @@ class Body:
         say.  So it goes on, for the next attempt.
         """
         while not self.left and self._size <= self._limit:
-            self._looking = self._looking or asyncio.ensure_future(self._receive())
+            self.looking = self.looking or asyncio.ensure_future(self._receive())
             for _ in range(_TURNS):
                 await asyncio.sleep(0)
-                if self._looking.done():
+                if self.looking.done():
                     break
             else:
                 break
@@ -135,20 +135,20 @@ class Body:
 
     async def close(self) -> None:
         """Look no longer."""
-        looking, self._looking = self._looking, None
+        looking, self.looking = self.looking, None
         if looking is not None:
             looking.cancel()
             looking.add_done_callback(_passed_over)
             await asyncio.wait({looking})
 
     async def _next(self) -> Message:
-        looking = self._looking
+        looking = self.looking
         if looking is None:
             return await self._receive()
         await asyncio.wait({looking})  # cut off here, it is there for who asks next
-        if self._looking is not looking:  # another task has it
+        if self.looking is not looking:  # another task has it
             return await self._next()
-        self._looking = None
+        self.looking = None
         return looking.result()
 
     def _record(self, message: Message) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from sqla_uow._databases.levels import check_level
@@ -19,7 +19,7 @@ __all__ = ["LateName", "Options", "block_options", "check_name", "check_policy",
 
 
 # Known by identity, not by value: one function's options are not another's, however alike.
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Options:
     """The options of one call site; None leaves the choice to the manager.
 
@@ -39,9 +39,7 @@ class Options:
     def named(self, name: Callable[[], str]) -> Options:
         """Return the same under a name that is found later; what they allow has been checked already."""
         options = Options.__new__(Options)  # copy.copy() costs ten times as much, and each atomic request has a name
-        for field in _FIELDS:
-            object.__setattr__(options, field, getattr(self, field))  # frozen for everybody else
-        object.__setattr__(options, "who", LateName(name))
+        options.__dict__.update(self.__dict__, who=LateName(name))  # frozen for everybody else
         return options
 
     def __post_init__(self) -> None:
@@ -59,9 +57,6 @@ class Options:
                     f"{self.who} has retry_on={self.retry_on!r}; pass a function of the exception that returns a bool"
                 )
             check_sync(self.retry_on, f"retry_on of {self.who}")
-
-
-_FIELDS = tuple(field.name for field in fields(Options))
 
 
 class LateName(str):

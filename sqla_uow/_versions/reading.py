@@ -7,6 +7,7 @@ table was read first.  Either is noted in ``state.info``, which goes with an obj
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, event, inspect, select
@@ -27,20 +28,25 @@ if TYPE_CHECKING:
 __all__ = ["bring_back", "seen", "set_seen", "settle"]
 
 _SEEN = "sqla_uow.version_seen"
-"""In ``state.info``: the version of data that were expired; `_LATER`, or what that becomes when such data are expired."""
+"""In ``state.info``: the version of data that were expired, or why there is none."""
 _KNOWN = "sqla_uow.version_known"
 """In ``state.info``: the attributes that were expired with it; the body may still know what they were."""
-_LATER = None
-"""The version in memory is later than the data, which can be compared themselves."""
-_LOST = False
-"""Nothing tells any more."""
+
+
+class _Untold(Enum):
+    """Why nothing tells the version of an object's data."""
+
+    LATER = "the version in memory is later than the data, which can be compared themselves"
+    LOST = "such data are expired"
 
 
 def seen(state: InstanceState[Any]) -> Any:
     """Return the version that an object's data had when they were read, None if nothing tells."""
+    noted = _noted(state)
+    if isinstance(noted, _Untold):
+        return None
     version = state.dict.get(attribute_of(state.mapper))
-    noted = _noted(state) if version is None else version
-    return None if noted is _LOST else noted
+    return noted if version is None else version
 
 
 def set_seen(state: InstanceState[Any], version: Any) -> None:
@@ -78,10 +84,11 @@ def _forget(state: InstanceState[Any], names: Collection[str] | None) -> None:
             return  # it stays with what else is left
         if version is None and not known:
             return
-        state.info[_SEEN] = _LOST if version is None else version
-    elif state.info[_SEEN] is _LATER:
-        state.info[_SEEN] = _LOST if known else _LATER
-    elif version is not None and state.info[_SEEN] is not _LOST:
+        state.info[_SEEN] = _Untold.LOST if version is None else version
+    elif state.info[_SEEN] is _Untold.LATER:
+        if known:
+            state.info[_SEEN] = _Untold.LOST
+    elif version is not None and state.info[_SEEN] is not _Untold.LOST:
         state.info[_SEEN] = version  # read whole since the last time
         state.info.pop(_KNOWN, None)
     state.info[_KNOWN] = known | state.info.get(_KNOWN, set())
@@ -118,8 +125,8 @@ def _refreshed(instance: VersionMixin, context: Any, names: Collection[str] | No
         read = {key for key in names if key in state.dict}
         before = any(key in state.dict and key not in read for key, _ in _data(state.mapper))
         before = before or (noted is not None and not state.info.get(_KNOWN, read) <= read)
-    if before and (noted is None or noted is _LOST):
-        state.info[_SEEN] = _LATER if noted is None else _LOST
+    if before and (noted is None or isinstance(noted, _Untold)):
+        state.info[_SEEN] = noted or _Untold.LATER
         return
     if before:
         state.dict[attribute] = noted
@@ -136,7 +143,8 @@ def _expired(instance: VersionMixin, names: Collection[str] | None) -> None:
     state: InstanceState[Any] = inspect(instance)
     if names is not None or state.key is None or not isinstance(state.session, UnitSession):
         return
-    if state.info.setdefault(_SEEN, _LOST) is _LOST:
+    if isinstance(state.info.setdefault(_SEEN, _Untold.LOST), _Untold):
+        state.info[_SEEN] = _Untold.LOST
         state.info[_KNOWN] = {key for key, _ in _data(state.mapper)}
 
 
@@ -171,9 +179,9 @@ def settle(session: Session, state: InstanceState[Any]) -> Any:
     version = state.dict.get(attribute)
     if "info" in state.__dict__ and _SEEN in state.info:
         noted = state.info[_SEEN]
-        if noted is _LOST:
+        if noted is _Untold.LOST:
             raise _unread(state)
-        if noted is _LATER:
+        if noted is _Untold.LATER:
             version = None
         elif version is None:
             version = noted

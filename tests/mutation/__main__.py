@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.databases import DRIVERS, ONE_OF_EACH, Databases
+from tests.kit.databases import DRIVERS, ONE_OF_EACH, Databases
 from tests.mutation import trial
 from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.reach import Reach

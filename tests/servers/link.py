@@ -170,6 +170,7 @@ class Link:
             self._journal.round_trips += 1
         trigger, self._awaiting = self._awaiting, None
         if trigger:
+            trigger.answer = data
             self._obey(trigger, "to_client", data)
         else:
             self.lanes["to_client"].feed(data)

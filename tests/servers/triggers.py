@@ -14,12 +14,16 @@ class Trigger:
         needle: The bytes, in any case.
         action: What to do.
         after_server: Whether to do it when the server has answered.
+
+    Attributes:
+        answer: What the server has answered, as far as it came in one piece; empty before, and without `after_server`.
     """
 
     def __init__(self, needle: bytes, action: Action, *, after_server: bool) -> None:
         self.needle = needle.lower()
         self.action = action
         self.after_server = after_server
+        self.answer = b""
         self._done = threading.Event()
         self._error: Exception | None = None
         self._let_go: Callable[[], None] | None = None

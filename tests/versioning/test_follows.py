@@ -13,7 +13,7 @@ from sqlalchemy.util import greenlet_spawn
 from sqla_uow import errors
 from sqla_uow._versions import follows as _follows
 from sqla_uow.mixins import Versioned, expect_version, touch
-from tests.statements import statements
+from tests.kit.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import version_of
 from tests.versioning.tables import MATRIX, Customer, Line, Order, Plain, Remark

@@ -17,16 +17,17 @@ from sqlalchemy.orm import (
     mapped_column,
     registry,
     selectin_polymorphic,
+    selectinload,
 )
 
 from sqla_uow import Status, errors
 from sqla_uow._versions.kinds import UtcTimestamp, Xid
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, expect_version, get_versioned, touch
-from tests.models import Account
-from tests.statements import statements
+from tests.kit.models import Account
+from tests.kit.statements import statements
 from tests.versioning import test_edges as edges_tables
 from tests.versioning.others import execute_outside, overtake, version_of, written
-from tests.versioning.tables import ByTimestamp, ByUUID, JoinedChild, OtherAttribute, Plain
+from tests.versioning.tables import ByTimestamp, ByUUID, Customer, JoinedChild, Order, OtherAttribute, Plain
 
 edges = edges_tables.edges
 MODELS = [Plain, ByUUID, ByTimestamp, OtherAttribute, JoinedChild]
@@ -161,6 +162,21 @@ async def test_an_object_that_was_never_read(db, one):
         "Plain(1) is to be written, and nothing tells at which version its data were read; refresh() it before, or write it "
         "by an update()"
     )
+
+
+async def test_an_object_that_was_never_read_in_a_savepoint(db, one):
+    """Its version is read later than its data: the savepoint's rollback expires them, and must not put that version back."""
+    with pytest.raises(InvalidRequestError, match="nothing tells at which version its data were read"):
+        async with one.begin(isolation=weakest(db)) as unit:
+            row = Plain(id=1, value=7)  # as somebody has seen it, before the row became 0
+            make_transient_to_detached(row)
+            unit.session.add(row)
+            assert await unit.session.run_sync(lambda _: row.other) == 0  # and reads the version with it
+            async with unit.session.begin_nested() as savepoint:
+                row.other = 4
+                await savepoint.rollback()
+            row.value = 8
+    assert await db.rows("SELECT value, other FROM plain") == [(0, 0)]
 
 
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -452,6 +468,20 @@ async def test_a_touch_and_another_key(db, edges):
     assert await db.rows(
         "SELECT version FROM composite WHERE " + ("`right`" if db.family == "mysql" else '"right"') + " = 'b'"
     ) == [(2,)]
+
+
+async def test_a_part_and_another_key(db, versioned):
+    """The same where a new part counts for a whole whose key is changed in the same flush."""
+    async with versioned.begin() as unit:
+        unit.session.add(Customer(id=1))
+    sent = statements(versioned.engine, lambda statement: statement.startswith("UPDATE"))
+    async with versioned.begin() as unit:
+        customer = await unit.session.get_one(Customer, 1, options=[selectinload(Customer.orders)])
+        customer.id = 5
+        customer.orders.append(Order(id=1))
+    assert await db.rows("SELECT id, version FROM customer") == [(5, 2)]
+    assert await db.rows("SELECT id, customer_id FROM order_") == [(1, 5)]
+    assert len(sent) == 1
 
 
 async def test_a_key_of_another_case(db, versioned):
