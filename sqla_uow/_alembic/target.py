@@ -9,6 +9,7 @@ from alembic.util import CommandError
 from sqlalchemy import Column, Integer, inspect
 from sqlalchemy.exc import NoSuchTableError
 
+from sqla_uow._alembic.databases import schema_of
 from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, VersionKind
 from sqla_uow._versions.mapping import INFO_KEY
 
@@ -66,10 +67,7 @@ class Target:
         return f" in schema {self.schema!r}" if self.schema else ""
 
     def _is_view(self) -> bool:
-        views = self._inspector.get_view_names(schema=self.schema)
-        if self._inspector.dialect.name == "postgresql":
-            views = [*views, *self._inspector.get_materialized_view_names(schema=self.schema)]
-        return self.table in views
+        return self.table in schema_of(self._impl.connection).views(self._inspector, self.schema)
 
     def primary_key(self) -> list[str]:
         """Return the primary key's columns.
@@ -80,7 +78,7 @@ class Target:
         key = self._inspector.get_pk_constraint(self.table, schema=self.schema)["constrained_columns"]
         if not key:
             raise CommandError(
-                f"table {self.table!r} has no primary key, without which a version is of no row; give it one first"
+                f"table {self.table!r} has no primary key, so its rows cannot be versioned; add one first"
             )
         return list(key)
 

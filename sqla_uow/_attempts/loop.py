@@ -10,12 +10,51 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
+
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import Call
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from types import CodeType, FrameType
 
-__all__ = ["Loop", "leads_back", "loop_of"]
+    from sqla_uow._unit.options import Options
+    from sqla_uow._unit.setup import Setup
+
+__all__ = ["Loop", "LoopedCall", "leads_back", "loop_of"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+
+class LoopedCall(Call[S]):
+    """``async for attempt in ...: async with attempt as unit``: a loop that may be left by ``break`` or ``return``."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, setup: Setup[S], options: Options, function: object) -> None:
+        super().__init__(setup, options, function)
+        self._loop: Loop | None = None
+
+    def __aiter__(self) -> LoopedCall[S]:
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:  # no coroutine function: its caller's frame is the loop's
+        if self.more:
+            self._loop = loop_of(sys._getframe(1)) if self.retries else None
+        return self._next()
+
+    async def _next(self) -> Attempt[S]:
+        if not self.more:
+            raise StopAsyncIteration
+        return Attempt(self)
+
+    def will_go_on(self, frame: FrameType) -> bool:
+        """Say whether the end of the block leads back to the loop; if not, nothing may be swallowed."""
+        return leads_back(frame, self._loop)
 
 
 class Loop(NamedTuple):

@@ -14,23 +14,23 @@ from sqla_uow.typing import Status
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqla_uow._attempts.call import Attempts
+    from sqla_uow._attempts.call import Call
     from sqla_uow._databases.failures import Failure
 
 __all__ = ["check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
 
 
-def idle_of(attempts: Attempts[Any]) -> Idle | None:
+def idle_of(call: Call[Any]) -> Idle | None:
     """Return what watches the next run for slow calls; None where no observer wants to know."""
-    wanting = [observer for observer in attempts.observers if type(observer).on_idle is not Observer.on_idle]
+    wanting = [observer for observer in call.observers if type(observer).on_idle is not Observer.on_idle]
     if not wanting:
         return None
 
     def tell(idle: float) -> None:
-        event = IdleEvent(**_common(attempts), status=Status.ACTIVE, idle=idle)
-        _tell(attempts, "on_idle", event, [observer for observer in wanting if observer.idle_seconds <= idle])
+        event = IdleEvent(**_common(call), status=Status.ACTIVE, idle=idle)
+        _tell(call, "on_idle", event, [observer for observer in wanting if observer.idle_seconds <= idle])
 
-    return Idle(attempts.policy.clock, min(observer.idle_seconds for observer in wanting), tell)
+    return Idle(call.policy.clock, min(observer.idle_seconds for observer in wanting), tell)
 
 
 def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, ...]:
@@ -51,67 +51,67 @@ def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, 
     return found
 
 
-def tell_attempt(attempts: Attempts[Any]) -> None:
+def tell_attempt(call: Call[Any]) -> None:
     """Tell that a run begins."""
-    event = AttemptEvent(**_common(attempts), status=Status.NEW)
-    _tell(attempts, "on_attempt", event)
+    event = AttemptEvent(**_common(call), status=Status.NEW)
+    _tell(call, "on_attempt", event)
 
 
-def tell_retry(attempts: Attempts[Any], failure: Failure, error: BaseException, wait: float) -> None:
+def tell_retry(call: Call[Any], failure: Failure, error: BaseException, wait: float) -> None:
     """Tell that a run has failed and that there is another."""
     event = RetryEvent(
-        **_common(attempts), **_end(attempts), status=Status.ROLLED_BACK, error=type(error),
+        **_common(call), **_end(call), status=Status.ROLLED_BACK, error=type(error),
         reason=failure.kind.value, code=failure.code, wait=wait,
     )  # fmt: skip
-    _tell(attempts, "on_retry", event)
+    _tell(call, "on_retry", event)
 
 
-def tell_outcome(attempts: Attempts[Any], status: Status, error: BaseException | None, *, doomed: bool) -> None:
+def tell_outcome(call: Call[Any], status: Status, error: BaseException | None, *, doomed: bool) -> None:
     """Tell what became of a call."""
-    failure = attempts.given_up
+    failure = call.given_up
     event = OutcomeEvent(
-        **_common(attempts), **_end(attempts), status=status, error=None if error is None else type(error),
+        **_common(call), **_end(call), status=status, error=None if error is None else type(error),
         gave_up=failure is not None, doomed=doomed,
         reason=None if failure is None else failure.kind.value, code=None if failure is None else failure.code,
     )  # fmt: skip
-    _tell(attempts, "on_outcome", event)
+    _tell(call, "on_outcome", event)
 
 
-def _common(attempts: Attempts[Any]) -> dict[str, Any]:
-    manager, options = attempts.manager, attempts.options
+def _common(call: Call[Any]) -> dict[str, Any]:
+    setup, options = call.setup, call.options
     return {
-        "call": attempts.call,
+        "call": call.key,
         "function": str(options.who),
-        "manager": manager.name,
-        "system": manager._database.system,
-        "namespace": manager.engine.url.database,
-        "attempt": attempts.attempt,
-        "retries": attempts.retries,
-        "isolation": options.isolation or manager.isolation,
+        "manager": setup.name,
+        "system": setup.database.system_name,
+        "namespace": setup.database.engine.url.database,
+        "attempt": call.attempt,
+        "retries": call.retries,
+        "isolation": call.isolation,
         "read_only": options.read_only,
-        "elapsed": attempts.elapsed,
+        "elapsed": call.elapsed,
     }
 
 
-def _end(attempts: Attempts[Any]) -> dict[str, Any]:
-    times = attempts.times
+def _end(call: Call[Any]) -> dict[str, Any]:
+    times = call.times
     if times is None:
         return {"connection_seconds": None, "commit_at": None, "commit_seconds": None}
     return {
         "connection_seconds": times.connection_seconds,
-        "commit_at": None if times.commit_began is None else times.commit_began - attempts.started,
+        "commit_at": None if times.commit_began is None else times.commit_began - call.started,
         "commit_seconds": times.commit_seconds(),
     }
 
 
-def _tell(attempts: Attempts[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
+def _tell(call: Call[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
     """Call them, all if none are named; what they raise is shown, and changes nothing, unless it is to end the program."""
-    for observer in attempts.observers if observers is None else observers:
+    for observer in call.observers if observers is None else observers:
         try:
             getattr(observer, method)(event)
         except (Exception, asyncio.CancelledError) as error:
             record(
                 logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
-                attempts.manager.name, method, exc_info=error,
-                function=attempts.options.who, manager=attempts.manager.name, error=error,
+                call.setup.name, method, exc_info=error,
+                function=call.options.who, manager=call.setup.name, error=error,
             )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, get_args
 
 from sqlalchemy import Column, Integer, MetaData, Table, select, update
 
+from sqla_uow._api.manager import setup_of
 from sqla_uow._doctor.report import Finding, judged
 from sqla_uow._tasks.shield import shielded
 from sqla_uow.errors import ConflictError
@@ -102,7 +103,7 @@ async def try_levels(subject: Subject) -> list[Finding]:
     """Try what each isolation level that the database has prevents."""
     found: list[Finding] = []
     async with Trial(subject) as trial:
-        if not subject.manager._database.keeps_status():  # PostgreSQL needs no table for it
+        if not setup_of(subject.manager).database.keeps_status():  # PostgreSQL needs no table for it
             found.append(Finding("ambiguous_commit='verify'", "works: by a row in a table, which may be made"))
         for level in get_args(IsolationLevel):
             try:

@@ -1,6 +1,6 @@
 """What we tell SQLAlchemy, and what it tells us.
 
-* `database`: one engine, and the sessions made over it
+* `maker`: makes the sessions of units over one engine
 * `session`: the session of a unit
 * `savepoint`: `begin_nested()` in a unit
 * `engine`: takes the connection of a unit

@@ -18,10 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.driver_state import watch
 from sqla_uow._databases.failures import classify
-from sqla_uow._databases.interrupt import remember
-from sqla_uow._databases.levels import opening
 from sqla_uow._databases.self_wait import watch_locks
 from sqla_uow._log import record
 from sqla_uow._session.connection import UnitConnection
@@ -316,32 +313,31 @@ def unit_session_class(base: type[Session]) -> type[Session]:
 
 # insert: before the user's listeners on Session, some of which were registered before this module was imported.
 @event.listens_for(UnitSession, "after_begin", insert=True)
-def _after_begin(session: UnitSession, session_transaction: SessionTransaction, connection: Connection) -> None:
+def _after_begin(session: UnitSession, session_transaction: SessionTransaction, connection: UnitConnection) -> None:
     transaction = session.transaction_of_unit
     if transaction is None or session_transaction.nested or transaction.connection is connection:
         return
     transaction_begun(transaction, connection)
+    database = transaction.database
     try:
-        remember(connection)
+        database.driver.keep_cancel_request(connection)
     except asyncio.CancelledError as error:  # SQLAlchemy does not know what was cut off
         connection.invalidate(error)
         raise
-    database = transaction.database
     database.recognise(connection)
     seconds = None if transaction.deadline is None else max(0.001, transaction.deadline - transaction.clock())
     beginnings = transaction.beginnings
-    opening(
+    database.system.open(
         connection,
-        database.family,
+        database.driver,
         transaction.isolation,
         read_only=transaction.read_only,
         seconds=seconds,
         lock_wait=transaction.lock_wait,
         keeps_snapshot=database.keeps_snapshot,
-        server=database.server,
     )
     transaction.beginnings = beginnings  # what we have sent reads nothing
-    transaction.watch = watch(connection) if transaction.phase.is_active else None
+    transaction.watch = database.driver.watch(connection.raw) if transaction.phase.is_active else None
     if transaction.enclosing:
         transaction.lock_watch = watch_locks(transaction)
     try:
@@ -365,7 +361,7 @@ def _after_commit(session: UnitSession) -> None:
 def _note_position(transaction: Transaction, last_write: LastWrite, connection: Connection) -> None:
     """Ask how far a replica must have replayed to show what was committed."""
     try:
-        await_only(last_write.note(connection, transaction.database.family))
+        await_only(last_write.note(connection, transaction.database))
     except Exception as error:
         record(
             logging.WARNING,

@@ -113,7 +113,7 @@ class Stream:
 
         Not on MariaDB, whose connection has room for one result.
         """
-        return self._transaction.database.family != "mysql" and self._greenlet() is getcurrent()
+        return not self._transaction.database.system.one_result and self._greenlet() is getcurrent()
 
     def _other_reader(self) -> asyncio.Task[Any] | None:
         """Return the task that reads it, if that is another one and goes on."""

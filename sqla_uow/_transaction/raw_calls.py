@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow._databases.driver_state import State, state_of
+from sqla_uow._databases.driver import State
 from sqla_uow._databases.failures import HARD, classify
 from sqla_uow._transaction.phase import Phase
 from sqla_uow._transaction.statement_kind import ends_raw
 
 if TYPE_CHECKING:
+    from sqla_uow._databases.driver import Driver
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["RawCalls", "mark_ended", "raw_failed"]
@@ -22,13 +23,13 @@ class RawCalls:
 
     Args:
         transaction: whose connection it is.
-        driver: its name.
-        raw: its connection.
+        driver: of the connection.
+        raw: the driver's own connection.
     """
 
     __slots__ = ("_driver", "_raw", "_transaction")
 
-    def __init__(self, transaction: Transaction, driver: str, raw: Any) -> None:
+    def __init__(self, transaction: Transaction, driver: Driver, raw: Any) -> None:
         self._transaction = transaction
         self._driver = driver
         self._raw = raw
@@ -44,7 +45,7 @@ class RawCalls:
         if transaction.owner.in_flight is not None or not transaction.phase.is_open:
             return None
         before = transaction.owner.hold() or _NOBODY
-        if transaction.stream is not None and transaction.database.family == "mysql":
+        if transaction.stream is not None and transaction.database.system.one_result:
             try:
                 transaction.stream.check_unread("a statement was sent on the driver's own connection")
             except BaseException:
@@ -59,7 +60,7 @@ class RawCalls:
 
     def raw_failed(self, error: BaseException) -> None:
         """A call has failed."""
-        if self._transaction.database.family != "postgresql":
+        if not self._transaction.database.system.fails_whole:
             raw_failed(self._transaction, error)
         elif isinstance(error, Exception):  # else a savepoint there may have brought it back, as the driver knows
             _raw_conflicted(self._transaction, error)
@@ -76,11 +77,11 @@ class RawCalls:
         open_here = transaction.phase.is_active or transaction.phase is Phase.COMMITTING
         if not open_here or transaction.owner.in_flight is not None:
             return
-        if (was_open and state is State.NONE) or ends_raw(transaction.database.family, text):
+        if (was_open and state is State.NONE) or ends_raw(transaction.database.system, text):
             mark_ended(transaction)
 
     def _look(self) -> State | None:
-        state = state_of(self._driver, self._raw)
+        state = self._driver.state(self._raw)
         self._transaction.was_open = self._transaction.was_open or state is State.OPEN
         return state
 

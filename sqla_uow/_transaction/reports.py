@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqla_uow._databases.driver_state import Ended, in_autocommit
+from sqla_uow._databases.driver import Ended
 from sqla_uow._databases.failures import HARD, Failure, Kind, classify, hidden_conflict
 from sqla_uow._transaction.phase import Phase
 from sqla_uow.errors import IsolationConflictError, PropagationError, UnitOfWorkError
@@ -88,7 +88,7 @@ def transaction_begun(transaction: Transaction, connection: Connection) -> None:
         )
         transaction.doom.mark(error, hard=True)
         raise error
-    if transaction.phase is Phase.NEW and in_autocommit(connection):
+    if transaction.phase is Phase.NEW and transaction.database.driver.in_autocommit(connection):
         error = IsolationConflictError(
             f"the connection of {transaction.name} is in autocommit, where nothing can be rolled back; leave autocommit out of "
             "connect_args, and of what listens to connect and checkout"

@@ -8,7 +8,10 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sqla_uow._databases.system import System
 
 __all__ = ["CONTROL", "OPENING", "SOMETHING", "Rows", "does", "ends_in_its_tail", "ends_raw", "rows_of", "selects"]
 
@@ -83,24 +86,18 @@ def selects(context: Any) -> bool:
     )
 
 
-_QUOTED = {
-    "mysql": r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|`[^`]*`|--\s[^\n]*|#[^\n]*|/\*.*?\*/",
-    "postgresql": r"'(?:[^']|'')*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/",
-    "sqlite": r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/",
-}
 _HAS_BODY = re.compile(r"(?:CREATE|ALTER|DO|BEGIN\s+NOT)\b", re.IGNORECASE)  # the END in these is their own
 
 
-def ends_raw(family: str, text: str) -> bool:
+def ends_raw(system: System, text: str) -> bool:
     """Say whether a text sent past SQLAlchemy ends the transaction; if it also begins another, nothing else shows it."""
-    if family not in _QUOTED or not _MAY_END.search(text):
+    if system.quoted is None or not _MAY_END.search(text):
         return False
-    parts = re.sub(_QUOTED[family], " ", text, flags=re.DOTALL).split(";")
+    parts = system.quoted.sub(" ", text).split(";")
     if _HAS_BODY.match(parts[0].lstrip()) is not None:
         return False
-    begins = () if family == "mysql" else ("BEGIN", "START")  # inside a transaction refused, or without effect
     openings = [part.lstrip()[:OPENING] for part in parts]
-    return any(does(one) is CONTROL and not one.upper().startswith(begins) for one in openings)
+    return any(does(one) is CONTROL and not one.upper().startswith(system.harmless_inside) for one in openings)
 
 
 _MAY_END = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|BEGIN|START)\b", re.IGNORECASE)

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState, Session
 
-    from sqla_uow._databases.driver_state import Ended
+    from sqla_uow._databases.database import Database
+    from sqla_uow._databases.driver import Ended
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, Replicas
-    from sqla_uow._retry.controller import Slot
-    from sqla_uow._session.database import Database
+    from sqla_uow._retry.gate import Slot
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
     from sqla_uow.errors import PropagationError, StaleVersionError
-    from sqla_uow.typing import IsolationLevel
+    from sqla_uow.typing import IsolationLevel, Status
 
 __all__ = ["OpenStream", "Transaction", "VersionGuard", "transaction_of"]
 
@@ -106,6 +106,7 @@ class Transaction:
         "doom",
         "enclosing",
         "engine",
+        "final",
         "hooks",
         "idle",
         "isolation",
@@ -128,6 +129,7 @@ class Transaction:
         "rolling_back_to_savepoint",
         "scope_read",
         "self_wait",
+        "session",
         "slot",
         "stale",
         "stream",
@@ -144,7 +146,7 @@ class Transaction:
     def __init__(
         self,
         name: str,
-        database: Database[Any],
+        database: Database,
         *,
         isolation: IsolationLevel | None,
         read_only: bool,
@@ -156,7 +158,7 @@ class Transaction:
         times: Times | None = None,
     ) -> None:
         self.name: str = name
-        self.database: Database[Any] = database
+        self.database: Database = database
         self.isolation: IsolationLevel | None = isolation
         self.read_only: bool = read_only
         self.deadline: float | None = deadline
@@ -171,6 +173,8 @@ class Transaction:
         self.owner: Owner = Owner(name, self.doom)
         self.phase: Phase = Phase.NEW
         self.closer: greenlet | None = None
+        self.session: Any = None  # the unit's, until the end: the session names the transaction, which would be a cycle
+        self.final: Status | None = None  # what became of it
         self.engine: Engine | None = None
         self.connection: Connection | None = None
         self.connect_failure: Failure | None = None
@@ -311,14 +315,14 @@ class Transaction:
         if self.lock_wait is None:
             return
         self.lock_wait = None
-        told = self.connection is not None and self.database.family == "postgresql" and self.database.server is None
+        told = self.connection is not None and self.database.system.limits_lock_wait
         self.lifts_lock_wait = told
 
     def give_back_turn(self) -> None:
         """Let the next writer of an SQLite database in."""
-        turns = self.database.turns()
-        if turns is not None:
-            turns.give_back(self)
+        queue = self.database.writer_queue()
+        if queue is not None:
+            queue.give_back(self)
 
     def unwatch_raw(self) -> None:
         """End the watch on the driver's own connection."""

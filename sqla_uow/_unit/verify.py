@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Column, MetaData, String, Table, insert, text, update
 from sqlalchemy.engine import Engine
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from sqla_uow._session.database import Database
+    from sqla_uow._databases.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["Notary", "Witness"]
@@ -68,7 +68,7 @@ class Notary:
 
     __slots__ = ("_database", "_locks", "free", "ready")
 
-    def __init__(self, database: Database[Any]) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self._locks = PerLoop(asyncio.Lock)
         self.ready = False
@@ -80,7 +80,7 @@ class Notary:
 
     async def make_table(self) -> None:
         """Make the marker table where it is needed and missing."""
-        if self.ready or not self._database.makes_tables_apart():
+        if self.ready or not self._database.system.ddl_is_apart:
             return
         async with self._locks.here():
             if not self.ready:
@@ -106,7 +106,7 @@ class Witness:
 
     __slots__ = ("_database", "_life", "_notary", "_old", "_outlawed", "_token", "signed")
 
-    def __init__(self, notary: Notary, database: Database[Any]) -> None:
+    def __init__(self, notary: Notary, database: Database) -> None:
         self._notary = notary
         self._database = database
         # Before the transaction's snapshot: a row that is younger would be a conflict (innodb_snapshot_isolation).
@@ -192,12 +192,10 @@ class Witness:
 
     async def _ask_marker(self, connection: AsyncConnection) -> str:
         try:
-            if not self._database.makes_tables_apart():  # by the transaction in question, if there was none before
+            if not self._database.system.ddl_is_apart:  # by the transaction in question, if there was none before
                 await connection.execute(CreateTable(MARKERS, if_not_exists=True), execution_options=_UNTRANSLATED)
             await connection.execute(insert(MARKERS).values(token=self._token), execution_options=_UNTRANSLATED)
-            if self._database.server is not None or (
-                self._database.family == "mysql" and await _is_cluster(connection)
-            ):
+            if await self._database.system.may_lose_locks(connection):
                 return await self._outlaw(connection)
         except IntegrityError:
             return "committed"
@@ -221,12 +219,6 @@ class Witness:
             return "again" if known else "undecidable"
         self._outlawed = True
         return "aborted"
-
-
-async def _is_cluster(connection: AsyncConnection) -> bool:
-    """Say whether the server certifies its transactions with other nodes; MySQL knows no such variable."""
-    row = (await connection.execute(text("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'"))).first()
-    return row is not None and row[1] == "ON"
 
 
 async def _on_fresh_connection(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[str]]) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Table, Update
     from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState
 
+    from sqla_uow._databases.system import System
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._versions.expectations import Versions
     from sqla_uow._versions.kinds import VersionKind
@@ -95,8 +96,8 @@ class _Bulk:
         self.versions: Versions = versions_of(self.transaction)
 
     @property
-    def family(self) -> str:
-        return self.transaction.database.family
+    def system(self) -> System:
+        return self.transaction.database.system
 
     def run(self, params: Any) -> Any:
         """Execute the statement, with the changes made to it."""
@@ -228,14 +229,14 @@ def _where(bulk: _Bulk, params: Any) -> Any:
         return _execute(bulk, states, lambda: bulk.run(params))
     if bulk.statement._propagate_attrs["plugin_subject"].is_aliased_class:
         return bulk.run(params)  # SQLAlchemy cannot UPDATE two tables under aliases, and raises
-    if bulk.family == "mysql":
+    if bulk.system.updates_two_tables:
         _take_limit(bulk, params)
         bulk.statement = count_by_join(bulk.statement, mapper)
         result = _execute(bulk, states, lambda: bulk.run(params))
         result.context._rowcount = result.context.rowcount // 2  # MariaDB counts the rows of both tables
         return result
     beside = counting_beside(bulk.statement, mapper)
-    if bulk.family == "postgresql":
+    if bulk.system.writes_in_with:
         # One statement, or a row that begins to match in between would not be counted.  It takes its rows from those that were
         # counted, so it locks the parents first, as a flush does: in another order the two could deadlock.
         counted = beside.returning(*key_columns(mapper)).cte("counted")

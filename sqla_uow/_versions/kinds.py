@@ -13,7 +13,7 @@ from sqlalchemy.orm import mapped_column
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import UserDefinedType
 
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.database import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ class UtcTimestamp(TypeDecorator[datetime]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the database's type: MariaDB's DATETIME alone would cut off the fraction of the second."""
-        if family_of(dialect) == "mysql":
+        if family_of(dialect) == "mariadb":
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=family_of(dialect) == "postgresql"))
 

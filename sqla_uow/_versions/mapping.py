@@ -13,7 +13,7 @@ from sqlalchemy import ColumnDefault, DateTime, DefaultClause, Table, event, ins
 from sqlalchemy.orm import ColumnProperty, Mapped, Mapper, MapperProperty, declared_attr, mapped_column, synonym
 from sqlalchemy.util import get_annotations
 
-from sqla_uow._databases.distributed import distributed
+from sqla_uow._databases.database import recognised
 from sqla_uow._session.instances import describe
 from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, XMIN, UtcTimestamp, VersionKind
 
@@ -298,10 +298,10 @@ def _keep_in_utc(column: Column[Any], model: type[VersionMixin]) -> None:
 
 
 def _only_postgresql(table: Table, connection: Connection, **_: Any) -> None:
-    server = distributed(connection)
-    if connection.dialect.name != "postgresql" or server is not None:
+    system = recognised(connection)
+    if not system.has_xmin:
         raise TypeError(
-            f"table {table.name!r} is versioned by xmin, which {connection.dialect.name if server is None else server.name} does not have; use Versioned, "
+            f"table {table.name!r} is versioned by xmin, which {system.title} does not have; use Versioned, "
             "VersionedByUUID or VersionedByTimestamp"
         )
 

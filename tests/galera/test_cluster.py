@@ -146,12 +146,12 @@ async def test_what_is_said_to_be_undone_stays_so(nodes):
         with pytest.raises(ConflictError) as caught:
             async with manager.begin() as unit:
                 await move(0, 1, 1, "late")
-                witness = manager._witness(unit._transaction)
+                witness = manager._setup.verifier.witness()
                 await unit.session.run_sync(lambda session: witness.sign(session.connection()))
-                elsewhere = Witness(asked._notary, asked._database)
+                elsewhere = Witness(asked._setup.verifier, asked._setup.database)
                 elsewhere._token = witness._token
                 assert await elsewhere.verdict(unit._transaction) is False
     assert caught.value.code == "1213"
     elsewhere.settle(Status.ROLLED_BACK)
-    assert asked._notary.free == [witness._token]
+    assert asked._setup.verifier.free == [witness._token]
     assert nodes.rows(2, "SELECT id FROM ledger") == "first"

@@ -26,7 +26,7 @@ AT_ONCE = RetryPolicy(base=0, cap=0)
 def impatient(monkeypatch):
     """Bounds of a fifth of a second; psycopg alone would wait 5 s for the answer to its cancel request."""
     monkeypatch.setattr("sqla_uow._unit.commit.COMMIT_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
 
 
 @APPLIED

@@ -145,7 +145,7 @@ async def test_undecidable_by_the_deadline_is_the_error(wire, applied):
 async def test_the_answer_is_not_given_too_early(wire, monkeypatch):
     """C2: while the lost transaction still lives, nobody can tell; it is asked until it has ended."""
     held = wire.on_commit("hold", applied=False)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
     task = asyncio.create_task(wire.add_one(ambiguous_commit="verify", timeout=0.5))
     assert await asyncio.to_thread(held.wait)
     with pytest.raises(AmbiguousCommitError):
@@ -167,7 +167,7 @@ async def test_on_a_cluster_the_marker_is_taken(wire, monkeypatch):
     assert lost.fired
     assert await has_added_once(wire, applied=False)
     markers = await wire.db.rows("SELECT token FROM sqla_uow_commits ORDER BY token")
-    assert sorted(wire._managers["verify"]._notary.free) == [token for (token,) in markers]
+    assert sorted(wire._managers["verify"]._setup.verifier.free) == [token for (token,) in markers]
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
@@ -205,7 +205,7 @@ async def test_an_outcome_that_cannot_be_looked_up(db, caplog):
 async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
     """C2: a number that comes later was forgotten by a server that crashed: what had it is not there."""
     manager = UnitOfWorkManager(db.engine(), ambiguous_commit="verify")
-    witness = manager._notary.witness()
+    witness = manager._setup.verifier.witness()
     witness._token = str(2**40 + 5)
     async with manager.engine.connect() as connection:
         assert await witness._ask_status(connection) == "aborted"
@@ -217,8 +217,8 @@ async def test_a_marker_that_is_still_being_written(db):
     manager = UnitOfWorkManager(
         db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
     )
-    await manager._notary.make_table()
-    witness = manager._notary.witness()
+    await manager._setup.verifier.make_table()
+    witness = manager._setup.verifier.witness()
     witness._token = str(1)
     async with db.outside() as other, manager.engine.connect() as connection:
         await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))

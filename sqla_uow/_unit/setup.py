@@ -1,0 +1,152 @@
+"""What the units of one manager share, and how their transactions are made from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
+
+from sqla_uow._retry.budget import budget_of
+from sqla_uow._retry.gate import Gate
+from sqla_uow._tasks.per_loop import PerLoop
+from sqla_uow._transaction.transaction import Transaction
+from sqla_uow._unit.statistics import Counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqla_uow._databases.database import Database
+    from sqla_uow._replicas.router import LastWrite, Replicas
+    from sqla_uow._retry.budget import Budget
+    from sqla_uow._retry.policy import RetryPolicy
+    from sqla_uow._session.maker import SessionMaker
+    from sqla_uow._transaction.tainted import Tainted
+    from sqla_uow._transaction.times import Times
+    from sqla_uow._unit.verify import Notary
+    from sqla_uow.events import Observer
+    from sqla_uow.typing import IsolationLevel
+
+__all__ = ["Setup"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+
+class Setup(Generic[S]):
+    """The options of one manager, checked, and what all its calls have in common.
+
+    Args:
+        name: of the manager.
+        maker: makes the sessions of its units.
+        isolation: the level of units that ask for none.
+        retries: of calls that do not say.
+        timeout: seconds of calls that do not say; None is no deadline.
+        retry: how long calls that do not say wait between attempts.
+        replicas: where units that only read may run; None where there are none.
+        verifier: learns what became of a COMMIT whose answer was lost; None lets the caller do that.
+        observers: are told of every call.
+
+    Attributes:
+        budget: how many retries an outage may cause; managers over one pool share it.
+        counts: of its calls.
+        database: where its units run.
+        gates: where calls that get in each other's way wait for their turn.
+    """
+
+    __slots__ = (
+        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry", "timeout", "verifier",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        maker: SessionMaker[S],
+        *,
+        isolation: IsolationLevel | None,
+        retries: int,
+        timeout: float | None,
+        retry: RetryPolicy,
+        replicas: Replicas | None,
+        verifier: Notary | None,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self.name: str = name
+        self.maker: SessionMaker[S] = maker
+        self.database: Database = maker.database
+        self.budget: Budget = budget_of(self.database.pool)
+        self.isolation: IsolationLevel | None = isolation
+        self.retries: int = retries
+        self.timeout: float | None = timeout
+        self.retry: RetryPolicy = retry
+        self.replicas: Replicas | None = replicas
+        self.verifier: Notary | None = verifier
+        self.observers: tuple[Observer, ...] = observers
+        self.counts: Counts = Counts()
+        self.gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
+
+    def transaction(
+        self,
+        name: str,
+        *,
+        isolation: IsolationLevel | None,
+        read_only: bool,
+        deadline: float | None,
+        clock: Callable[[], float],
+        tainted: Tainted | None,
+        enclosing: tuple[Transaction, ...],
+        times: Times | None,
+        last_write: LastWrite | None,
+    ) -> Transaction:
+        """Make the transaction of one attempt; see `Transaction`.
+
+        Args:
+            name: of the call.
+            isolation: the level; None is the database's default.
+            read_only: writes are refused.
+            deadline: on `clock`, or None.
+            clock: monotonic seconds.
+            tainted: ORM objects that may not be attached.
+            enclosing: the transactions around it.
+            times: where it notes what it waits for; None if nobody wants to know.
+            last_write: of its client, where there are replicas.
+        """
+        transaction = Transaction(
+            name, self.database, isolation=isolation, read_only=read_only, deadline=deadline, clock=clock, tainted=tainted,
+            enclosing=enclosing, times=times,
+        )  # fmt: skip
+        if self.replicas is not None:
+            transaction.last_write = last_write
+            if read_only:
+                transaction.replicas = self.replicas
+        return transaction
+
+    def read_transaction(self, name: str, last_write: LastWrite | None) -> Transaction:
+        """Make the transaction of a scope's read session.
+
+        Args:
+            name: what messages call it.
+            last_write: of the scope's client, where there are replicas.
+        """
+        transaction = Transaction(
+            name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock, scope_read=True,
+        )  # fmt: skip
+        replicas = transaction.replicas = self.replicas
+        transaction.last_write = last_write
+        # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
+        transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
+        return transaction
+
+    def gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
+        """Return where the calls of one function wait for their turn, those of this event loop.
+
+        Args:
+            key: known by identity: the options of a function, or the code around a loop.
+            who: the function, for the log.
+            clock: monotonic seconds.
+        """
+        gates = self.gates.here()
+        gate = gates.get(key)
+        if gate is None:
+            gate = gates[key] = Gate(who, clock)
+        return gate
