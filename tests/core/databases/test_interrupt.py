@@ -92,4 +92,4 @@ def test_a_driver_whose_statements_nobody_can_stop(driver):
     other = SimpleNamespace(
         dialect=SimpleNamespace(driver="oracledb"), connection=SimpleNamespace(driver_connection=None)
     )
-    interrupt.settle(other, None)
+    interrupt.stop_statement(other, None)
