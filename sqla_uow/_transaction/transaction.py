@@ -45,15 +45,19 @@ class OpenStream(Protocol):
 
     def check_unread(self, what: str) -> None:
         """Raise if something that is about to be done would cut the rows off."""
+        ...
 
     def close_if_left(self) -> None:
         """Close the cursor if nobody can read on."""
+        ...
 
     def end(self) -> None:
         """Let nobody read on."""
+        ...
 
     def body_returned(self) -> None:
         """Let nobody read on, as the body has returned; raise if another task still reads."""
+        ...
 
 
 class VersionGuard(Protocol):
@@ -62,18 +66,23 @@ class VersionGuard(Protocol):
     @property
     def expectations(self) -> Mapping[Any, object]:
         """What clients expect."""
+        ...
 
     def flushed(self) -> None:
         """A flush has written all it had to."""
+        ...
 
     def check_unwritten(self, session: Session) -> None:
         """Compare what the body has not written."""
+        ...
 
     def find_stale(self, connection: Connection) -> StaleVersionError | None:
         """Read the versions again, after the rollback."""
+        ...
 
     def stale(self, who: str) -> StaleVersionError:
         """Return the error for a write that found another version."""
+        ...
 
 
 class Transaction:
