@@ -577,10 +577,10 @@ async def test_trouble_in_discarding_a_connection(db, manager, monkeypatch, capl
 async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
     """C2: a number that comes later was forgotten by a server that crashed: what had it is not there."""
     manager = UnitOfWorkManager(db.engine(), ambiguous_commit="verify")
-    witness = manager._setup.verifier.witness()
-    witness._token = str(2**40 + 5)
+    verification = manager._setup.verifier.verification()
+    verification._token = str(2**40 + 5)
     async with manager.engine.connect() as connection:
-        assert await witness._ask_status(connection) == "aborted"
+        assert await verification._ask_status(connection) == "aborted"
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
@@ -589,12 +589,12 @@ async def test_a_marker_that_is_still_being_written(db):
     manager = UnitOfWorkManager(
         db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
     )
-    await manager._setup.verifier.make_table()
-    witness = manager._setup.verifier.witness()
-    witness._token = str(1)
+    await manager._setup.verifier.markers.make_table()
+    verification = manager._setup.verifier.verification()
+    verification._token = str(1)
     async with db.outside() as other, manager.engine.connect() as connection:
         await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))
-        assert await witness._ask_marker(connection) == "again"
+        assert await verification._ask_marker(connection) == "again"
 
 
 @pytest.mark.drivers("sqlite")

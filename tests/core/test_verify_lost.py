@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, transactional
-from sqla_uow._unit import verify as _verify
+from sqla_uow._unit import markers as _markers
 from sqla_uow.errors import AmbiguousCommitError
 from tests.waiting import until
 
@@ -153,19 +153,19 @@ async def a_cluster(_connection):
 @pytest.mark.drivers("asyncmy", "aiomysql")
 async def test_on_a_cluster_the_marker_is_taken(wire, monkeypatch):
     """C2: the probe is committed, so that the COMMIT in question can never come; its row serves another unit later."""
-    monkeypatch.setattr(_verify, "_is_cluster", a_cluster)
+    monkeypatch.setattr(_markers, "_is_cluster", a_cluster)
     lost = wire.on_commit("cut", applied=False)
     await wire.add_one(ambiguous_commit="verify")
     assert lost.fired
     assert await has_added_once(wire, applied=False)
     markers = await wire.db.rows("SELECT token FROM sqla_uow_commits ORDER BY token")
-    assert sorted(wire._managers["verify"]._setup.verifier.free) == [token for (token,) in markers]
+    assert sorted(wire._managers["verify"]._setup.verifier.markers.free) == [token for (token,) in markers]
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
 async def test_on_a_cluster_a_probe_may_be_lost_as_well(wire, monkeypatch):
     """C2: then whose row it is nobody can tell, and that is said."""
-    monkeypatch.setattr(_verify, "_is_cluster", a_cluster)
+    monkeypatch.setattr(_markers, "_is_cluster", a_cluster)
     both = [wire.on_commit("cut", applied=False), wire.on_commit("cut", applied=True)]
     with pytest.raises(AmbiguousCommitError):
         await wire.add_one(ambiguous_commit="verify")
