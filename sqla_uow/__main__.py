@@ -9,7 +9,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from sqla_uow._doctor.examine import Options, UnreachableError, examine
+from sqla_uow._doctor.examine import Examination, UnreachableError, examine
 from sqla_uow._doctor.report import as_json, as_table
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [one for one in (argument.partition("=")[0] for argument in rest) if _OPTION.fullmatch(one)]
         parser.error(f"not understood: {', '.join(names) or 'more than one URL'}; put the URL in quotes")
     logging.getLogger("sqla_uow").addHandler(logging.NullHandler())  # conflicts are made on purpose
-    chosen = Options(
+    wanted = Examination(
         read_only=options.read_only,
         pool_size=options.pool_size,
         processes=options.processes,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds=options.seconds,
     )
     try:
-        findings = asyncio.run(examine(options.url, chosen))
+        findings = asyncio.run(examine(options.url, wanted))
     except UnreachableError as error:
         print(f"sqla_uow doctor: {error}", file=sys.stderr)  # noqa: T201  # a program's answer
         return _NO_ANSWER

@@ -14,15 +14,15 @@ from sqla_uow._attempts.attempt import Attempt
 from sqla_uow._attempts.call import Call
 from sqla_uow._attempts.loop import LoopedCall
 from sqla_uow._attempts.observers import check_observers
-from sqla_uow._databases.levels import check_level
+from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
-from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
+from sqla_uow._replicas.router import LastWrite, Replicas
 from sqla_uow._retry.gate import UNKNOWN, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
 from sqla_uow._scope.scope import ScopeContext
-from sqla_uow._session.database import Database
+from sqla_uow._session.maker import SessionMaker
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._unit.join import Joined, Nested, join, joinable
 from sqla_uow._unit.options import Options, block_options, check_name, check_policy, check_retries, check_timeout
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._scope.scope import Scope
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.events import Observer
@@ -102,19 +103,19 @@ class UnitOfWorkManager(Generic[S]):
             )
         if lazy_loads not in get_args(LazyLoads):
             raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
-        database: Database[S] = Database(bind, lazy_loads)
-        check_level(database.system, isolation, who=who)
+        maker = SessionMaker(bind, lazy_loads)
+        maker.database.system.check_level(isolation, who=who)
         self._replicas = _engines(replicas, replica_wait, who)
         self._lazy_loads: LazyLoads = lazy_loads
         self._setup: Setup[S] = Setup(
             name,
-            database,
+            maker,
             isolation=isolation,
             retries=retries,
             timeout=timeout,
             retry=retry,
-            replicas=_router_of(database, self._replicas, replica_wait, who) if self._replicas else None,
-            verifier=Verifier(database) if ambiguous_commit == "verify" else None,
+            replicas=_router_of(maker.database, self._replicas, replica_wait, who) if self._replicas else None,
+            verifier=Verifier(maker.database) if ambiguous_commit == "verify" else None,
             observers=check_observers(observers, who),
         )
 
@@ -198,7 +199,7 @@ class UnitOfWorkManager(Generic[S]):
         options = block_options(
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
-        check_level(self._setup.database.system, isolation, who=options.who)
+        self._setup.database.system.check_level(isolation, who=options.who)
         return self._enter(options)
 
     def attempts(
@@ -233,7 +234,7 @@ class UnitOfWorkManager(Generic[S]):
         """
         who = name if isinstance(name, str) else "attempts()"
         options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
-        check_level(self._setup.database.system, isolation, who=options.who)
+        self._setup.database.system.check_level(isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
         return LoopedCall(self._setup, options, sys._getframe(1).f_code)
@@ -273,7 +274,7 @@ class UnitOfWorkManager(Generic[S]):
         """Return a manager like this one over another engine; its calls are counted by this one."""
         setup = self._setup
         manager = UnitOfWorkManager(
-            setup.database.maker_over(engine),
+            setup.maker.over(engine),
             name=setup.name,
             isolation=setup.isolation,
             retries=setup.retries,
@@ -288,7 +289,7 @@ class UnitOfWorkManager(Generic[S]):
 
     def __repr__(self) -> str:
         # Not the engine: its repr has the URL.
-        return f"<UnitOfWorkManager {self.name!r} on {self._setup.database.family}>"
+        return f"<UnitOfWorkManager {self.name!r} on {self._setup.database.system.name}>"
 
 
 def setup_of(manager: UnitOfWorkManager[S]) -> Setup[S]:
@@ -311,20 +312,20 @@ def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[As
     return engines
 
 
-def _router_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
-    databases: list[Database[Any]] = [Database(engine) for engine in engines]
+def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
+    databases = [SessionMaker(engine).database for engine in engines]
     for database in [primary, *databases]:
-        if database.family != primary.family:
+        if not database.system.is_kin_to(primary.system):
             raise ValueError(
-                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
+                f"{who} is on {primary.system.name}, and a replica of it on {database.system.name}; pass its own replicas"
             )
-        if database.driver not in DRIVERS:
+        if not database.driver.can_ask:
             raise ValueError(
-                f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
+                f"{who} has replicas over {database.sync_engine.dialect.driver}, of which no position can be learned; use {', '.join(drivers_that_ask())}"
             )
-        if database.server is not None:
+        if not database.system.has_positions:
             raise ValueError(
-                f"{who} has replicas on {database.server.name}, which tells no position that one of them could have reached; "
+                f"{who} has replicas on {database.system.title}, which tells no position that one of them could have reached; "
                 "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
             )
     return Replicas(primary, databases, wait)

@@ -10,7 +10,6 @@ from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._attempts.arguments import NOTHING, find_used, keep, leaves_all
 from sqla_uow._attempts.attempt import Attempt
 from sqla_uow._attempts.call import Call, before_first_attempt
-from sqla_uow._databases.levels import check_level
 from sqla_uow._scope.lookup import locate
 from sqla_uow._unit.join import join, joinable
 from sqla_uow._unit.options import Options, check_name
@@ -103,7 +102,7 @@ def transactional(
             retries=retries, timeout=timeout, retry=retry, retry_on=retry_on,
         )  # fmt: skip
         if not isinstance(manager, str):
-            check_level(manager.database.system, isolation, who=options.who)
+            manager.database.system.check_level(isolation, who=options.who)
         wrapped = _wrap(inner, manager, options)
         return kind(wrapped) if kind else wrapped
 
@@ -142,7 +141,7 @@ def _wrap(function: Callable[..., Any], using: str | Setup[Any], options: Option
     async def transactional_call(*args: Any, **kwargs: Any) -> Any:
         setup, open_unit = locate(using, options.who)
         if options.isolation is not None:  # before joining too, so that it does not depend on the caller
-            check_level(setup.database.system, options.isolation, who=options.who)
+            setup.database.system.check_level(options.isolation, who=options.who)
         unit = joinable(open_unit, options, setup.name)
         if unit is not None:
             async with join(unit, options):

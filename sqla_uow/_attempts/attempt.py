@@ -125,7 +125,7 @@ class Attempt(Generic[S]):
         if self._slot is not None and call.gate is not None:
             transaction.slot = self._slot
             transaction.lock_wait = None if is_last else _lock_wait(call, call.gate)
-        unit = self.unit = UnitOfWork(transaction, attempt=call.attempt, is_last_attempt=is_last)
+        unit = self.unit = UnitOfWork(transaction, setup.maker, attempt=call.attempt, is_last_attempt=is_last)
         if setup.verifier is not None and not options.read_only:
             self._verification = setup.verifier.verification()
         self._place = UnitPlace(setup, unit, transaction)
@@ -231,7 +231,7 @@ class Attempt(Generic[S]):
 def _count_in(call: Call[S]) -> None:
     """Take part in what the calls that may be run again share: their budget, and their turns."""
     setup = call.setup
-    setup.database.budget.earn()
+    setup.budget.earn()
     # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
     if not call.enclosing and call.policy.contention == "auto":
         call.gate = setup.gate(call.function, name_of(call.function), call.policy.clock)

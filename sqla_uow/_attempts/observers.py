@@ -83,7 +83,7 @@ def _common(call: Call[Any]) -> dict[str, Any]:
         "call": call.key,
         "function": str(options.who),
         "manager": setup.name,
-        "system": setup.database.system,
+        "system": setup.database.system_name,
         "namespace": setup.database.engine.url.database,
         "attempt": call.attempt,
         "retries": call.retries,

@@ -204,7 +204,7 @@ async def _wait(call: Call[S], failure: Failure, error: Exception, frame: FrameT
             raise refused from error
     wait = call.policy.delay(call.attempt - 1)
     if failure.kind in (Kind.NOT_STARTED, Kind.LOST):
-        soonest = call.setup.database.budget.reserve(time.monotonic(), patience=call.policy.cap)
+        soonest = call.setup.budget.reserve(time.monotonic(), patience=call.policy.cap)
         if soonest is None:
             raise _gave_up(call, failure, spent=True) from error
         wait = max(wait, soonest)

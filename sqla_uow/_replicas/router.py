@@ -10,25 +10,25 @@ import asyncio
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._databases.driver import raw_connection
 from sqla_uow._databases.failures import Kind, classify
 from sqla_uow._log import record
-from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, from_gtid, from_lsn, has_reached, later
+from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, has_reached, later
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._session.database import Database
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow.typing import IsolationLevel
 
-__all__ = ["DRIVERS", "LastWrite", "Replica", "Replicas"]
+__all__ = ["LastWrite", "Replica", "Replicas"]
 
 
 ANSWER_SECONDS = 2.0
@@ -45,56 +45,37 @@ POLL_SECONDS = 0.001, 0.016
 
 # -- asking servers
 
-# How far is written, not flushed: with synchronous_commit=off, COMMIT is answered before its record is.
-_PRIMARY = {
-    "postgresql": "SELECT CAST(pg_current_wal_insert_lsn() AS text)",
-    "mysql": "SELECT @@global.gtid_binlog_pos",
-}
-# One that was promoted goes on with positions of its own, which say nothing of the primary's.
-_REPLICA = {
-    "postgresql": "SELECT CASE WHEN pg_is_in_recovery() THEN CAST(pg_last_wal_replay_lsn() AS text) END",
-    "mysql": "SELECT @@global.gtid_slave_pos",
-}
-_READ = {"postgresql": from_lsn, "mysql": from_gtid}
-
 
 class NoPositionError(Exception):
     """The server takes part in no replication."""
 
 
-async def _asyncpg(raw: Any, question: str) -> Any:
-    return await raw.fetchval(question)
-
-
-async def _psycopg(raw: Any, question: str) -> Any:
-    await raw.set_autocommit(True)  # known here only: the server is told nothing
-    try:
-        cursor = await raw.execute(question)
-        return (await cursor.fetchone())[0]
-    finally:
-        await raw.set_autocommit(False)
-
-
-async def _mysql(raw: Any, question: str) -> Any:
-    async with raw.cursor() as cursor:
-        await cursor.execute(question)  # the value of a variable begins no transaction
-        return (await cursor.fetchone())[0]
-
-
-_ASK = {"asyncpg": _asyncpg, "psycopg": _psycopg, "asyncmy": _mysql, "aiomysql": _mysql}
-DRIVERS = tuple(_ASK)
-"""The drivers over which a position can be asked for."""
-
-
-async def _ask(connection: Connection, family: str, questions: dict[str, str]) -> Position:
+async def _ask(connection: Connection, database: Database, question: str) -> Position:
     async with asyncio.timeout(ANSWER_SECONDS):
-        answer = await _ASK[connection.dialect.driver](raw_connection(connection), questions[family])
+        answer = await database.driver.ask(raw_connection(connection), question)
     if not answer:
         raise NoPositionError("it takes part in no replication")
-    return _READ[family](answer)
+    return database.system.read_position(answer)
 
 
 # -- what is known
+
+
+class Reading(Protocol):
+    """What a unit that only reads asks for."""
+
+    @property
+    def isolation(self) -> IsolationLevel | None: ...
+
+    @property
+    def deadline(self) -> float | None: ...
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    @property
+    def last_write(self) -> LastWrite | None: ...
+
 
 _ASKED = "sqla_uow.asked"
 
@@ -107,14 +88,14 @@ class LastWrite:
     def __init__(self, position: Position = NOWHERE) -> None:
         self.position: Position = position
 
-    async def note(self, connection: Connection, family: str) -> None:
+    async def note(self, connection: Connection, database: Database) -> None:
         """Something was committed on a connection, which is in no transaction any more.
 
         Raises:
             Exception: the server did not tell its position; then no replica is far enough.
         """
         try:
-            self.position = later(self.position, await _ask(connection, family, _PRIMARY))
+            self.position = later(self.position, await _ask(connection, database, database.system.primary_position))
         except BaseException:
             self.lose()
             raise
@@ -127,8 +108,8 @@ class LastWrite:
 class Replica:
     """One replica, and what is known of it."""
 
-    def __init__(self, number: int, database: Database[Any]) -> None:
-        self.database: Database[Any] = database
+    def __init__(self, number: int, database: Database) -> None:
+        self.database: Database = database
         self._missed = NOWHERE
         self._lagging_until = 0.0
         self._look_at = 0.0
@@ -137,9 +118,9 @@ class Replica:
         self._down_until = 0.0
         self._failures = 0
 
-    def takes(self, transaction: Transaction, now: float) -> bool:
-        """Say whether it is up, as far as is known, and can run the transaction: no standby can at SERIALIZABLE."""
-        level = transaction.isolation or self.database.default_isolation()
+    def takes(self, reading: Reading, now: float) -> bool:
+        """Say whether it is up, as far as is known, and can serve this reading: no standby can at SERIALIZABLE."""
+        level = reading.isolation or self.database.default_isolation()
         return now >= self._down_until and level != "SERIALIZABLE"
 
     def may_have(self, position: Position, now: float) -> bool:
@@ -193,7 +174,7 @@ class Replica:
         known = connection.info.get(_ASKED) is self and self._replayed is not None
         connection.info[_ASKED] = self
         while not (known and self.has(position)):
-            self._replayed = await _ask(connection, self.database.family, _REPLICA)
+            self._replayed = await _ask(connection, self.database, self.database.system.replica_position)
             self._failures, known = 0, True
             if not self.has(position):
                 if until is None:
@@ -234,9 +215,9 @@ class Replicas:
         wait: seconds that a read waits for one of them to catch up with its client.
     """
 
-    def __init__(self, primary: Database[Any], replicas: Sequence[Database[Any]], wait: float) -> None:
+    def __init__(self, primary: Database, replicas: Sequence[Database], wait: float) -> None:
         self.last_write: LastWrite = LastWrite()  # of everybody outside the scopes that are clients of their own
-        self.primary: Database[Any] = primary
+        self.primary: Database = primary
         self._replicas = [Replica(number, database) for number, database in enumerate(replicas, 1)]
         self._wait = wait
         self._turn = 0
@@ -245,19 +226,19 @@ class Replicas:
         return len(self._replicas)
 
     async def lend(
-        self, transaction: Transaction, connect: Callable[[Database[Any]], Connection]
+        self, reading: Reading, connect: Callable[[Database], Connection]
     ) -> tuple[Replica, Connection] | None:
         """Connect to a replica that shows what the client has written; None where the primary has to do.
 
         Args:
-            transaction: of a unit that only reads.
+            reading: what a unit that only reads asks for.
             connect: to a database; called in SQLAlchemy's greenlet.
         """
-        last_write = transaction.last_write or self.last_write
+        last_write = reading.last_write or self.last_write
         if last_write.position == UNKNOWN:
             await self._see_primary(last_write)
         wanted = last_write.position
-        candidates = self._candidates(transaction, wanted)
+        candidates = self._candidates(reading, wanted)
         late: list[Replica] = []
         for replica in candidates:
             connection = await replica.lend(partial(connect, replica.database))
@@ -265,7 +246,7 @@ class Replicas:
                 continue
             caught_up: bool | None = None
             try:
-                caught_up = await replica.catches_up(connection, wanted, self._patience(transaction) / len(candidates))
+                caught_up = await replica.catches_up(connection, wanted, self._patience(reading) / len(candidates))
             except Exception as error:
                 replica.failed(error)
                 await greenlet_spawn(connection.invalidate)
@@ -281,21 +262,21 @@ class Replicas:
             await self._too_late(late, last_write, wanted)
         return None
 
-    def _candidates(self, transaction: Transaction, wanted: Position) -> list[Replica]:
+    def _candidates(self, reading: Reading, wanted: Position) -> list[Replica]:
         """Return who is up, another one first at each call; those that have to be waited for are the last."""
         self._turn = (self._turn + 1) % len(self._replicas)
         now = time.monotonic()
         up = [
             replica
             for replica in self._replicas[self._turn :] + self._replicas[: self._turn]
-            if replica.takes(transaction, now) and replica.may_have(wanted, now)
+            if replica.takes(reading, now) and replica.may_have(wanted, now)
         ]
         return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
-    def _patience(self, transaction: Transaction) -> float:
-        if transaction.deadline is None:
+    def _patience(self, reading: Reading) -> float:
+        if reading.deadline is None:
             return self._wait
-        return max(0.0, min(self._wait, (transaction.deadline - transaction.clock()) / 2))
+        return max(0.0, min(self._wait, (reading.deadline - reading.clock()) / 2))
 
     async def _too_late(self, late: list[Replica], last_write: LastWrite, wanted: Position) -> None:
         """Find out who was wrong: a position that nobody has is dropped; for replicas that lag others do not wait now."""
@@ -311,7 +292,7 @@ class Replicas:
             async with asyncio.timeout(ANSWER_SECONDS), self.primary.engine.connect() as connection:
                 sync_connection = connection.sync_connection
                 assert sync_connection is not None
-                current = await _ask(sync_connection, self.primary.family, _PRIMARY)
+                current = await _ask(sync_connection, self.primary, self.primary.system.primary_position)
         except Exception as error:
             record(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
             return

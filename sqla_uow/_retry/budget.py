@@ -6,7 +6,14 @@ Conflicts are another matter: their calls take turns; see `gate`.
 
 from __future__ import annotations
 
-__all__ = ["Budget"]
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlalchemy.pool import Pool
+
+__all__ = ["Budget", "budget_of"]
 
 PER_CALL = 0.2
 """Retries that each call earns."""
@@ -50,3 +57,11 @@ class Budget:
             return None
         self._tokens -= 1.0
         return wait
+
+
+_budgets: weakref.WeakKeyDictionary[Pool, Budget] = weakref.WeakKeyDictionary()
+
+
+def budget_of(pool: Pool) -> Budget:
+    """Return the budget of a pool: managers share one through copies of their engine."""
+    return _budgets.setdefault(pool, Budget(time.monotonic()))

@@ -79,7 +79,7 @@ class ReadSession:
         check_loop(_NAME, self._loop)
         if unit is None or transaction is None:
             transaction = self.transaction = self._setup.read_transaction(_NAME, self._last_write)
-            unit = self._unit = UnitOfWork(transaction)
+            unit = self._unit = UnitOfWork(transaction, self._setup.maker)
             self._setup.counts.readings += 1
         else:
             transaction.owner.check()

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
-from sqla_uow._databases.driver import begin_now, listen_to_commit, tell_raw_calls
-from sqla_uow._databases.driver_state import State, in_transaction, state_of
+from sqla_uow._databases.driver import State
 from sqla_uow._databases.failures import Kind, classify
-from sqla_uow._databases.interrupt import settle
-from sqla_uow._databases.poolers import explain
-from sqla_uow._session.pool import HANDED_OUT, restoring
+from sqla_uow._databases.interrupt import stop_statement
+from sqla_uow._session.pool import HANDED_OUT
 from sqla_uow._transaction.committing import (
     before_commit,
     check_driver,
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.pool import PoolProxiedConnection
 
+    from sqla_uow._databases.driver import Driver
     from sqla_uow._session.pool import LendingEngine
     from sqla_uow._transaction.transaction import Transaction
 
@@ -48,6 +47,7 @@ class UnitConnection(Connection):
 
     def __init__(self, engine: LendingEngine, transaction: Transaction) -> None:
         self.transaction = transaction
+        self.driver = engine.unit_driver
         try:
             if (
                 engine._has_events
@@ -59,12 +59,12 @@ class UnitConnection(Connection):
                 super().__init__(engine, _has_events=True)
             lent: Any = self._dbapi_connection
             self.raw: Any = engine.dialect.get_driver_connection(lent.dbapi_connection)
-            if not engine._has_events and not engine.is_idle(self.raw) and in_transaction(self):
+            if not engine._has_events and not engine.is_idle(self.raw) and self.driver.in_transaction(self):
                 self._check_lent(engine)
             if engine.settings:
                 self._set_up(engine)
         except BaseException:
-            # Cancelled while psycopg awaits that the isolation level is set, say: nobody else knows the connection yet.
+            # For example cancelled while psycopg sets the isolation level.  Nobody else knows the connection yet.
             lent = self.__dict__.get("_dbapi_connection")
             if lent is not None:
                 lent.invalidate()
@@ -80,7 +80,8 @@ class UnitConnection(Connection):
             PropagationError: it is.
         """
         pool: Any = engine.pool
-        if pool.dispatch.checkout or engine.dialect.name == "sqlite" or self.transaction.database.within is not None:
+        database = self.transaction.database
+        if pool.dispatch.checkout or database.system.lends_open or database.within is not None:
             return
         raise PropagationError(
             f"the pool has lent {self.transaction.name} a connection in the middle of a transaction, which is discarded; let who used "
@@ -92,11 +93,11 @@ class UnitConnection(Connection):
         lent: Any = self._dbapi_connection
         adapted, dialect = lent.dbapi_connection, engine.dialect
         # A unit that is a savepoint in somebody else's transaction has its own dialect, which sets nothing.
-        restore = engine.reset if self.transaction.database.within else restoring(dialect.driver, lent, engine.reset)
-        lent._connection_record.finalize_callback.append(restore)
+        restore = None if self.transaction.database.within else self.driver.set_back(lent)
+        lent._connection_record.finalize_callback.append(restore or engine.reset)
         for name, characteristic, value in engine.settings:
-            # If a listener has begun a transaction, it is too late for the driver, but not for `opening`.
-            if name != "postgresql_readonly" or not in_transaction(self):
+            # If a listener has begun a transaction, it is too late for the driver, but not for `System.open`.
+            if name != "postgresql_readonly" or not self.driver.in_transaction(self):
                 characteristic.set_characteristic(dialect, adapted, value)
 
     @property
@@ -120,16 +121,16 @@ class UnitConnection(Connection):
     def _hand_out(self, transaction: Transaction) -> None:
         transaction.raw_taken = True
         transaction.wrote = transaction.wrote or not transaction.read_only
-        driver, raw = self.dialect.driver, self.raw
+        driver, raw = self.driver, self.raw
         try:
-            begin_now(self)
+            driver.begin_now(self)
         except BaseException as error:
             transaction.doom.mark(error, failure=classify(error) if isinstance(error, Exception) else None, hard=True)
             self.invalidate(error)
             raise
         self.info[HANDED_OUT] = True
-        transaction.was_open = transaction.was_open or state_of(driver, raw) is State.OPEN
-        transaction.unwatch.append(tell_raw_calls(driver, raw, RawCalls(transaction, driver, raw)))
+        transaction.was_open = transaction.was_open or driver.state(raw) is State.OPEN
+        transaction.unwatch.append(driver.tell_raw_calls(raw, RawCalls(transaction, driver, raw)))
 
     def _commit_impl(self) -> None:
         """Send COMMIT after all listeners have run, if the driver says that there is something to commit.
@@ -137,7 +138,7 @@ class UnitConnection(Connection):
         Raises:
             RollbackOnlyError: it would be, or was, a ROLLBACK.
         """
-        transaction, dialect = self.transaction, self.engine.dialect
+        transaction, dialect, driver = self.transaction, self.engine.dialect, self.driver
         before_commit(transaction)
         if self._has_events or self.engine._has_events:
             self.dispatch.commit(self)
@@ -147,11 +148,11 @@ class UnitConnection(Connection):
             transaction.check_sound()
         if transaction.stream is not None:
             transaction.stream.close_if_left()
-        if not self.invalidated and (transaction.raw_taken or dialect.driver != "asyncpg"):
+        if not self.invalidated and (transaction.raw_taken or driver.knows_failure):
             self._ask_driver(transaction)
-        # asyncpg does not say that a transaction has failed; its server does, unless the unit is a savepoint.
-        listens = dialect.driver == "asyncpg" and not self.invalidated and transaction.database.within is None
-        answer = listen_to_commit(self) if listens else None
+        # Where the driver does not say that a transaction has failed, the server does, unless the unit is a savepoint.
+        listens = not driver.knows_failure and not self.invalidated and transaction.database.within is None
+        answer = driver.listen_to_commit(self) if listens else None
         sending_commit(transaction)
         try:
             dialect.do_commit(super().connection)
@@ -169,9 +170,9 @@ class UnitConnection(Connection):
         Raises:
             RollbackOnlyError: there is not.
         """
-        state = state_of(self.dialect.driver, self.raw)
+        state = self.driver.state(self.raw)
         check_driver(transaction, state)
-        if state is None and self.dialect.name == "sqlite":  # closed: its adapter may raise, or do nothing
+        if state is None and not self.driver.says_closed:  # closed: its adapter may raise, or do nothing
             refuse_closed(transaction)
 
     def _handle_dbapi_exception(  # noqa: PLR0917  # SQLAlchemy's signature
@@ -194,16 +195,16 @@ class UnitConnection(Connection):
             self._is_disconnect = True  # from the socket: SQLAlchemy does not know it as an error of the driver
         # A ROLLBACK failed.  asyncpg forgets that it is in a transaction, so the pool would lend the connection as it is.
         undone = statement is None and context is None and transaction.phase in (Phase.ACTIVE, Phase.ENDING)
-        stale = _stale_plans(e, self.dialect.driver)
+        stale = _stale_plans(e, self.driver)
         if stale is _Stale.IN_THE_POOL:
             self._is_disconnect = True
         if isinstance(e, asyncio.CancelledError) and transaction.phase is not Phase.SENT and not self.invalidated:
             transaction.unwatch_raw()  # so that what stops the statement is not taken for a call of another task
-            settle(self, getattr(context, "cursor", None))
+            stop_statement(self, getattr(context, "cursor", None))
         try:
             super()._handle_dbapi_exception(e, statement, parameters, cursor, context, is_sub_exec)
         except BaseException as shown:
-            explain(shown, self.dialect.driver)
+            self.driver.explain(shown)
             if (undone or stale is _Stale.HERE) and not self.invalidated:
                 self.invalidate(e)
                 if isinstance(shown, DBAPIError):
@@ -219,8 +220,8 @@ class UnitConnection(Connection):
             raise
 
     def _close_server_cursor(self, cursor: Any, context: Any) -> None:
-        """Close the cursor that SQLAlchemy leaves open on a lost connection, as psycopg would warn.  Nothing is sent."""
-        if self.invalidated and self.dialect.driver == "psycopg" and getattr(context, "_is_server_side", False):
+        """Close the cursor that SQLAlchemy leaves open on a lost connection, if the driver would warn.  Nothing is sent."""
+        if self.invalidated and self.driver.warns_of_cursors and getattr(context, "_is_server_side", False):
             self._safe_close_cursor(cursor)
 
 
@@ -244,7 +245,7 @@ class _Stale(enum.Enum):
     IN_THE_POOL = "on all connections of the pool"
 
 
-def _stale_plans(error: BaseException, driver: str) -> _Stale | None:
+def _stale_plans(error: BaseException, driver: Driver) -> _Stale | None:
     """Say which connections must be renewed, so that a call fails once, not once for each connection.
 
     SQLAlchemy itself renews the plans of asyncpg.  If a pooler has forgotten a statement, only this connection is given up:
@@ -253,6 +254,6 @@ def _stale_plans(error: BaseException, driver: str) -> _Stale | None:
     failure = classify(error) if isinstance(error, Exception) else None
     if failure is None or failure.kind is not Kind.STALE_PLAN:
         return None
-    if driver == "asyncpg" and failure.code in ("0A000", "XX000"):
+    if driver.renews_plans and failure.code in ("0A000", "XX000"):
         return None
     return _Stale.HERE if failure.code in ("26000", "42P05") else _Stale.IN_THE_POOL

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from sqla_uow._databases.driver import tell_next_results
-from sqla_uow._databases.driver_state import Ended
-from sqla_uow._databases.levels import lift_lock_wait, limit_statement
+from sqla_uow._databases.driver import Ended
 from sqla_uow._session.streams import open_stream
 from sqla_uow._transaction.raw_calls import raw_failed
 from sqla_uow._transaction.reports import (
@@ -65,19 +63,19 @@ def _before_cursor_execute(  # noqa: PLR0917  # SQLAlchemy's signature
         transaction.wrote = transaction.wrote_rows = True
     else:
         kind = does(statement.lstrip()[:OPENING])
-        if kind is CONTROL and not (transaction.database.family == "sqlite" and statement[:5] == "BEGIN"):
+        if kind is CONTROL and not (transaction.database.system.begins_by_sql and statement[:5] == "BEGIN"):
             refuse_control(transaction, statement.split(maxsplit=1)[0].upper())
         if transaction.pending_savepoint is not None:
             transaction.pending_savepoint = statement.rpartition(" ")[2]
         elif (
             kind is SOMETHING
-            and not (transaction.wrote_rows and transaction.database.family != "mysql")
+            and not (transaction.wrote_rows and not transaction.database.system.ddl_commits)
             and not selects(context)
         ):
             transaction.wrote = True
             _note_rows(transaction, statement)
-    if transaction.deadline is not None and transaction.database.limits_statements and not many:
-        statement = limit_statement(statement, transaction.deadline - transaction.clock())
+    if transaction.deadline is not None and transaction.database.system.limits_statements and not many:
+        statement = transaction.database.system.limit(statement, transaction.deadline - transaction.clock())
     return statement, parameters
 
 
@@ -86,13 +84,13 @@ def lift(connection: UnitConnection) -> None:
     transaction = connection.transaction
     pending, wrote = transaction.pending_savepoint, transaction.wrote
     transaction.lifts_lock_wait, transaction.pending_savepoint = False, None
-    lift_lock_wait(connection)
+    transaction.database.system.lift_lock_wait(connection)
     transaction.lifted_lock_wait, transaction.pending_savepoint, transaction.wrote = True, pending, wrote
 
 
 def _note_rows(transaction: Transaction, statement: str) -> None:
     """Note that the unit has written rows; refuse what would commit them on MariaDB."""
-    if transaction.database.family == "mysql":
+    if transaction.database.system.ddl_commits:
         statement = statement.lstrip()
         rows = rows_of(statement[:OPENING])
         if rows is Rows.OUTLIVES or (rows is Rows.COMMITS and transaction.wrote_rows):
@@ -124,7 +122,7 @@ def _after_cursor_execute(
 def _hear_next_results(connection: UnitConnection, transaction: Transaction) -> None:
     raw = connection.raw
     if "next_result" not in vars(raw):
-        transaction.unwatch.append(tell_next_results(raw, partial(raw_failed, transaction)))
+        transaction.unwatch.append(connection.driver.tell_next_results(raw, partial(raw_failed, transaction)))
 
 
 def _ended(connection: UnitConnection, transaction: Transaction, how: Ended) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.poolers import explain
 from sqla_uow._databases.self_wait import connect_unless_stuck
 from sqla_uow._session.connection import UnitConnection
 from sqla_uow._session.connection_events import listen_to
@@ -16,8 +16,8 @@ from sqla_uow._transaction.reports import before_connect, connect_failed
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._replicas.router import Replicas
-    from sqla_uow._session.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["UnitEngine"]
@@ -30,6 +30,16 @@ class UnitEngine(LendingEngine):
 
     transaction: Transaction | None = None
 
+    @classmethod
+    def for_unit(cls, database: Database, transaction: Transaction) -> AsyncEngine:
+        """Return the engine for units like this one, made once for each level, for reading and for writing."""
+        key = (transaction.isolation, transaction.read_only)
+        engine = database.unit_engines.get(key)
+        if engine is None:
+            options = database.system.engine_options(transaction.isolation, read_only=transaction.read_only)
+            engine = database.unit_engines[key] = AsyncEngine(cls(database.sync_engine, options))
+        return engine
+
     def of(self, transaction: Transaction) -> UnitEngine:
         """Return a copy for one unit.  Making an option engine costs ten times as much."""
         engine = UnitEngine.__new__(UnitEngine)
@@ -37,10 +47,9 @@ class UnitEngine(LendingEngine):
         engine.transaction = transaction
         return engine
 
-    def _become(self, other: UnitEngine) -> None:
+    def _lead_to(self, database: Database, transaction: Transaction) -> None:
         """Lead to another database.  Sessions find their connections by the engine, so it has to stay the same object."""
-        transaction = self.transaction
-        self.__dict__.update(other.__dict__)
+        self.__dict__.update(self.for_unit(database, transaction).sync_engine.__dict__)
         self.transaction = transaction
 
     def connect(self) -> Connection:
@@ -62,13 +71,13 @@ class UnitEngine(LendingEngine):
                 connection.close()
                 transaction.check_usable()
         except BaseException as error:
-            explain(error, self.dialect.driver)
+            self.unit_driver.explain(error)
             connect_failed(transaction, error)
             raise
         finally:
             if times is not None:
                 times.connection_seconds = times.clock() - began
-        transaction.owner.leave()
+        transaction.owner.end_operation()
         return connection
 
     def _connect(self, transaction: Transaction) -> Connection:
@@ -84,8 +93,8 @@ class UnitEngine(LendingEngine):
             return UnitConnection(self, transaction)
 
     def _connect_to_replica(self, replicas: Replicas, transaction: Transaction) -> Connection | None:
-        def connect(database: Database[Any]) -> Connection:
-            self._become(database.unit_engine(transaction))
+        def connect(database: Database) -> Connection:
+            self._lead_to(database, transaction)
             return UnitConnection(self, transaction)
 
         try:
@@ -96,10 +105,10 @@ class UnitEngine(LendingEngine):
             transaction.database = transaction.replica.database
             return connection
         finally:
-            self._become(transaction.database.unit_engine(transaction))
+            self._lead_to(transaction.database, transaction)
 
 
 def _take_turn(transaction: Transaction) -> None:
-    turns = transaction.database.turns()
-    if turns is not None and (turns.everyone or not transaction.read_only):
-        await_only(turns.take(transaction, transaction.enclosing))
+    queue = transaction.database.writer_queue()
+    if queue is not None and (queue.everyone or not transaction.read_only):
+        await_only(queue.take(transaction, transaction.enclosing))

@@ -94,7 +94,7 @@ class Stream:
         """Let nobody read on: the end of its savepoint, or of the transaction, cuts the rows off."""
         self._is_over = True
 
-    def leave(self) -> None:
+    def body_returned(self) -> None:
         """The body has returned: let nobody read on.
 
         Raises:
@@ -113,7 +113,7 @@ class Stream:
 
         Not on MariaDB, whose connection has room for one result.
         """
-        return self._transaction.database.family != "mysql" and self._greenlet() is getcurrent()
+        return not self._transaction.database.system.one_result and self._greenlet() is getcurrent()
 
     def _other_reader(self) -> asyncio.Task[Any] | None:
         """Return the task that reads it, if that is another one and goes on."""

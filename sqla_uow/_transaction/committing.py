@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqla_uow._databases.driver_state import State
+from sqla_uow._databases.driver import State
 from sqla_uow._transaction.phase import Phase
 from sqla_uow._transaction.raw_calls import mark_ended
 from sqla_uow.errors import PropagationError

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.orm import InstanceState, Session
 
-    from sqla_uow._databases.driver_state import Ended
+    from sqla_uow._databases.database import Database
+    from sqla_uow._databases.driver import Ended
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, Replicas
     from sqla_uow._retry.gate import Slot
-    from sqla_uow._session.database import Database
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
     from sqla_uow.errors import PropagationError, StaleVersionError
@@ -52,7 +52,7 @@ class OpenStream(Protocol):
     def end(self) -> None:
         """Let nobody read on."""
 
-    def leave(self) -> None:
+    def body_returned(self) -> None:
         """Let nobody read on, as the body has returned; raise if another task still reads."""
 
 
@@ -146,7 +146,7 @@ class Transaction:
     def __init__(
         self,
         name: str,
-        database: Database[Any],
+        database: Database,
         *,
         isolation: IsolationLevel | None,
         read_only: bool,
@@ -158,7 +158,7 @@ class Transaction:
         times: Times | None = None,
     ) -> None:
         self.name: str = name
-        self.database: Database[Any] = database
+        self.database: Database = database
         self.isolation: IsolationLevel | None = isolation
         self.read_only: bool = read_only
         self.deadline: float | None = deadline
@@ -262,7 +262,7 @@ class Transaction:
         if self.idle is not None:
             self.idle.begins()
         if self.owner.idle is not None:
-            self.owner.leave()
+            self.owner.end_operation()
 
     def seal(self, phase: Phase) -> None:
         """Let nobody use the session and its connection, until `end_here`."""
@@ -315,14 +315,14 @@ class Transaction:
         if self.lock_wait is None:
             return
         self.lock_wait = None
-        told = self.connection is not None and self.database.family == "postgresql" and self.database.server is None
+        told = self.connection is not None and self.database.system.limits_lock_wait
         self.lifts_lock_wait = told
 
     def give_back_turn(self) -> None:
         """Let the next writer of an SQLite database in."""
-        turns = self.database.turns()
-        if turns is not None:
-            turns.give_back(self)
+        queue = self.database.writer_queue()
+        if queue is not None:
+            queue.give_back(self)
 
     def unwatch_raw(self) -> None:
         """End the watch on the driver's own connection."""
@@ -334,7 +334,7 @@ class Transaction:
         return refusals.read_only(what, self.name, scope_read=self.scope_read)
 
     def check_join(self, who: str, isolation: IsolationLevel | None, *, read_only: bool) -> None:
-        """Refuse a call that needs more than this unit gives (others run SERIALIZABLE code at READ COMMITTED).
+        """Refuse a call that needs more than this unit gives; else code for SERIALIZABLE would run at READ COMMITTED.
 
         Raises:
             IsolationConflictError: the call needs a stronger level, or writes in a read-only unit.
@@ -369,6 +369,6 @@ class Transaction:
 
 
 def transaction_of(session: Session | None) -> Transaction | None:
-    """Return the unit's transaction behind a session, None for a session of nobody's unit."""
+    """Return the transaction of a session's unit, None if the session does not belong to a unit."""
     transaction: Transaction | None = getattr(session, "transaction_of_unit", None)
     return transaction

@@ -64,7 +64,7 @@ async def prepare(transaction: Transaction, guard: Callable[[], None] | None) ->
         RollbackOnlyError: they never come to an end.
     """
     if transaction.stream is not None:
-        transaction.stream.leave()
+        transaction.stream.body_returned()
     hooks = transaction.hooks.before_commit
     for _ in range(ROUNDS):
         for _ in range(len(hooks)):

@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqla_uow._databases.interrupt import cut, settle
+from sqla_uow._databases.interrupt import break_link, stop_statement
 from sqla_uow._log import record
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded
@@ -60,7 +60,7 @@ async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> Base
         return asyncio.CancelledError()
     if task.done():
         return task.exception()
-    if not cut(transaction.connection):
+    if not break_link(transaction.connection):
         task.cancel("the time for COMMIT is up")
     await wait_briefly(task)
     if not task.done():
@@ -93,7 +93,7 @@ def roll_back_and_close(session: Session, transaction: Transaction, *, discard: 
     try:
         if discard and connection is not None and not connection.closed:
             if transaction.owner.busy() is not None:  # it would go on without us, with its locks
-                settle(connection, None)
+                stop_statement(connection, None)
             connection.invalidate()
     finally:
         if transaction.stream is not None:
@@ -158,7 +158,7 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
         transaction.lock_watch.stop()
     transaction.engine = None
     transaction.enclosing = ()
-    transaction.owner.release()
+    transaction.owner.forget_task()
 
 
 def noted(error: BaseException, name: str, status: Status) -> BaseException:

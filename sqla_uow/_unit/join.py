@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Generic
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
-from sqla_uow._databases.interrupt import cut
+from sqla_uow._databases.interrupt import break_link
 from sqla_uow._log import record
 from sqla_uow._retry.predicates import ask
 from sqla_uow._session.session import has_changes
@@ -169,7 +169,7 @@ class Nested(Generic[S]):
         if not outcome.task.done():
             reason = f"rolling back a savepoint in it took more than {SAVEPOINT_SECONDS:g} s"
             transaction.doom.mark(None, hard=True, reason=reason)  # at once: the caller may go on
-            if not cut(transaction.connection):
+            if not break_link(transaction.connection):
                 outcome.stop()
             await wait_briefly(outcome.task)
         elif (trouble := outcome.trouble) is not None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import Column, MetaData, String, Table, insert, text, update
+from sqlalchemy import Column, MetaData, String, Table, insert, update
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import OperationalError as SAOperationalError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from sqla_uow._session.database import Database
+    from sqla_uow._databases.database import Database
 
 __all__ = ["MARKERS", "Markers"]
 
@@ -54,7 +54,7 @@ class Markers:
 
     __slots__ = ("_database", "_locks", "free", "ready")
 
-    def __init__(self, database: Database[Any]) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self._locks = PerLoop(asyncio.Lock)
         self.free: list[str] = []
@@ -62,7 +62,7 @@ class Markers:
 
     async def make_table(self) -> None:
         """Make the marker table where it is needed and missing."""
-        if self.ready or not self._database.makes_tables_apart():
+        if self.ready or not self._database.system.ddl_is_apart:
             return
         async with self._locks.here():
             if not self.ready:
@@ -107,12 +107,10 @@ class Markers:
             "undecidable": nobody could tell.
         """
         try:
-            if not self._database.makes_tables_apart():  # by the transaction in question, if there was none before
+            if not self._database.system.ddl_is_apart:  # by the transaction in question, if there was none before
                 await connection.execute(CreateTable(MARKERS, if_not_exists=True), execution_options=_UNTRANSLATED)
             await connection.execute(insert(MARKERS).values(token=token), execution_options=_UNTRANSLATED)
-            if self._database.server is not None or (
-                self._database.family == "mysql" and await _is_cluster(connection)
-            ):
+            if await self._database.system.may_lose_locks(connection):
                 return await _force(connection)
         except IntegrityError:
             return "committed"
@@ -136,9 +134,3 @@ async def _force(connection: AsyncConnection) -> str:
         known = failure is None or failure.kind not in (Kind.LOST, Kind.AMBIGUOUS)
         return "again" if known else "undecidable"
     return "forced"
-
-
-async def _is_cluster(connection: AsyncConnection) -> bool:
-    """Say whether the server certifies its transactions with other nodes; MySQL knows no such variable."""
-    row = (await connection.execute(text("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'"))).first()
-    return row is not None and row[1] == "ON"

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from sqla_uow._databases.levels import check_level
+from sqla_uow._databases.levels import check_exists
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._retry.predicates import check_sync
 from sqla_uow.typing import IsolationLevel, Propagation
@@ -43,7 +43,7 @@ class Options:
         return options
 
     def __post_init__(self) -> None:
-        check_level("any", self.isolation, who=self.who)
+        check_exists(self.isolation, who=self.who)
         if self.propagation not in get_args(Propagation):
             known = ", ".join(map(repr, get_args(Propagation)))
             raise ValueError(f"{self.who} has propagation={self.propagation!r}, which is unknown; use one of {known}")

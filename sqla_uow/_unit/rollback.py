@@ -11,9 +11,9 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqla_uow._databases.driver import raw_connection
-from sqla_uow._databases.driver_state import State, state_of
-from sqla_uow._databases.interrupt import cut
+from sqla_uow._databases.database import driver_of
+from sqla_uow._databases.driver import State, raw_connection
+from sqla_uow._databases.interrupt import break_link
 from sqla_uow._log import record
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.hooks import run_after_rollback
@@ -82,11 +82,11 @@ async def _stop_and_roll_back(transaction: Transaction) -> asyncio.CancelledErro
         # Closing under a sibling's statement leaks the connection on asyncpg and aiomysql.
         cancelled = await wait_briefly(idle)
         if not idle.done():
-            cut(transaction.connection)
+            break_link(transaction.connection)
             await wait_briefly(idle)
             discard = True
     if _is_busy(transaction.connection):
-        cut(transaction.connection)
+        break_link(transaction.connection)
         discard = True
     work = partial(transaction.session.run_sync, roll_back_and_close, transaction, discard=discard)
     # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
@@ -110,4 +110,4 @@ def _is_busy(connection: Connection | None) -> bool:
     """Say whether something is under way on the driver's own connection, for which a ROLLBACK would wait."""
     if connection is None or connection.closed or connection.invalidated:
         return False
-    return state_of(connection.dialect.driver, raw_connection(connection)) is State.BUSY
+    return driver_of(connection.dialect).state(raw_connection(connection)) is State.BUSY

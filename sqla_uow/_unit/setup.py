@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
+from sqla_uow._retry.budget import budget_of
 from sqla_uow._retry.gate import Gate
 from sqla_uow._tasks.per_loop import PerLoop
 from sqla_uow._transaction.transaction import Transaction
@@ -16,9 +17,11 @@ from sqla_uow._unit.statistics import Counts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._replicas.router import LastWrite, Replicas
+    from sqla_uow._retry.budget import Budget
     from sqla_uow._retry.policy import RetryPolicy
-    from sqla_uow._session.database import Database
+    from sqla_uow._session.maker import SessionMaker
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Times
     from sqla_uow._unit.verify import Verifier
@@ -35,7 +38,7 @@ class Setup(Generic[S]):
 
     Args:
         name: of the manager.
-        database: where its units run.
+        maker: makes the sessions of its units.
         isolation: the level of units that ask for none.
         retries: of calls that do not say.
         timeout: seconds of calls that do not say; None is no deadline.
@@ -45,18 +48,20 @@ class Setup(Generic[S]):
         observers: are told of every call.
 
     Attributes:
+        budget: how many retries an outage may cause; managers over one pool share it.
         counts: of its calls.
+        database: where its units run.
         gates: where calls that get in each other's way wait for their turn.
     """
 
     __slots__ = (
-        "counts", "database", "gates", "isolation", "name", "observers", "replicas", "retries", "retry", "timeout", "verifier",
+        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry", "timeout", "verifier",
     )  # fmt: skip
 
     def __init__(
         self,
         name: str,
-        database: Database[S],
+        maker: SessionMaker[S],
         *,
         isolation: IsolationLevel | None,
         retries: int,
@@ -67,7 +72,9 @@ class Setup(Generic[S]):
         observers: tuple[Observer, ...],
     ) -> None:
         self.name: str = name
-        self.database: Database[S] = database
+        self.maker: SessionMaker[S] = maker
+        self.database: Database = maker.database
+        self.budget: Budget = budget_of(self.database.pool)
         self.isolation: IsolationLevel | None = isolation
         self.retries: int = retries
         self.timeout: float | None = timeout

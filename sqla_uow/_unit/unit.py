@@ -15,6 +15,7 @@ from sqla_uow.typing import IsolationLevel, Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqla_uow._session.maker import SessionMaker
     from sqla_uow._transaction.hooks import Hooks
     from sqla_uow._transaction.transaction import Transaction
 
@@ -33,10 +34,13 @@ class UnitOfWork(Generic[S]):
         attempt: which run of the body this is, from 1.
     """
 
-    __slots__ = ("__weakref__", "_is_last", "_session", "_transaction", "attempt")
+    __slots__ = ("__weakref__", "_is_last", "_maker", "_session", "_transaction", "attempt")
 
-    def __init__(self, transaction: Transaction, *, attempt: int = 1, is_last_attempt: bool = True) -> None:
+    def __init__(
+        self, transaction: Transaction, maker: SessionMaker[S], *, attempt: int = 1, is_last_attempt: bool = True
+    ) -> None:
         self._transaction = transaction
+        self._maker = maker
         self._session: S | None = None
         self.attempt: int = attempt
         self._is_last: bool = is_last_attempt
@@ -63,7 +67,7 @@ class UnitOfWork(Generic[S]):
             transaction = self._transaction
             if transaction.final is not None:
                 raise NoUnitError(f"{transaction.name} has ended without a session; open a new unit for SQL")
-            session = self._session = transaction.session = transaction.database.session(transaction)
+            session = self._session = transaction.session = self._maker.session(transaction)
         return session
 
     @property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from sqla_uow._session.database import Database
+    from sqla_uow._databases.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["Verification", "Verifier"]
@@ -59,7 +59,7 @@ class Verifier:
 
     __slots__ = ("_database", "markers")
 
-    def __init__(self, database: Database[Any]) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self.markers: Markers = Markers(database)
 
@@ -73,7 +73,7 @@ class Verification:
 
     __slots__ = ("_database", "_forced", "_life", "_markers", "_old", "_token", "marked")
 
-    def __init__(self, markers: Markers, database: Database[Any]) -> None:
+    def __init__(self, markers: Markers, database: Database) -> None:
         self._markers = markers
         self._database = database
         # Before the transaction's snapshot: a row that is younger would be a conflict (innodb_snapshot_isolation).

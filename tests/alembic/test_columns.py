@@ -3,7 +3,7 @@ from alembic.util import CommandError
 from sqlalchemy import Integer
 
 from tests.alembic.catalog import columns, identity, triggers
-from tests.databases import ONE_OF_EACH
+from tests.kit.databases import ONE_OF_EACH
 
 KINDS = ("integer", "uuid", "timestamp")
 
@@ -95,7 +95,7 @@ REFUSED = {
     "no primary key": (
         ["CREATE TABLE bare (x INTEGER)"],
         "bare",
-        "table 'bare' has no primary key, without which a version is of no row; give it one first",
+        "table 'bare' has no primary key, so its rows cannot be versioned; add one first",
     ),
     "another type": (
         ["ALTER TABLE account ADD COLUMN version VARCHAR(20)"],

@@ -19,8 +19,8 @@ from sqla_uow._alembic.patience import Patience, patiently
 from sqla_uow._databases import distributed as _servers
 from sqla_uow.alembic import migration_lock
 from sqla_uow.errors import AmbiguousCommitError, ConflictError, ReadOnlyError, RollbackOnlyError, StaleVersionError
-from tests.models import Account
-from tests.statements import statements
+from tests.kit.models import Account
+from tests.kit.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
 
@@ -176,7 +176,7 @@ async def test_a_level_that_the_cluster_replaces_is_refused(cockroach, monkeypat
 
     A cluster whose setting is off answers so; PostgreSQL has no such setting, and is asked for what it would say.
     """
-    monkeypatch.setattr(_servers.COCKROACHDB.__class__, "level", "SELECT 'serializable'")
+    monkeypatch.setattr(_servers.CockroachDB, "level", "SELECT 'serializable'")
     manager = UnitOfWorkManager(cockroach.engine(), isolation="READ COMMITTED")
     for propagation in ("required", "nested"):
         with pytest.raises((ValueError, RollbackOnlyError)) as caught:

@@ -15,8 +15,8 @@ from sqla_uow import Status, UnitOfWorkManager
 from sqla_uow.__main__ import main
 from sqla_uow.alembic import install
 from sqla_uow.errors import RollbackOnlyError
-from tests.models import Account
-from tests.statements import statements
+from tests.kit.models import Account
+from tests.kit.statements import statements
 from tests.versioning import tables
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg")
@@ -27,12 +27,12 @@ async def test_it_is_known_by_what_it_announces(yugabyte):
     engine = yugabyte.relayed(pool_size=1, max_overflow=0)
     async with engine.connect():
         pass
-    for warm, name in ((engine, "YugabyteDB"), (yugabyte.engine(), None)):
+    for warm, name in ((engine, "YugabyteDB"), (yugabyte.engine(), "PostgreSQL")):
         manager = UnitOfWorkManager(warm)
         sent = statements(warm)
         async with manager.begin() as unit:
             await unit.session.execute(select(Account.id))
-        assert (manager._setup.database.server and manager._setup.database.server.name) == name
+        assert manager._setup.database.system.title == name
         assert len(sent) == 1
 
 

@@ -13,9 +13,9 @@ from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, tr
 from sqla_uow._unit.verify import Verification
 from sqla_uow.errors import ConflictError
 from sqla_uow.testing import FaultPlan
-from tests.failures import Failed
+from tests.kit.failures import Failed
+from tests.kit.waiting import until
 from tests.servers import Proxy
-from tests.waiting import until
 
 pytestmark = [pytest.mark.drivers("asyncmy", "aiomysql"), pytest.mark.timeout(120)]
 

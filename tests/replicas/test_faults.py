@@ -14,9 +14,9 @@ from sqla_uow import Status, UnitOfWorkManager, current_session, transactional
 from sqla_uow._replicas import router as _replicas
 from sqla_uow._replicas.position import UNKNOWN, to_text
 from sqla_uow.errors import AmbiguousCommitError, ConflictError
+from tests.kit.waiting import until
 from tests.replicas.conftest import at_replica, read, write
 from tests.servers import Proxy, Standby
-from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 POSITION = {"postgresql": b"pg_current_wal_insert_lsn", "mysql": b"gtid_binlog_pos"}
