@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.driver import Ended
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
-    from sqla_uow._replicas.router import LastWrite, Replica, Replicas
+    from sqla_uow._replicas.router import LastWrite, Replica, ReplicaRouter
     from sqla_uow._retry.gate import Slot
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
@@ -206,7 +206,7 @@ class Transaction:
         self.watch: Callable[[bool], Ended | None] | None = None
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint: bool = False
-        self.replicas: Replicas | None = None  # that it may read from
+        self.replicas: ReplicaRouter | None = None  # that it may read from
         self.replica: Replica | None = None  # that it reads from
         self.beginnings: int = 0  # how often its first statement may be sent again, on another connection
         self.last_write: LastWrite | None = None  # of its client, if the manager has replicas
