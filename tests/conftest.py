@@ -18,15 +18,13 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `sqla_uow` from where it is installed
     sys.path.append(str(ROOT))
 
-from tests.databases import DRIVERS, FAMILIES, MODULES, POOLED, Databases  # noqa: E402  # needs the line above
-from tests.troubles import QUICK, TROUBLES  # noqa: E402  # likewise
+from tests.kit.databases import DRIVERS, FAMILIES, MODULES, POOLED, Databases  # noqa: E402  # needs the line above
+from tests.kit.troubles import QUICK, TROUBLES  # noqa: E402  # likewise
 
 pytest_plugins = ["pytester"]  # for the tests of our own plugin
 
 # The servers have tests of their own; one run for each kind of server is enough of a matrix.
-collect_ignore = (
-    [] if os.environ.get("SQLA_UOW_DRIVER", "asyncpg") in ("asyncpg", "asyncmy") else ["test_servers.py", "servers"]
-)
+collect_ignore = [] if os.environ.get("SQLA_UOW_DRIVER", "asyncpg") in ("asyncpg", "asyncmy") else ["servers"]
 
 
 def pytest_configure(config):
@@ -80,7 +78,7 @@ def databases():
 
 @pytest.fixture
 async def db(driver, databases, tmp_path):
-    """A fresh database of this driver, with the tables of `tests.models`; its engines are disposed of at the end."""
+    """A fresh database of this driver, with the tables of `tests.kit.models`; its engines are disposed of at the end."""
     database = databases.make(driver, tmp_path)
     await database.create_tables()
     yield database

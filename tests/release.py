@@ -14,10 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.reader import Reader
+from tests.docs.reader import Reader
 
 CHECKOUT = Path(__file__).parents[1]
-TUTORIALS = (("tutorial.md",), ("tutorial-web.md", "tutorial-testing.md"))
+TUTORIALS = (("tutorials/first-unit.md",), ("tutorials/web.md", "tutorials/testing.md"))
 """Pages of one folder each, in order."""
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import sqla_uow
 import sqla_uow_starlette
+from sqla_uow import errors
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -74,3 +75,9 @@ def test_the_version_is_that_of_the_metadata():
     """`sqla_uow.__version__` is what pip installed, and is looked up when it is asked for."""
     assert sqla_uow.__version__ == importlib.metadata.version("sqla-uow")
     assert "__version__" not in vars(sqla_uow)
+
+
+@pytest.mark.drivers("sqlite")
+def test_the_module_of_errors_is_an_attribute(driver):
+    """Also for who has not imported it."""
+    assert sqla_uow.__getattr__("errors") is errors

@@ -23,7 +23,7 @@ for _module, _what in _NEEDED.items():
 
 if __name__ == "__main__":
     try:
-        from examples.bank.run import main
+        from examples.bank.runner.run import main
 
         status = main()
     except KeyboardInterrupt:  # before it could begin

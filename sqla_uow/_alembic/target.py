@@ -10,7 +10,7 @@ from sqlalchemy import Column, Integer, inspect
 from sqlalchemy.exc import NoSuchTableError
 
 from sqla_uow._alembic.databases import schema_of
-from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, Kind
+from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, VersionKind
 from sqla_uow._versions.mapping import INFO_KEY
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ __all__ = ["Target", "kind_named", "version_column"]
 
 logger = logging.getLogger("sqla_uow")
 
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in (INTEGER, UUID, TIMESTAMP)}
+_KINDS: dict[str, VersionKind] = {kind.name: kind for kind in (INTEGER, UUID, TIMESTAMP)}
 
 
-def kind_named(name: object) -> Kind:
+def kind_named(name: object) -> VersionKind:
     """Return a kind of version column by its name.
 
     Raises:
@@ -34,7 +34,7 @@ def kind_named(name: object) -> Kind:
     return _KINDS[str(name)]
 
 
-def version_column(name: str, kind: Kind) -> Column[Any]:
+def version_column(name: str, kind: VersionKind) -> Column[Any]:
     """Return the column as a migration adds it: NOT NULL, with one constant default, so that no row is written."""
     return Column(name, kind.type_(), nullable=False, server_default=kind.server_default, info={INFO_KEY: kind.name})
 

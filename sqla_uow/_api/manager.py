@@ -28,7 +28,7 @@ from sqla_uow._unit.join import Joined, Nested, join, joinable
 from sqla_uow._unit.options import Options, block_options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._unit.setup import Setup
 from sqla_uow._unit.statistics import name_of
-from sqla_uow._unit.verify import Notary
+from sqla_uow._unit.verify import Verifier
 from sqla_uow.typing import LazyLoads
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class UnitOfWorkManager(Generic[S]):
             timeout=timeout,
             retry=retry,
             replicas=_router_of(maker.database, self._replicas, replica_wait, who) if self._replicas else None,
-            verifier=Notary(maker.database) if ambiguous_commit == "verify" else None,
+            verifier=Verifier(maker.database) if ambiguous_commit == "verify" else None,
             observers=check_observers(observers, who),
         )
 

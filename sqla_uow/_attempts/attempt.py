@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sqla_uow._retry.gate import Gate, Slot
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.ending import Ended
-    from sqla_uow._unit.verify import Witness
+    from sqla_uow._unit.verify import Verification
 
 __all__ = ["Attempt"]
 
@@ -46,7 +46,7 @@ class Attempt(Generic[S]):
         call: which has one more: `Call.more`.
     """
 
-    __slots__ = ("_call", "_place", "_slot", "_timeout", "_transaction", "_witness", "unit")
+    __slots__ = ("_call", "_place", "_slot", "_timeout", "_transaction", "_verification", "unit")
 
     def __init__(self, call: Call[S]) -> None:
         call.more = False
@@ -58,7 +58,7 @@ class Attempt(Generic[S]):
         self._slot: Slot | None = None
         self._timeout: asyncio.Timeout | None = None
         self._transaction: Transaction | None = None
-        self._witness: Witness | None = None
+        self._verification: Verification | None = None
         self.unit: UnitOfWork[S] | None = None
 
     async def __aenter__(self) -> UnitOfWork[S]:
@@ -127,7 +127,7 @@ class Attempt(Generic[S]):
             transaction.lock_wait = None if is_last else _lock_wait(call, call.gate)
         unit = self.unit = UnitOfWork(transaction, setup.maker, attempt=call.attempt, is_last_attempt=is_last)
         if setup.verifier is not None and not options.read_only:
-            self._witness = setup.verifier.witness()
+            self._verification = setup.verifier.verification()
         self._place = UnitPlace(setup, unit, transaction)
         push(self._place)
         if deadline is not None:
@@ -178,7 +178,7 @@ class Attempt(Generic[S]):
         self, unit: UnitOfWork[S], transaction: Transaction, place: UnitPlace, error: BaseException | None
     ) -> Ended:
         """Commit or roll back, whatever happens; never raises."""
-        scope, witness = self._call.scope, self._witness
+        scope, verification = self._call.scope, self._verification
         if transaction.idle is not None:
             transaction.idle.ends()
         mark = transaction.doom.marked
@@ -186,8 +186,8 @@ class Attempt(Generic[S]):
         if error is None and not quiet:
             try:
                 await prepare(transaction, scope.reading.refuse_unsaved if scope is not None else None)
-                if witness is not None and transaction.wrote:
-                    await witness.get_ready(transaction)
+                if verification is not None and transaction.wrote:
+                    await verification.get_ready(transaction)
             except BaseException as raised:
                 error = raised
         if self._timeout is not None:
@@ -195,13 +195,13 @@ class Attempt(Generic[S]):
         pop(place)
         place.empty()
         if error is None and not quiet:
-            ended = await commit(transaction, unit, witness)
+            ended = await commit(transaction, unit, verification)
         else:
             if isinstance(error, GeneratorExit) and transaction.wrote:
                 self._tell_of_generator()
             ended = await roll_back(transaction, error)
-        if witness is not None:
-            witness.settle(unit.status)
+        if verification is not None:
+            verification.conclude(unit.status)
         return ended
 
     def _tell_of_generator(self) -> None:

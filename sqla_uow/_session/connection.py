@@ -64,7 +64,7 @@ class UnitConnection(Connection):
             if engine.settings:
                 self._set_up(engine)
         except BaseException:
-            # Cancelled while psycopg awaits that the isolation level is set, say: nobody else knows the connection yet.
+            # For example cancelled while psycopg sets the isolation level.  Nobody else knows the connection yet.
             lent = self.__dict__.get("_dbapi_connection")
             if lent is not None:
                 lent.invalidate()

@@ -77,7 +77,7 @@ class UnitEngine(LendingEngine):
         finally:
             if times is not None:
                 times.connection_seconds = times.clock() - began
-        transaction.owner.leave()
+        transaction.owner.end_operation()
         return connection
 
     def _connect(self, transaction: Transaction) -> Connection:

@@ -1,4 +1,4 @@
-"""Which ORM objects may be put into a unit: not those of a failed attempt, nor those of the scope's read session."""
+"""Which ORM objects may be put into a unit: not those of a failed attempt, and not those of the scope's read session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ __all__ = ["check_attach", "check_merge", "describe", "taint"]
 
 
 def check_attach(transaction: Transaction, state: InstanceState[Any]) -> None:
-    """Refuse an object of a failed attempt, and one of the scope's read session."""
+    """Refuse an object of a failed attempt, and one of the scope's read session.
+
+    Raises:
+        InstanceReuseError: it is of a failed attempt.
+        ReadOnlyError: it is of the read session, or is to be put into that.
+    """
     reason = transaction.tainted.get(state) if transaction.tainted is not None else None
     if reason is not None:
         error_class = ReadOnlyError if reason == "read" else InstanceReuseError
@@ -36,7 +41,11 @@ def check_attach(transaction: Transaction, state: InstanceState[Any]) -> None:
 
 
 def check_merge(transaction: Transaction, state: InstanceState[Any]) -> None:
-    """Refuse to copy an object of the scope's read session: `merge` would write its older state over newer data."""
+    """Refuse to copy an object of the scope's read session: `merge` would write its older state over newer data.
+
+    Raises:
+        ReadOnlyError: it is one.
+    """
     theirs = transaction_of(state.session)
     tainted = transaction.tainted is not None and transaction.tainted.get(state) == "read"
     if tainted or (theirs is not None and theirs is not transaction and theirs.scope_read):
@@ -64,7 +73,7 @@ def _attach_message(transaction: Transaction, state: InstanceState[Any], reason:
 
 
 def taint(transaction: Transaction, session: Session, tainted: Tainted, reason: Reason) -> None:
-    """Remember the objects of this attempt, so that no later one reuses them."""
+    """Remember the objects of a session, so that no later unit takes them over."""
     for instance in session:
         tainted.add(inspect(instance), reason)
     for state in transaction.attached or ():
@@ -72,7 +81,7 @@ def taint(transaction: Transaction, session: Session, tainted: Tainted, reason: 
 
 
 def describe(instance: object) -> str:
-    """Name an ORM object by class and key; its attributes may be secret, or expired."""
+    """Name an ORM object by class and key, as its attributes may be secret or expired."""
     state = inspect(instance, raiseerr=False)
     key = getattr(state, "identity", None)
     return f"{type(instance).__name__}({', '.join(map(repr, key)) if key else 'new'})"

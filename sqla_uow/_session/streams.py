@@ -94,7 +94,7 @@ class Stream:
         """Let nobody read on: the end of its savepoint, or of the transaction, cuts the rows off."""
         self._is_over = True
 
-    def leave(self) -> None:
+    def body_returned(self) -> None:
         """The body has returned: let nobody read on.
 
         Raises:

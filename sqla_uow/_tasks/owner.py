@@ -1,4 +1,4 @@
-"""Who uses one unit: one task at a time."""
+"""Which task may use a unit: one at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Doom(Protocol):
 
 
 class Owner:
-    """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
+    """Which task uses a unit: one at a time.  It is handed down to child tasks and back, and never shared by siblings."""
 
     __slots__ = ("_doom", "_frame", "_held", "_lost", "idle", "in_flight", "last", "loop", "name")
 
@@ -50,24 +50,24 @@ class Owner:
         except RuntimeError:  # a thread without an event loop
             return self._admit()
         if task is not None and task is self.last and (self.in_flight is None or self.in_flight is task):
-            return task  # who holds is the last one, too
+            return task  # the one that holds is always the last one
         return self._admit()
 
-    def enter(self) -> None:
+    def begin_operation(self) -> None:
         """Begin an operation on the connection."""
         self.in_flight = self.check()
 
-    def leave(self) -> None:
-        """End the operation, and wake the end of the unit if it waits for that."""
+    def end_operation(self) -> None:
+        """End the operation, and wake the end of the unit if that waits for it."""
         self.in_flight = None
         if self.idle is not None and self._held is None and not self.idle.done():
             self.idle.set_result(None)
 
     def hold(self) -> Task | None:
-        """Make one operation of all that follows: a flush with the ROLLBACK that SQLAlchemy sends when it fails.
+        """Begin an operation of several steps, such as a flush with the ROLLBACK that SQLAlchemy sends when the flush fails.
 
         Returns:
-            what `let_go` wants to be given.
+            what `let_go` needs.
         """
         before, self._held = self._held, self.check()
         return before
@@ -75,7 +75,7 @@ class Owner:
     def let_go(self, before: Task | None) -> None:
         """End what `hold` began."""
         self._held = before
-        self.leave()
+        self.end_operation()
 
     def busy(self) -> Task | None:
         """Return the task whose operation is in flight."""
@@ -83,7 +83,7 @@ class Owner:
         return None if busy is None or busy.done() else busy
 
     def busy_elsewhere(self) -> asyncio.Future[None] | None:
-        """Return what to wait for while another task's operation is in flight."""
+        """Return what to wait for if another task's operation is in flight, else None."""
         busy = self.busy()
         if busy is None or busy is running_task():
             return None
@@ -91,15 +91,15 @@ class Owner:
         return self.idle
 
     def is_free(self) -> bool:
-        """Say whether the running task could use the unit, and would take it from nobody."""
+        """Say whether the running task could use the unit without taking it from another task."""
         task, last = running_task(), self.last
         busy = self.busy()
         if task is None or (busy is not None and busy is not task):
             return False
         return last is None or last is task or last.done() or descends(task, here(task), last)
 
-    def release(self) -> None:
-        """Keep no task alive."""
+    def forget_task(self) -> None:
+        """Keep no task alive: the unit has ended."""
         self.last = None
 
     def _admit(self) -> Task:
@@ -136,7 +136,7 @@ class Owner:
         )
 
     def refuse(self, message: str) -> TaskBoundaryError:
-        """Doom the unit, because two tasks use it, and return the error to raise."""
+        """Doom the unit because two tasks use it, and return the error to raise."""
         error = TaskBoundaryError(message)
         self._doom.mark(error, hard=True)
         return error

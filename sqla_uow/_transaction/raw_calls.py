@@ -1,4 +1,4 @@
-"""What user code sends on the driver's own connection, of which SQLAlchemy tells nothing."""
+"""What user code sends on the driver's own connection, without SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOBODY = object()
 
 
 class RawCalls:
-    """Is told by a driver's connection what is sent on it.
+    """Notes what is sent on a driver's connection.
 
     Args:
         transaction: whose connection it is.
@@ -35,10 +35,10 @@ class RawCalls:
         self._raw = raw
 
     def begin_raw(self) -> object:
-        """A call begins: SQLAlchemy's own, of which it has told, or one of user code.
+        """A call begins, by SQLAlchemy or by user code.
 
         Returns:
-            what `end_raw` needs; None if the call is no business of the unit.
+            what `end_raw` needs; None for a call of SQLAlchemy, and in a unit that is ending.
         """
         self._look()
         transaction = self._transaction
@@ -87,14 +87,14 @@ class RawCalls:
 
 
 def raw_failed(transaction: Transaction, error: BaseException) -> None:
-    """A statement failed on the driver's own connection; of its own statements SQLAlchemy will tell."""
+    """A statement of user code has failed on the driver's own connection; SQLAlchemy reports its own failures."""
     if transaction.owner.in_flight is None and (transaction.phase.is_active or transaction.phase is Phase.COMMITTING):
         failure = classify(error) if isinstance(error, Exception) else None
         transaction.doom.mark(error, failure=failure, hard=failure is not None and failure.kind in HARD)
 
 
 def _raw_conflicted(transaction: Transaction, error: Exception) -> None:
-    """Note a failure after which all must run again.  asyncpg may tell it when the unit is already rolling back."""
+    """Note a failure after which all must run again.  asyncpg may report it when the unit is already rolling back."""
     failure = classify(error)
     if failure is None or failure.kind not in HARD or transaction.owner.in_flight is not None:
         return

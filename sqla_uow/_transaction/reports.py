@@ -39,7 +39,7 @@ def before_connect(transaction: Transaction) -> None:
         PropagationError: the units around this one have all that the pool can lend.
         TaskBoundaryError: another task uses the unit, or another event loop the pool.
     """
-    transaction.owner.enter()
+    transaction.owner.begin_operation()
     transaction.database.check_loop(transaction.owner.loop, who=transaction.name)
     if not transaction.enclosing:
         return
@@ -64,7 +64,7 @@ def _no_room(transaction: Transaction, capacity: int) -> str:
 
 def connect_failed(transaction: Transaction, error: BaseException) -> None:
     """No connection could be had."""
-    transaction.owner.leave()
+    transaction.owner.end_operation()
     if transaction.phase is Phase.ENDED:  # while this waited; the end could not give back what was not taken yet
         transaction.give_back_turn()
     if isinstance(error, Exception) and not isinstance(error, UnitOfWorkError):
@@ -118,7 +118,7 @@ def _foreign_level(transaction: Transaction, connection: Connection) -> str | No
 
 def refuse_control(transaction: Transaction, word: str) -> NoReturn:
     """Refuse SQL that would end the transaction without SQLAlchemy and the unit knowing."""
-    transaction.owner.leave()
+    transaction.owner.end_operation()
     error = PropagationError(
         f"{word} was sent as SQL inside {transaction.name}, which begins and ends its transaction itself; leave it to the unit, "
         "call doom() to roll back, or use propagation='nested' for a part"
@@ -129,7 +129,7 @@ def refuse_control(transaction: Transaction, word: str) -> NoReturn:
 
 def refuse_implicit_commit(transaction: Transaction, word: str) -> NoReturn:
     """Refuse SQL before which MariaDB commits what is open."""
-    transaction.owner.leave()
+    transaction.owner.end_operation()
     error = PropagationError(
         f"{word} was sent inside {transaction.name}, which has written: MariaDB commits that first, and no rollback could take "
         "it back; send it outside the unit, before or after"
@@ -168,7 +168,7 @@ def operation_failed(
     undoing = transaction.rolling_back_to_savepoint
     transaction.pending_savepoint = None
     transaction.rolling_back_to_savepoint = False
-    transaction.owner.leave()
+    transaction.owner.end_operation()
     if transaction.phase.is_ending and transaction.phase is not Phase.COMMITTING:
         return
     failure = classify(error) if isinstance(error, Exception) else None

@@ -45,15 +45,19 @@ class OpenStream(Protocol):
 
     def check_unread(self, what: str) -> None:
         """Raise if something that is about to be done would cut the rows off."""
+        ...
 
     def close_if_left(self) -> None:
         """Close the cursor if nobody can read on."""
+        ...
 
     def end(self) -> None:
         """Let nobody read on."""
+        ...
 
-    def leave(self) -> None:
+    def body_returned(self) -> None:
         """Let nobody read on, as the body has returned; raise if another task still reads."""
+        ...
 
 
 class VersionGuard(Protocol):
@@ -62,18 +66,23 @@ class VersionGuard(Protocol):
     @property
     def expectations(self) -> Mapping[Any, object]:
         """What clients expect."""
+        ...
 
     def flushed(self) -> None:
         """A flush has written all it had to."""
+        ...
 
     def check_unwritten(self, session: Session) -> None:
         """Compare what the body has not written."""
+        ...
 
     def find_stale(self, connection: Connection) -> StaleVersionError | None:
         """Read the versions again, after the rollback."""
+        ...
 
     def stale(self, who: str) -> StaleVersionError:
         """Return the error for a write that found another version."""
+        ...
 
 
 class Transaction:
@@ -266,7 +275,7 @@ class Transaction:
         if self.idle is not None:
             self.idle.begins()
         if self.owner.idle is not None:
-            self.owner.leave()
+            self.owner.end_operation()
 
     def seal(self, phase: Phase) -> None:
         """Let nobody use the session and its connection, until `end_here`."""
@@ -338,7 +347,7 @@ class Transaction:
         return refusals.read_only(what, self.name, scope_read=self.scope_read)
 
     def check_join(self, who: str, isolation: IsolationLevel | None, *, read_only: bool) -> None:
-        """Refuse a call that needs more than this unit gives (others run SERIALIZABLE code at READ COMMITTED).
+        """Refuse a call that needs more than this unit gives; else code for SERIALIZABLE would run at READ COMMITTED.
 
         Raises:
             IsolationConflictError: the call needs a stronger level, or writes in a read-only unit.
@@ -373,6 +382,6 @@ class Transaction:
 
 
 def transaction_of(session: Session | None) -> Transaction | None:
-    """Return the unit's transaction behind a session, None for a session of nobody's unit."""
+    """Return the transaction of a session's unit, None if the session does not belong to a unit."""
     transaction: Transaction | None = getattr(session, "transaction_of_unit", None)
     return transaction

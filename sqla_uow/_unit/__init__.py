@@ -7,6 +7,7 @@
 * `commit`: the end that succeeds
 * `rollback`: the end that fails
 * `ending`: what every end lets go of
-* `verify`: settles an unknown COMMIT
+* `verify`: what became of a COMMIT whose answer was lost
+* `markers`: the rows that tell
 * `statistics`: what has happened, in numbers
 """

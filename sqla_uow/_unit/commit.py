@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.unit import UnitOfWork
-    from sqla_uow._unit.verify import Witness
+    from sqla_uow._unit.verify import Verification
 
 __all__ = ["COMMIT_SECONDS", "commit", "prepare"]
 
@@ -64,7 +64,7 @@ async def prepare(transaction: Transaction, guard: Callable[[], None] | None) ->
         RollbackOnlyError: they never come to an end.
     """
     if transaction.stream is not None:
-        transaction.stream.leave()
+        transaction.stream.body_returned()
     hooks = transaction.hooks.before_commit
     for _ in range(ROUNDS):
         for _ in range(len(hooks)):
@@ -107,20 +107,20 @@ def _unfinished(hooks: list[Hook]) -> str:
     return f"the before_commit hook {hooks[0].name} is due again" if hooks else "objects are changed in each flush"
 
 
-async def commit(transaction: Transaction, unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
+async def commit(transaction: Transaction, unit: UnitOfWork[Any], verification: Verification | None) -> Ended:
     """Commit and close; never raises.
 
     Args:
         transaction: prepared; its place is closed.
         unit: what its user sees of it, for an error that names it.
-        witness: settles an unknown outcome, or None to raise it.
+        verification: learns an unknown outcome; None lets the caller do that.
     """
     session = transaction.session
     if session is None or transaction.connection is None:
         close_unused(transaction)
         return await _committed(transaction, None)
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
-    work = partial(session.run_sync, _commit_and_close, transaction, witness)
+    work = partial(session.run_sync, _commit_and_close, transaction, verification)
     limit = math.inf if transaction.deadline is None else transaction.deadline - transaction.clock()
     if limit <= 0:  # of a body that held up the loop, so that no timer came
         return await roll_back(transaction, TimeoutError("the deadline passed before COMMIT was sent"))
@@ -131,16 +131,16 @@ async def commit(transaction: Transaction, unit: UnitOfWork[Any], witness: Witne
         error = None
     failure = None if error is None else _failure_at_commit(transaction, error)
     if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
-        return await _ambiguous(transaction, unit, error, witness, outcome.cancelled)
+        return await _ambiguous(transaction, unit, error, verification, outcome.cancelled)
     if error is None:
         return await _committed(transaction, outcome.cancelled)
     return await roll_back(transaction, outcome.cancelled or error, failure)
 
 
-def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
+def _commit_and_close(session: Session, transaction: Transaction, verification: Verification | None) -> None:
     transaction.end_here(Phase.COMMITTING)
-    if witness is not None and transaction.wrote and transaction.connection is not None:
-        witness.sign(transaction.connection)
+    if verification is not None and transaction.wrote and transaction.connection is not None:
+        verification.mark(transaction.connection)
     times = transaction.times
     if times is not None:
         times.commit_began = times.clock()
@@ -190,21 +190,21 @@ async def _ambiguous(
     transaction: Transaction,
     unit: UnitOfWork[Any],
     error: BaseException,
-    witness: Witness | None,
+    verification: Verification | None,
     cancelled: asyncio.CancelledError | None,
 ) -> Ended:
-    verdict: bool | None = None
+    committed: bool | None = None
     if transaction.last_write is not None:
         transaction.last_write.lose()
     remember_objects(transaction)
     await discard_connection(transaction)
-    if witness is not None and witness.signed and cancelled is None:
-        asked = await shielded(partial(witness.verdict, transaction), grace=COMMIT_SECONDS)
+    if verification is not None and verification.marked and cancelled is None:
+        asked = await shielded(partial(verification.ask, transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
-        verdict = _verdict(asked, transaction.name)
-    if verdict is True:
+        committed = _answer(asked, transaction.name)
+    if committed is True:
         return await _committed(transaction, cancelled)
-    if verdict is False:
+    if committed is False:
         ended = await roll_back(transaction, cancelled or error, Failure(Kind.LOST, None, error))
         return ended if cancelled is None else Ended(cancelled)
     transaction.final = Status.AMBIGUOUS
@@ -224,7 +224,7 @@ async def _ambiguous(
     return Ended(ambiguous)
 
 
-def _verdict(asked: Shielded[bool | None], who: str) -> bool | None:
+def _answer(asked: Shielded[bool | None], who: str) -> bool | None:
     asked.stop()
     if (trouble := asked.trouble) is not None:
         record(

@@ -158,7 +158,7 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
         transaction.lock_watch.stop()
     transaction.engine = None
     transaction.enclosing = ()
-    transaction.owner.release()
+    transaction.owner.forget_task()
 
 
 def noted(error: BaseException, name: str, status: Status) -> BaseException:

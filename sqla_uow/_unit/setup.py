@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqla_uow._session.maker import SessionMaker
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Times
-    from sqla_uow._unit.verify import Notary
+    from sqla_uow._unit.verify import Verifier
     from sqla_uow.events import Observer
     from sqla_uow.typing import IsolationLevel
 
@@ -68,7 +68,7 @@ class Setup(Generic[S]):
         timeout: float | None,
         retry: RetryPolicy,
         replicas: ReplicaRouter | None,
-        verifier: Notary | None,
+        verifier: Verifier | None,
         observers: tuple[Observer, ...],
     ) -> None:
         self.name: str = name
@@ -80,7 +80,7 @@ class Setup(Generic[S]):
         self.timeout: float | None = timeout
         self.retry: RetryPolicy = retry
         self.replicas: ReplicaRouter | None = replicas
-        self.verifier: Notary | None = verifier
+        self.verifier: Verifier | None = verifier
         self.observers: tuple[Observer, ...] = observers
         self.counts: Counts = Counts()
         self.gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)

@@ -3,7 +3,7 @@ from alembic.util import CommandError
 from sqlalchemy import Integer
 
 from tests.alembic.catalog import columns, identity, triggers
-from tests.databases import ONE_OF_EACH
+from tests.kit.databases import ONE_OF_EACH
 
 KINDS = ("integer", "uuid", "timestamp")
 

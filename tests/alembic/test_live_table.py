@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from tests.alembic.catalog import columns, identity, triggers
-from tests.databases import DRIVERS, ONE_OF_EACH
+from tests.kit.databases import DRIVERS, ONE_OF_EACH
 
 ROWS = int(os.environ.get("SQLA_UOW_LIVE_ROWS", "1000"))
 HELD = float(os.environ.get("SQLA_UOW_LIVE_SECONDS", "1.5"))

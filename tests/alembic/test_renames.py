@@ -9,7 +9,7 @@ from sqlalchemy import Integer, text
 from sqlalchemy.exc import DBAPIError
 
 from tests.alembic.catalog import columns, functions, triggers
-from tests.databases import ONE_OF_EACH
+from tests.kit.databases import ONE_OF_EACH
 
 
 class Renamed:

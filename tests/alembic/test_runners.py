@@ -19,8 +19,8 @@ from sqla_uow._alembic.sqlite import SQLiteLock
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked
 from tests.alembic.project import Project
-from tests.databases import ONE_OF_EACH
-from tests.waiting import until
+from tests.kit.databases import ONE_OF_EACH
+from tests.kit.waiting import until
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from sqlalchemy import select, text, update
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow.errors import StaleVersionError
-from tests.models import Account, Base
-from tests.models import Versioned as Row
+from tests.kit.models import Account, Base
+from tests.kit.models import Versioned as Row
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, transactional
-from tests.models import Doctor
+from tests.kit.models import Doctor
 
 WORKERS = 16
 PATIENT = RetryPolicy(base=0.002, cap=0.2)

@@ -10,8 +10,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import UnitOfWorkManager
+from tests.kit.waiting import until
 from tests.servers import MariaDB, Proxy
-from tests.waiting import until
 
 SLEEPING = "SELECT id FROM information_schema.processlist WHERE state = 'User sleep'"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import time
 
@@ -11,9 +12,11 @@ import pytest
 from sqlalchemy import event, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_unit, transactional
-from tests.cancelling import WAYS, Suspensions
-from tests.models import Account
-from tests.waiting import until
+from sqla_uow._tasks.shield import shielded
+from sqla_uow.testing import FaultPlan
+from tests.kit.cancelling import WAYS, Suspensions
+from tests.kit.models import Account, Note
+from tests.kit.waiting import until
 
 CAUGHT = {"asyncio.timeout", "TaskGroup", "anyio scope", "move_on_after", "fail_after", "anyio group"}
 """Ways that end the cancellation themselves: the task goes on, and no request to cancel it is left."""
@@ -22,6 +25,23 @@ LOCK_TIMEOUT = {
     "mysql": "SET innodb_lock_wait_timeout = 2",
     "sqlite": "PRAGMA busy_timeout = 2000",
 }
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database."""
+    return UnitOfWorkManager(db.engine())
+
+
+async def notes(db):
+    """Return what is committed."""
+    return [note for (note,) in await db.rows("SELECT text FROM note ORDER BY id")]
+
+
+async def write_one(manager):
+    """Commit a note."""
+    async with manager.begin() as unit:
+        unit.session.add(Note(text="one"))
 
 
 @pytest.fixture
@@ -204,3 +224,20 @@ async def test_a_cancelled_statement_is_stopped_in_the_database(bank, way):
     await bank.check(call)
     assert time.monotonic() - began < 2  # of 30 s
     await AddOne(bank.manager)()
+
+
+async def test_without_anyio(db, manager, monkeypatch):
+    """Nothing of it is needed: COMMIT is shielded from asyncio's cancellations all the same."""
+    monkeypatch.delitem(sys.modules, "anyio", raising=False)
+    with FaultPlan(manager, "cancel", at="commit"):
+        task = asyncio.create_task(write_one(manager))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await notes(db) == ["one"]
+
+
+@pytest.mark.drivers("sqlite")
+async def test_a_shield_without_time(driver):
+    """What may not wait is begun, and not waited for."""
+    outcome = await shielded(asyncio.Event().wait, limit=0)
+    assert outcome.stop()

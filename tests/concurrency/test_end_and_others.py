@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import insert, text
 
 from sqla_uow import Status, UnitOfWorkManager, errors
-from tests.models import Note
+from tests.kit.models import Note
 
 
 async def test_a_task_that_was_waiting_for_the_end_of_the_body(db):

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
-from tests.models import Base
+from tests.kit.models import Base
 
 ADD = text("INSERT INTO account (id, balance) VALUES (:id, 0)")
 

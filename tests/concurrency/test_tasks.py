@@ -19,8 +19,8 @@ from sqlalchemy import literal_column, select, text
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._tasks.frames import Frame, Place
 from sqla_uow._unit import ending as _ending
-from tests import waiting
-from tests.models import Account
+from tests.kit import waiting
+from tests.kit.models import Account
 
 few_drivers = pytest.mark.drivers("sqlite", "asyncpg")  # what is about tasks alone
 SLOW = {
@@ -28,6 +28,12 @@ SLOW = {
     "mysql": "SELECT sleep({seconds})",
     "sqlite": "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {seconds} * 4000000) SELECT max(n) FROM c",
 }
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database."""
+    return UnitOfWorkManager(db.engine())
 
 
 def slow(db, seconds):
@@ -369,6 +375,22 @@ async def test_a_wait_that_times_out_leaves_the_pool_whole(db):
     await assert_pool_is_whole(manager)
 
 
+async def test_a_unit_begun_outside_any_task(db, manager):
+    """S3: nobody could be said to use it."""
+    caught = []
+
+    def begin():
+        entering = manager.begin().__aenter__()
+        try:
+            entering.send(None)
+        except errors.TaskBoundaryError as error:
+            caught.append(str(error))
+
+    asyncio.get_running_loop().call_soon(begin)
+    await asyncio.sleep(0)
+    assert caught == ["begin() was begun outside any task; begin it in a coroutine that a task runs"]
+
+
 # -- threads
 
 
@@ -575,6 +597,12 @@ async def test_a_parent_takes_the_unit_back_for_good(db):
     )
     assert await db.rows("SELECT id FROM account") == []
     await assert_pool_is_whole(manager)
+
+
+@pytest.mark.drivers("sqlite")
+def test_ancestors_that_are_gone(driver):
+    """S3: who cannot use a unit any more is passed over."""
+    assert list(Frame((), None, None).tasks()) == []
 
 
 # -- S4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.losses import Wire
+from tests.kit.losses import Wire
 from tests.servers import Proxy
 
 

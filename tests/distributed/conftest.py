@@ -11,9 +11,9 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import make_url
 
-from tests.databases import Database
 from tests.distributed.relay import announced_as
-from tests.losses import Wire
+from tests.kit.databases import Database
+from tests.kit.losses import Wire
 from tests.servers import Proxy
 
 
@@ -28,7 +28,7 @@ class Cockroach(Database):
 
 @pytest.fixture
 async def cockroach(driver, databases, tmp_path):
-    """A fresh database, with the tables of `tests.models`."""
+    """A fresh database, with the tables of `tests.kit.models`."""
     plain = databases.make(driver, tmp_path)
     database = Cockroach(driver, plain.url, plain.server)
     await database.create_tables()

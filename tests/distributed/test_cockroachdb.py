@@ -19,8 +19,8 @@ from sqla_uow._alembic.patience import Patience, patiently
 from sqla_uow._databases import distributed as _servers
 from sqla_uow.alembic import migration_lock
 from sqla_uow.errors import AmbiguousCommitError, ConflictError, ReadOnlyError, RollbackOnlyError, StaleVersionError
-from tests.models import Account
-from tests.statements import statements
+from tests.kit.models import Account
+from tests.kit.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
 

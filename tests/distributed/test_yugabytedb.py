@@ -15,8 +15,8 @@ from sqla_uow import Status, UnitOfWorkManager
 from sqla_uow.__main__ import main
 from sqla_uow.alembic import install
 from sqla_uow.errors import RollbackOnlyError
-from tests.models import Account
-from tests.statements import statements
+from tests.kit.models import Account
+from tests.kit.statements import statements
 from tests.versioning import tables
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg")

@@ -18,10 +18,10 @@ from sqla_uow._doctor import mariadb as _doctor_mariadb
 from sqla_uow._doctor.subject import Subject
 from sqla_uow._doctor.trials import Trial
 from sqla_uow._doctor.url import place_of
-from tests.databases import ONE_OF_EACH
+from tests.kit.databases import ONE_OF_EACH
+from tests.kit.waiting import until
 from tests.servers import Proxy
 from tests.servers.pgbouncer import PgBouncer
-from tests.waiting import until
 
 INTERRUPTED = 2
 servers = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")

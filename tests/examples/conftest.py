@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from examples.bank import audit, load, schema
-from examples.bank.serving import served
-from examples.bank.tally import Tally
+from examples.bank.runner import audit, load, schema
+from examples.bank.runner.serving import served
+from examples.bank.runner.tally import Tally
 from examples.bank.web import create_app
 from sqla_uow import UnitOfWorkManager
-from tests.waiting import until_free
+from tests.kit.waiting import until_free
 
 if TYPE_CHECKING:
     import httpx

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-from examples.bank.run import main
-from tests.databases import SERVERS
+from examples.bank.runner.run import main
+from tests.kit.databases import SERVERS
 
 CHECKOUT = Path(__file__).parents[2]
 ONCE = ("--once", "--calls", "60", "--accounts", "4")

@@ -14,13 +14,13 @@ from sqlalchemy import inspect
 from sqlalchemy.util import await_only
 
 from alembic import command
-from examples.bank import schema
 from examples.bank.models import VERSION_TABLE
+from examples.bank.runner import schema
 from sqla_uow import UnitOfWorkManager
 from tests.alembic.catalog import columns, triggers
 from tests.alembic.locking import locked
-from tests.databases import ONE_OF_EACH
-from tests.waiting import until
+from tests.kit.databases import ONE_OF_EACH
+from tests.kit.waiting import until
 
 pytestmark = pytest.mark.drivers(*ONE_OF_EACH)  # test_bank.py starts the bank, and so migrates, by each driver
 CHECKOUT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ async def test_the_bank_leaves_nothing(db):
 CREATE = """
 import asyncio, sys
 from sqlalchemy.ext.asyncio import create_async_engine
-from examples.bank import schema
+from examples.bank.runner import schema
 from examples.bank.models import VERSION_TABLE
 
 async def main():

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from tests.databases import DRIVERS
+from tests.kit.databases import DRIVERS
 
 CASES = 10_000 if os.environ.get("SQLA_UOW_LONG") else 0
 OPERATIONS = 7  # that have something to generate

@@ -11,14 +11,15 @@ from sqlalchemy import select, text
 from starlette.routing import Route
 from websockets.asyncio.client import connect
 
-from examples.bank import load, mail, services
+from examples.bank import mail, services
 from examples.bank.feed import FEED
 from examples.bank.models import Entry
 from examples.bank.openapi import DOCUMENT
 from examples.bank.plain import create_plain_app
-from examples.bank.serving import served
+from examples.bank.runner import load
+from examples.bank.runner.serving import served
 from examples.bank.web import ROUTES
-from tests.waiting import until
+from tests.kit.waiting import until
 
 BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
 LEDGER = "SELECT source, target, amount, reference FROM sqla_uow_bank_entry WHERE reference <> 'opening' ORDER BY id"

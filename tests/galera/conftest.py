@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from tests.kit.waiting import until
 from tests.servers import Cluster
 from tests.servers.galera import Node
 from tests.torture.bank import SECONDS, WORKERS, Bank
-from tests.waiting import until
 
 collect_ignore = (
     [] if os.environ.get("SQLA_UOW_GALERA") else ["test_bank.py", "test_cluster.py"]

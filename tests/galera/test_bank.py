@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from tests.kit.waiting import until
 from tests.torture.bank import SECONDS, WORKERS
-from tests.waiting import until
 
 pytestmark = [pytest.mark.drivers("asyncmy", "aiomysql"), pytest.mark.timeout(180)]
 modes = pytest.mark.parametrize("mode", ["raise", "verify"])

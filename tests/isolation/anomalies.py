@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from sqla_uow.errors import ConflictError
-from tests.waiting import until
+from tests.kit.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from sqla_uow import UnitOfWorkManager
-    from tests.databases import Database
+    from tests.kit.databases import Database
 
 COMMIT, ROLLBACK = "COMMIT", "ROLLBACK"
 FIRST = "SELECT value FROM test WHERE id = 1"

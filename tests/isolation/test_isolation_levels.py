@@ -17,9 +17,9 @@ from sqlalchemy import text
 from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
 from tests.isolation.anomalies import ANOMALIES, happens
 from tests.isolation.appends import Append, History, Read, anomaly
-from tests.losses import COMMIT
+from tests.kit.losses import COMMIT
+from tests.kit.waiting import until
 from tests.servers import Proxy
-from tests.waiting import until
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "isolation.md"
 NAMES = {"postgresql": "PostgreSQL", "mysql": "MariaDB", "sqlite": "SQLite"}

@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, transactional
 from sqla_uow.alembic import migration_lock
 from sqla_uow.errors import ConflictError, ReadOnlyError
-from tests.databases import UNPREPARED
-from tests.models import Account
+from tests.kit.databases import UNPREPARED
+from tests.kit.models import Account
 from tests.servers.pgbouncer import PgBouncer
 
 if (reason := PgBouncer.unavailable()) is not None:

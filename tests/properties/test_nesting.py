@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError, StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import Status, UnitOfWorkManager, errors
-from tests.models import Base, Note, Unique
+from tests.kit.models import Base, Note, Unique
 
 pytestmark = pytest.mark.drivers("sqlite")
 DEEPEST = 6

@@ -22,7 +22,7 @@ from sqlalchemy import event, insert, text
 from sqla_uow import Status, UnitOfWorkManager, after_commit, current_session, transactional
 from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.driver import State
-from tests.models import Account, Note, Unique
+from tests.kit.models import Account, Note, Unique
 
 PROGRAMS = int(os.environ.get("SQLA_UOW_PROGRAMS", "100"))
 FAILS = "INSERT INTO uniq (id, name) VALUES (7, 'taken')"

@@ -7,9 +7,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import UnitOfWorkManager, current_session, transactional
-from tests.databases import SERVERS
+from tests.kit.databases import SERVERS
+from tests.kit.waiting import until
 from tests.servers import MariaDB, PostgreSQL, Replica, Standby
-from tests.waiting import until
 
 LOG = {"log_bin": "log", "server_id": "1"}
 # A standby that was killed replays again from its last restart point, and finds changes of pages that it has not any more:

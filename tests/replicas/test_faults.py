@@ -14,9 +14,9 @@ from sqla_uow import Status, UnitOfWorkManager, current_session, transactional
 from sqla_uow._replicas import router as _replicas
 from sqla_uow._replicas.position import UNKNOWN, to_text
 from sqla_uow.errors import AmbiguousCommitError, ConflictError
+from tests.kit.waiting import until
 from tests.replicas.conftest import at_replica, read, write
 from tests.servers import Proxy, Standby
-from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 POSITION = {"postgresql": b"pg_current_wal_insert_lsn", "mysql": b"gtid_binlog_pos"}
@@ -234,13 +234,13 @@ async def test_cancelled_while_it_waits_for_a_replica(pair, connected):
 async def test_a_standby_does_not_tell_what_became_of_a_commit(pair):
     """C2: it may not have replayed it yet; it is asked again, until it or another one is the primary."""
     manager = UnitOfWorkManager(pair.engine(pair.primary), ambiguous_commit="verify")
-    witness = manager._setup.verifier.witness()
+    verification = manager._setup.verifier.verification()
     pair.replica.pause()
     async with manager.engine.begin() as connection:
-        await connection.run_sync(witness.sign)
+        await connection.run_sync(verification.mark)
     async with pair.engine(pair.replica).connect() as standby, manager.engine.connect() as primary:
-        assert await witness._ask_status(standby) == "again"
-        assert await witness._ask_status(primary) == "committed"
+        assert await verification._ask_status(standby) == "again"
+        assert await verification._ask_status(primary) == "committed"
 
 
 async def test_a_deadline_bounds_the_wait(pair):

@@ -12,9 +12,9 @@ from sqlalchemy import text
 from starlette.responses import JSONResponse
 
 from sqla_uow import current_session, current_unit, transactional
+from tests.kit.waiting import until
 from tests.replicas.conftest import at_replica, write
 from tests.starlette.client import app_of, client_of
-from tests.waiting import until
 
 PAIRS = int(os.environ.get("SQLA_UOW_PAIRS", "200"))
 """How many writes are read back in all; 10,000 take a minute or two: tox -e long."""

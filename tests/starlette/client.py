@@ -9,7 +9,7 @@ from starlette.routing import Route
 
 from sqla_uow import current_session, transactional
 from sqla_uow_starlette import UnitOfWorkMiddleware
-from tests.models import Account
+from tests.kit.models import Account
 
 
 @transactional

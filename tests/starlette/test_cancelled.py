@@ -18,10 +18,10 @@ from starlette.routing import Route
 
 from sqla_uow import UnitOfWorkManager, after_commit, before_commit, current_session, transactional
 from sqla_uow_starlette import UnitOfWorkMiddleware
-from tests.models import Account
+from tests.kit.models import Account
+from tests.kit.waiting import until, until_free
 from tests.starlette.client import client_of
 from tests.starlette.serving import served
-from tests.waiting import until, until_free
 
 pytestmark = pytest.mark.drivers("sqlite", "asyncpg", "psycopg")
 

@@ -14,11 +14,11 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 
 from sqla_uow import UnitOfWorkManager, current_session, transactional
-from tests.cancelling import WAYS, Suspensions
-from tests.models import Account
+from tests.kit.cancelling import WAYS, Suspensions
+from tests.kit.models import Account
+from tests.kit.waiting import until
 from tests.starlette.client import app_of, client_of
 from tests.starlette.serving import first_byte, served
-from tests.waiting import until
 
 TIMES = 1000 if os.environ.get("SQLA_UOW_LONG") == "1" else 56
 POINTS = 40

@@ -16,10 +16,10 @@ from starlette.routing import Mount, Route
 from sqla_uow import UnitOfWorkManager, current_session, transactional
 from sqla_uow.errors import NoUnitError, TaskBoundaryError
 from sqla_uow_starlette import UnitOfWorkMiddleware
-from tests.models import Account
+from tests.kit.models import Account
+from tests.kit.waiting import until_free
 from tests.starlette.client import client_of
 from tests.starlette.serving import served
-from tests.waiting import until_free
 
 pytestmark = pytest.mark.drivers("sqlite", "asyncpg")
 

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from sqla_uow import after_commit, current_session, current_unit, transactional
 from sqla_uow_starlette import UnitOfWorkMiddleware, exception_handlers
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import add, client_of
 
 PROBLEM = {

@@ -13,9 +13,9 @@ from websockets.asyncio.client import connect
 
 from sqla_uow import UnitOfWorkManager, current_session, transactional
 from sqla_uow_starlette import UnitOfWorkMiddleware, dispose_on_shutdown
-from tests.models import Account
+from tests.kit.models import Account
+from tests.kit.waiting import until_free
 from tests.starlette.serving import served
-from tests.waiting import until_free
 
 pytestmark = pytest.mark.drivers("sqlite", "asyncpg")
 

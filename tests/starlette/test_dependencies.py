@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI
 from sqla_uow import UnitOfWorkManager, current_session, transactional
 from sqla_uow.errors import NoUnitError, TaskBoundaryError
 from sqla_uow_starlette import UnitOfWorkMiddleware
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import client_of
 
 pytestmark = pytest.mark.drivers("sqlite", "asyncpg")

@@ -18,9 +18,9 @@ from websockets.asyncio.client import connect
 
 from sqla_uow import UnitOfWorkManager, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware, dispose_on_shutdown
+from tests.kit.waiting import until_free
 from tests.starlette.client import add, app_of, client_of
 from tests.starlette.serving import served
-from tests.waiting import until_free
 
 MODES = pytest.mark.parametrize("atomic", [False, True], ids=["default", "atomic"])
 

@@ -8,7 +8,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from sqla_uow import Status, after_commit, current_session, current_unit, transactional
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import add, app_of, client_of
 
 

@@ -16,7 +16,7 @@ from sqla_uow import UnitOfWork, UnitOfWorkManager, transactional
 from sqla_uow.errors import LateCommitWarning
 from sqla_uow_starlette import UnitOfWorkMiddleware
 from sqla_uow_starlette.fastapi import unit_of_work
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import add, app_of, client_of
 
 if TYPE_CHECKING:

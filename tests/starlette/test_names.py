@@ -14,7 +14,7 @@ from starlette.routing import Mount, Route
 from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow.events import Observer
 from sqla_uow_starlette import UnitOfWorkMiddleware, exception_handlers
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import client_of
 
 

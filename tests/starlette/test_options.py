@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 
 from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import app_of, client_of
 
 UNUSED = "where it means nothing; add atomic=True, or say it at the @transactional functions"

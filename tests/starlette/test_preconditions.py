@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from sqla_uow import current_session, errors, transactional
 from sqla_uow_starlette import PreconditionError, UnitOfWorkMiddleware, check_preconditions, etag, exception_handlers
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.pages import Draft, Meeting, Page, answer, app, client, nothing, pages
 
 WRITERS = 20

@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow_starlette import exception_handlers
-from tests.losses import Wire
+from tests.kit.losses import Wire
 from tests.servers import Proxy
 from tests.starlette.pages import app, client, pages
 

@@ -15,8 +15,8 @@ from starlette.routing import Route
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors
 from sqla_uow_starlette import UnitOfWorkMiddleware
+from tests.kit.troubles import BusyAtCommit, MariaDBDeadlock, WriteSkewAtCommit
 from tests.starlette.client import client_of
-from tests.troubles import BusyAtCommit, MariaDBDeadlock, WriteSkewAtCommit
 
 AT_COMMIT = {"postgresql": WriteSkewAtCommit, "sqlite": BusyAtCommit, "mysql": MariaDBDeadlock}
 

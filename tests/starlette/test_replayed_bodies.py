@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 from sqla_uow import current_session, errors
 from sqla_uow.testing import FaultPlan
 from sqla_uow_starlette import UnitOfWorkMiddleware, exception_handlers
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import app_of, client_of
 from tests.starlette.serving import served
 

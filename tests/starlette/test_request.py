@@ -8,7 +8,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from sqla_uow import current_session, errors
-from tests.models import Account
+from tests.kit.models import Account
 from tests.starlette.client import add, app_of, client_of
 
 SCOPE_ENDED = (

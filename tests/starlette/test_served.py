@@ -12,8 +12,8 @@ from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, after_commit, current_session, current_unit, errors, transactional
-from tests.losses import COMMIT
-from tests.models import Account
+from tests.kit.losses import COMMIT
+from tests.kit.models import Account
 from tests.servers import Proxy
 from tests.starlette.client import app_of
 from tests.starlette.serving import first_byte, served

@@ -10,7 +10,7 @@ from sqlalchemy import select, text
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_unit, errors, transactional
 from sqla_uow.testing import FaultPlan, assert_no_leaks, cancel_at, rolled_back
-from tests.models import Account, Note
+from tests.kit.models import Account, Note
 
 AT_ONCE = RetryPolicy(base=0, cap=0)
 NETWORK = ("asyncpg", "psycopg", "asyncmy", "aiomysql")

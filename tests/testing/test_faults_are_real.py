@@ -6,11 +6,10 @@ import pytest
 
 from sqla_uow import UnitOfWorkManager, errors
 from sqla_uow.testing import FaultPlan
-from tests.failures import Failed
-from tests.losses import Wire
-from tests.models import Account
-from tests.servers import Proxy
-from tests.troubles import (
+from tests.kit.failures import Failed
+from tests.kit.losses import Wire
+from tests.kit.models import Account
+from tests.kit.troubles import (
     Busy,
     BusyAtCommit,
     ChangedSinceRead,
@@ -24,6 +23,7 @@ from tests.troubles import (
     SnapshotChanged,
     WriteSkewAtCommit,
 )
+from tests.servers import Proxy
 
 REAL = {
     "conflict": {"postgresql": ChangedSinceRead, "mysql": SnapshotChanged, "sqlite": Busy},

@@ -22,7 +22,7 @@ from sqla_uow import (
     transactional,
 )
 from sqla_uow.testing import rolled_back
-from tests.models import Account, Note, Unique
+from tests.kit.models import Account, Note, Unique
 
 AT_ONCE = RetryPolicy(base=0, cap=0)
 STRONGEST = "SERIALIZABLE"

@@ -11,7 +11,7 @@ from sqlalchemy import insert, text
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow.testing import cancel_at, rolled_back
-from tests.models import Note
+from tests.kit.models import Note
 
 
 async def work(engine):

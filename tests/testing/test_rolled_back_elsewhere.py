@@ -16,9 +16,9 @@ from starlette.routing import Route
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow.testing import rolled_back
 from sqla_uow_starlette import UnitOfWorkMiddleware
-from tests.models import Account, Note
+from tests.kit.models import Account, Note
+from tests.kit.waiting import until
 from tests.starlette.pages import client
-from tests.waiting import until
 
 bound = pytest.mark.drivers("asyncpg", "asyncmy", "aiomysql")
 CURE = (

@@ -20,7 +20,7 @@ from sqla_uow import (
     transactional,
 )
 from sqla_uow.testing import rolled_back, run_twice
-from tests.models import Note, Unique
+from tests.kit.models import Note, Unique
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from sqla_uow import UnitOfWorkManager, before_commit, current_session, errors, transactional
 from sqla_uow.testing import run_twice
-from tests.models import Account, Note
+from tests.kit.models import Account, Note
 
 pytestmark = pytest.mark.drivers("sqlite")
 

@@ -17,7 +17,7 @@ from sqla_uow.testing import (
     count_queries,
     rolled_back,
 )
-from tests.models import Account, Note
+from tests.kit.models import Account, Note
 
 
 @pytest.fixture

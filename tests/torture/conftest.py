@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.databases import SERVERS
+from tests.kit.databases import SERVERS
 from tests.servers import MariaDB
 from tests.torture.bank import Bank
 

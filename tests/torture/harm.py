@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from tests.kit.waiting import until
 from tests.servers import PostgreSQL
 from tests.torture.bank import SECONDS, WORKERS, Bank
-from tests.waiting import until
 
 LONG = float(os.environ.get("SQLA_UOW_TORTURE", "10"))
 """Seconds of each torture."""

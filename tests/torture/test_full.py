@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from tests.databases import SERVERS
+from tests.kit.databases import SERVERS
+from tests.kit.waiting import until
 from tests.servers import MariaDB, PostgreSQL, SmallDisk
 from tests.torture.bank import Bank
 from tests.torture.harm import LONG, MARKS, NO_ROOM, answers, banking, fill, modes
-from tests.waiting import until
 
 pytestmark = MARKS
 

@@ -14,11 +14,11 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.conftest import ROOT
+from tests.kit.waiting import until
 from tests.servers import SmallDisk
 from tests.servers.keeper import Keeper
 from tests.torture.bank import Bank
 from tests.torture.harm import LONG, NO_ROOM, SEED, fill, modes
-from tests.waiting import until
 
 pytestmark = [pytest.mark.drivers("sqlite"), pytest.mark.timeout(LONG * 4 + 120)]
 journals = pytest.mark.parametrize("journal", ["wal", "delete"])

@@ -13,7 +13,7 @@ from sqlalchemy.orm import aliased
 
 from sqla_uow import errors
 from sqla_uow.mixins import expect_version, next_version
-from tests.statements import statements
+from tests.kit.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
 from tests.versioning.tables import JoinedChild, OtherAttribute, Plain, SingleChild

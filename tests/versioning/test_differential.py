@@ -11,7 +11,7 @@ from sqlalchemy.orm import with_loader_criteria
 
 from sqla_uow import UnitOfWorkManager, errors
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin, next_version
-from tests.databases import ONE_OF_EACH
+from tests.kit.databases import ONE_OF_EACH
 from tests.versioning.others import FRESH
 from tests.versioning.twins import CASES, rows_of, twins
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import NoResultFound
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow.mixins import expect_version, get_versioned, touch
-from tests.statements import statements
+from tests.kit.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
 from tests.versioning.tables import Plain

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import update
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
-from tests.models import Account
+from tests.kit.models import Account
 from tests.versioning.tables import JoinedChild, Plain
 
 WORKERS, TIMES = (16, 50) if os.environ.get("SQLA_UOW_LONG") else (8, 25)

@@ -23,8 +23,8 @@ from sqlalchemy.orm import (
 from sqla_uow import Status, errors
 from sqla_uow._versions.kinds import UtcTimestamp, Xid
 from sqla_uow.mixins import Versioned, VersionedByTimestamp, expect_version, get_versioned, touch
-from tests.models import Account
-from tests.statements import statements
+from tests.kit.models import Account
+from tests.kit.statements import statements
 from tests.versioning import test_edges as edges_tables
 from tests.versioning.others import execute_outside, overtake, version_of, written
 from tests.versioning.tables import ByTimestamp, ByUUID, Customer, JoinedChild, Order, OtherAttribute, Plain

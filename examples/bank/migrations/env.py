@@ -1,4 +1,4 @@
-"""Alembic's environment: run by the ``alembic`` command, and by `examples.bank.schema` when the bank starts."""
+"""Alembic's environment: run by the ``alembic`` command, and by `examples.bank.runner.schema` when the bank starts."""
 
 from __future__ import annotations
 

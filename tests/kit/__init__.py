@@ -1,0 +1,1 @@
+"""Tools for tests of several folders; README.md says what each module is."""
