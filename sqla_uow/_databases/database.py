@@ -185,7 +185,7 @@ class Database:
 
     def check_honoured(self, connection: Connection, isolation: IsolationLevel | None, *, who: str) -> None:
         """Ask a server that may run another level than it was told, once for each level."""
-        if isolation is not None:
+        if isolation is not None and self.system.replaces_levels:
             self.system.check_honoured(connection, isolation, who=who)
 
     def keeps_status(self) -> bool:

@@ -29,6 +29,7 @@ class Distributed(SpeaksPostgreSQL):
     """What the two have in common."""
 
     ddl_is_apart: ClassVar[bool] = True
+    replaces_levels: ClassVar[bool] = True
     level: ClassVar[str]
     """The statement that says at which level a transaction really runs."""
     remedy: ClassVar[str]

@@ -64,6 +64,8 @@ class System:
     """What `open` sets stays on the connection until `restore` is called."""
     one_result: ClassVar[bool] = False
     """A connection has room for one result: another statement cuts off the rows that are still to be read."""
+    replaces_levels: ClassVar[bool] = False
+    """It may accept a level and run another; see `check_honoured`."""
     has_positions: ClassVar[bool] = False
     """It can say how far a replica must be; see `primary_position`."""
     has_xmin: ClassVar[bool] = False
@@ -106,7 +108,7 @@ class System:
             raise ValueError(f"{who} asks for isolation {isolation!r}, which {self.name} does not have; use {offered}")
 
     def check_honoured(self, connection: Connection, isolation: IsolationLevel, *, who: str) -> None:
-        """Refuse a level that the server has accepted and replaced by another.
+        """Refuse a level that the server has accepted and replaced by another, where it `replaces_levels`.
 
         Args:
             connection: of a transaction that was begun at the level, nothing sent yet.

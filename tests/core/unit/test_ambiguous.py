@@ -176,7 +176,7 @@ async def test_an_answer_that_comes_while_the_link_is_cut(db, wire, monkeypatch)
     manager = UnitOfWorkManager(wire.engine)
     monkeypatch.setattr(_commit, "COMMIT_SECONDS", 0.05)
     # Such a moment cannot be hit; so the answer is let go where the link would be cut.
-    monkeypatch.setattr(_commit, "cut", lambda _connection: held.release() or True)
+    monkeypatch.setattr("sqla_uow._unit.ending.break_link", lambda _connection: held.release() or True)
 
     async def call():
         async with manager.begin() as unit:
