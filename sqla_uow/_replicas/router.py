@@ -68,13 +68,9 @@ class Reading(Protocol):
     def isolation(self) -> IsolationLevel | None: ...
 
     @property
-    def deadline(self) -> float | None: ...
-
-    @property
-    def clock(self) -> Callable[[], float]: ...
-
-    @property
     def last_write(self) -> LastWrite | None: ...
+
+    def seconds_left(self) -> float | None: ...
 
 
 _ASKED = "sqla_uow.asked"
@@ -274,9 +270,8 @@ class ReplicaRouter:
         return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
     def _patience(self, reading: Reading) -> float:
-        if reading.deadline is None:
-            return self._wait
-        return max(0.0, min(self._wait, (reading.deadline - reading.clock()) / 2))
+        left = reading.seconds_left()
+        return self._wait if left is None else max(0.0, min(self._wait, left / 2))
 
     async def _too_late(self, late: list[Replica], last_write: LastWrite, wanted: Position) -> None:
         """Ask the primary: a position that it does not have is dropped; else the replicas lag, and others do not wait for them now."""

@@ -319,6 +319,10 @@ class Transaction:
         if mark is not None:
             raise RollbackOnlyError(refusals.doomed(self.name, mark, scope_read=self.scope_read)) from mark.cause
 
+    def seconds_left(self) -> float | None:
+        """Return the time until the deadline, None if there is none."""
+        return None if self.deadline is None else self.deadline - self.clock()
+
     def wait_for_locks(self) -> None:
         """Wait for locks as the last attempt does, from the next statement on."""
         if self.lock_wait is None:
