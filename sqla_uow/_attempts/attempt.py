@@ -13,7 +13,7 @@ from typing_extensions import TypeVar
 from sqla_uow._attempts.call import Call
 from sqla_uow._attempts.observers import idle_of, tell_attempt, tell_outcome
 from sqla_uow._attempts.retry_or_raise import retry_or_raise, timed_out
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
@@ -207,7 +207,7 @@ class Attempt(Generic[S]):
     def _tell_of_generator(self) -> None:
         """Tell of a consumer that left an ``async for``: it may believe in what it wrote between two items."""
         who = self._call.options.who
-        record(
+        log(
             logging.WARNING, "%s was left because the async generator around it was closed; what was written in it is rolled "
             "back, also by who took its items: let them begin the unit, or pass a list", who, function=who,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._transaction.times import Idle
 from sqla_uow.events import AttemptEvent, IdleEvent, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.typing import Status
@@ -110,7 +110,7 @@ def _tell(call: Call[Any], method: str, event: object, observers: Iterable[Obser
         try:
             getattr(observer, method)(event)
         except (Exception, asyncio.CancelledError) as error:
-            record(
+            log(
                 logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
                 call.setup.name, method, exc_info=error,
                 function=call.options.who, manager=call.setup.name, error=error,

@@ -12,7 +12,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqla_uow._attempts.arguments import Called, renew
 from sqla_uow._attempts.observers import tell_retry
 from sqla_uow._databases.failures import Failure, Kind, chain, classify
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._retry.predicates import ask
 from sqla_uow._transaction.failing import failure_behind
 from sqla_uow.errors import (
@@ -182,7 +182,7 @@ async def _find_stale(call: Call[S], versions: VersionGuard, beside: _Beside[S])
         async with beside(call, left) as unit:
             stale = await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
     except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
-        record(
+        log(
             logging.WARNING, "the versions of %s could not be read (%s)", call.options.who, type(trouble).__name__,
             function=call.options.who, manager=call.setup.name, error=trouble,
         )  # fmt: skip
@@ -210,7 +210,7 @@ async def _wait(call: Call[S], failure: Failure, error: Exception, frame: FrameT
         wait = max(wait, soonest)
     if call.deadline is not None and call.policy.clock() + wait >= call.deadline:
         raise timed_out(call, f"{label(failure)}, and the next wait would cross the deadline") from error
-    record(
+    log(
         logging.INFO, "%s: attempt %d of %d failed (%s); again in %.1f ms",
         call.options.who, call.attempt, call.retries + 1, label(failure), wait * 1000,
         **_fields(call, failure), wait=wait,
@@ -237,7 +237,7 @@ def _gave_up(call: Call[S], failure: Failure, *, is_last: bool = True, spent: bo
     who, runs, elapsed = call.options.who, call.attempt, call.elapsed
     plural = "attempt" if runs == 1 else "attempts"
     call.given_up = failure
-    record(
+    log(
         logging.WARNING, "%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, label(failure),
         **_fields(call, failure), elapsed=elapsed,
     )  # fmt: skip

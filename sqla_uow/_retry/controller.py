@@ -12,7 +12,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqla_uow._log import record
+from sqla_uow._log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -276,7 +276,7 @@ class Controller:
 
     def _try(self, rung: int) -> None:
         if self._rung == FREE or (self._best == 0 and rung == 0):
-            record(
+            log(
                 logging.INFO, "%s: %.0f %% of the time went into conflicts; calls take turns",
                 self._who, self.wasted_share * 100, function=self._who, width=2**rung, wasted=self.wasted_share,
             )  # fmt: skip
@@ -284,7 +284,7 @@ class Controller:
 
     def _hold(self, rung: int) -> None:
         if rung == FREE and self._rung != FREE:
-            record(
+            log(
                 logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self._who,
                 function=self._who, wasted=self.wasted_share,
             )  # fmt: skip

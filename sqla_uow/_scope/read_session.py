@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow._databases.failures import chain
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._session.instances import taint
 from sqla_uow._session.session import has_changes, refuse_changes
 from sqla_uow._tasks.frames import check_loop
@@ -150,7 +150,7 @@ class ReadSession:
                     raise outcome.cancelled
                 if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError, RollbackOnlyError)):
                     raise error
-                record(
+                log(
                     logging.INFO, "the read session could not end its transaction (%s); it is closed", type(error).__name__,
                     manager=self._setup.name, error=error,
                 )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.driver import State, raw_connection
 from sqla_uow._databases.interrupt import break_link
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.hooks import run_after_rollback
 from sqla_uow._transaction.phase import Phase
@@ -94,12 +94,12 @@ async def _stop_and_roll_back(transaction: Transaction) -> asyncio.CancelledErro
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)
-        record(
+        log(
             logging.WARNING, "ROLLBACK of %s took more than %s s; its connection is discarded",
             transaction.name, ROLLBACK_SECONDS, function=transaction.name,
         )  # fmt: skip
     elif (trouble := outcome.trouble) is not None:
-        record(
+        log(
             logging.WARNING, "closing %s failed (%s)", transaction.name, type(trouble).__name__,
             function=transaction.name, error=trouble,
         )  # fmt: skip
