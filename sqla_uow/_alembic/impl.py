@@ -1,4 +1,4 @@
-"""What Alembic does by itself to tables with versions: triggers follow, and our column type is written and compared rightly."""
+"""Alembic's own operations on tables with versions: triggers follow, and our column type is written and compared rightly."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def schema_for(impl: Any) -> Schema:
 
 
 def unnamed(impl: Any) -> bool:
-    """Say whether nobody can be asked for triggers, which are known by their derived names then: ``--sql``, CockroachDB."""
+    """Say whether triggers are known only by their derived names, as no database can be asked: ``--sql``, CockroachDB."""
     return impl.as_sql or not schema_of(impl.connection).tells_triggers
 
 
@@ -77,7 +77,7 @@ def remove(impl: Any, found: Found) -> None:
 
 
 def remake(impl: Any, found: Found, column: str) -> None:
-    """Make a trigger anew, on its table as that is now, to count in a column."""
+    """Make a trigger again, on its table as that is now, to count in a column."""
     target = Target(impl, found.table, found.schema)
     own = Trigger(found.table, column, found.schema, target.primary_key())
     make(impl, child_trigger(impl, own, None) if found.of_child else own)

@@ -106,7 +106,7 @@ class MariaDBSchema(Schema):
         Without the clause MariaDB chooses: where it cannot do so, as with ROW_FORMAT=COMPRESSED, it copies the table.
 
         Raises:
-            CommandError: the table would have to be written anew.
+            CommandError: MariaDB would have to rewrite the table.
         """
         schemas: Any = operations.schema_obj
         schemas.table(table, column, schema=schema)  # a column is rendered as its table's

@@ -361,7 +361,7 @@ class CreateVersionTriggerOp(VersionOp):
     ) -> None:
         """Have the database count each UPDATE of a row in its integer version, whoever sends it and whatever it says.
 
-        The ORM's own counting is not doubled.  A trigger that is there already is made anew.  What it does not see is in
+        The ORM's own counting is not doubled.  A trigger that is there already is replaced.  What it does not see is in
         the guide to version columns.
 
         Args:
@@ -374,7 +374,7 @@ class CreateVersionTriggerOp(VersionOp):
             retries: further tries.
 
         Raises:
-            CommandError: there is no such table or column, or it is no integer, or the table was in use for all tries.
+            CommandError: there is no such table or column, or it is not an integer, or the table was in use for all tries.
         """
         operations.invoke(
             cls(table_name, column_name, parent=parent, schema=schema, lock_timeout=lock_timeout, retries=retries)

@@ -1,6 +1,6 @@
 """DDL on a live table: wait for its lock only briefly, let the others pass, and try again.
 
-Who waits for a table's exclusive lock makes everybody who comes later wait too, readers included.
+A session that waits for a table's exclusive lock makes all that come later wait too, readers included.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Patience(NamedTuple):
 
 
 def patiently(operations: Operations, table: str, patience: Patience, ddl: Callable[[], None]) -> None:
-    """Run DDL that needs a table's exclusive lock, in tries that stand in nobody's way for long.
+    """Run DDL that needs a table's exclusive lock, in tries that hold up others only briefly.
 
     Args:
         operations: Alembic's.

@@ -292,7 +292,7 @@ class ChildTrigger(NamedTuple):
     Attributes:
         own: its name and how it is dropped are those of any trigger.
         parent: the parent's table, as it is written in SQL.
-        pairs: how the rows of the two find each other, likewise.
+        pairs: how the rows of the two find each other, as it is written in SQL.
         constraint: the name of the foreign key.
         definition: what that says.
     """
@@ -304,7 +304,7 @@ class ChildTrigger(NamedTuple):
     definition: str
 
     def create(self, dialect: Dialect) -> list[str]:
-        """Return the statements that make it, anew where there is one already."""
+        """Return the statements that make it, in the place of one that is there."""
         own, quote = self.own, dialect.identifier_preparer.quote
         function, table, name = own.qualified(dialect, own.name), own.qualified(dialect, own.table), quote(own.name)
         body = _BODY.format(

@@ -38,7 +38,7 @@ async def run_migrations(engine: AsyncEngine, /, *, timeout: float | None = 60.0
     Args:
         engine: that leads to the database; dispose of it afterwards.
         timeout: seconds to wait for another runner; None runs without the lock.
-        options: handed to ``context.configure()``: ``target_metadata=Base.metadata``, say.
+        options: handed to ``context.configure()``: for example ``target_metadata=Base.metadata``.
 
     Raises:
         TimeoutError: another runner held the lock for longer than `timeout`.

@@ -43,7 +43,7 @@ class SQLiteSchema(Schema):
 
     @contextmanager
     def limit(self, connection: Connection, patience: Patience) -> Generator[None]:
-        """Make the statements one transaction: by itself the driver begins none before DDL."""
+        """Make the statements one transaction: the driver does not begin one before DDL."""
         driver: Any = connection.connection.driver_connection
         if driver.in_transaction:
             with connection.begin_nested():
@@ -88,7 +88,7 @@ def _master(connection: Connection, schema: str | None, what: str, which: str) -
 
 
 def _file(connection: Connection) -> str:
-    """Return the database's file; empty where it is in memory, and nobody else's."""
+    """Return the database's file; empty if it is in memory, where no other process sees it."""
     cursor = connection.connection.cursor()  # past SQLAlchemy, which would begin a transaction
     try:
         cursor.execute("PRAGMA database_list")

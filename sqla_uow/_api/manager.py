@@ -16,7 +16,7 @@ from sqla_uow._attempts.loop import LoopedCall
 from sqla_uow._attempts.observers import check_observers
 from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
-from sqla_uow._replicas.router import LastWrite, Replicas
+from sqla_uow._replicas.router import LastWrite, ReplicaRouter
 from sqla_uow._retry.gate import UNKNOWN, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
@@ -312,7 +312,7 @@ def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[As
     return engines
 
 
-def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
+def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float, who: str) -> ReplicaRouter:
     databases = [SessionMaker(engine).database for engine in engines]
     for database in [primary, *databases]:
         if not database.system.is_kin_to(primary.system):
@@ -328,7 +328,7 @@ def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float,
                 f"{who} has replicas on {database.system.title}, which has no replication position to wait for; "
                 "drop replicas=, and use AS OF SYSTEM TIME for reads that may be stale"
             )
-    return Replicas(primary, databases, wait)
+    return ReplicaRouter(primary, databases, wait)
 
 
 class _Activation:

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 WITHIN = "sqla_uow_within"
-"""Option of an engine whose transactions are savepoints of one that somebody else ends: who that is."""
+"""Option of an engine whose transactions are savepoints of a larger one: the name of whoever ends that."""
 
 _owners: weakref.WeakKeyDictionary[Pool, weakref.ref[asyncio.AbstractEventLoop]] = weakref.WeakKeyDictionary()
 FIRST_LOOK_SECONDS = 0.002
@@ -110,7 +110,7 @@ class Database:
         self.driver: Driver = driver_of(self.sync_engine.dialect)
         self._recognised = False
         configured = self.sync_engine.get_execution_options().get("isolation_level")
-        # create_engine(isolation_level=) is kept in no public place.
+        # The level given to create_engine() has no public name.
         configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)
         if str(configured).upper() == "AUTOCOMMIT":
             raise ValueError(
@@ -135,9 +135,9 @@ class Database:
         return self.sync_engine.pool
 
     def check_loop(self, loop: asyncio.AbstractEventLoop, *, who: str) -> None:
-        """Refuse to take a connection that belongs to another event loop, as most drivers' do, out of the pool.
+        """Refuse to take a connection out of the pool that works in another event loop only, as with most drivers.
 
-        Of a loop that is closed they are of no use any more, so new ones are made.
+        If that loop is closed, the connections cannot be used any more, so new ones are made.
 
         Raises:
             TaskBoundaryError: the pool is another loop's.
@@ -195,20 +195,20 @@ class Database:
     def capacity(self) -> int | None:
         """Return how many connections the pool can lend, None where there is no limit."""
         pool: Any = self.pool
-        # QueuePool keeps its overflow in no public place; -1 is no limit.
+        # QueuePool's overflow has no public name; -1 means that there is no limit.
         overflow = getattr(pool, "_max_overflow", None)
         if overflow is None or overflow < 0:
             return None
         return int(pool.size()) + int(overflow)
 
     def is_exhausted(self) -> bool:
-        """Say whether whoever asks the pool for a connection now must wait."""
+        """Say whether one that asks the pool for a connection now must wait."""
         pool: Any = self.pool
         capacity = self.capacity()
         return capacity is not None and pool.checkedout() >= capacity
 
     def default_isolation(self) -> str | None:
-        """Return the level of a unit that asks for none; None before the first connection."""
+        """Return the level of a unit that does not ask for one; None before the first connection."""
         if self.system.default_level is not None:
             return self.system.default_level
         if self._configured is not None:
@@ -217,7 +217,7 @@ class Database:
         return getattr(self.sync_engine.dialect, "default_isolation_level", None)
 
     def keeps_snapshot(self, isolation: IsolationLevel | None) -> bool:
-        """Say whether all statements of a unit at this level see what its first one has seen."""
+        """Say whether all statements of a unit at this level see what its first one saw."""
         level = isolation or self.default_isolation()
         return level is not None and not is_weaker_or_same(level, "READ COMMITTED")
 

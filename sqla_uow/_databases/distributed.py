@@ -100,8 +100,8 @@ class YugabyteDB(Distributed):
 
 
 class UnconfirmedPostgreSQL(PostgreSQL):
-    """What calls itself PostgreSQL, as long as nobody has connected."""
+    """PostgreSQL's dialect before the first connection: it may lead to another database."""
 
     def recognise(self, connection: Connection, driver: Driver) -> System:
-        """Return YugabyteDB, if that has answered: it says who it is when a connection is made."""
+        """Return YugabyteDB, if that has answered: its version says so when a connection is made."""
         return YugabyteDB() if _YUGABYTE in driver.version(raw_connection(connection)) else PostgreSQL()

@@ -1,7 +1,7 @@
 """What each driver has to say of its own connections; one subclass for each, beside its database.
 
-A driver knows what the server has told it with each answer, so nobody is asked.  What is sent on the driver's own connection,
-which users and other libraries take, SQLAlchemy tells nobody.
+The server tells the driver with each answer where the transaction stands, so no question is sent.  Users and other libraries may
+take the driver's own connection; SQLAlchemy does not tell what they send on it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Ended(enum.Enum):
 
 
 class RawCalls(Protocol):
-    """Who is told of statements on the driver's own connection."""
+    """Is told of statements on the driver's own connection."""
 
     def begin_raw(self) -> object: ...
 
@@ -123,16 +123,16 @@ class Driver:
         return self.state(raw_connection(connection)) in OPEN_STATES
 
     def watch(self, raw: Any) -> Callable[[bool], Ended | None] | None:
-        """Return what says, after each statement, what that did to the transaction; None where nobody can tell.
+        """Return a function that says, after each statement, what that did to the transaction; None where that is not known.
 
-        It is told whether the unit has written rows, so that there is something that could be committed behind its back.
+        Its argument is whether the unit has written rows, so that something could be committed without it.
         """
         return None
 
     def begin_now(self, connection: Connection) -> None:
-        """Begin, where SQLAlchemy would do so with its own first statement only.
+        """Begin, if SQLAlchemy does so only with its own first statement.
 
-        What goes over the driver's own connection before, COPY say, would be outside the transaction.
+        A statement on the driver's own connection before that one, such as COPY, would be outside the transaction.
         """
 
     def listen_to_commit(self, connection: Connection) -> Any:
@@ -160,19 +160,19 @@ class Driver:
             calls: is told.
 
         Returns:
-            what ends it.
+            a function that ends it.
         """
         return lambda: None
 
     def tell_next_results(self, raw: Any, failed: Callable[[BaseException], object]) -> Callable[[], object]:
-        """Have the failures of further results told, of a procedure say: SQLAlchemy reads them while it closes the cursor.
+        """Have the failures of further results told, such as a procedure's: SQLAlchemy reads them while it closes the cursor.
 
         Args:
             raw: the connection.
             failed: is told.
 
         Returns:
-            what ends it.
+            a function that ends it.
         """
         return lambda: None
 
@@ -196,7 +196,7 @@ class Driver:
         raise NotImplementedError
 
     def break_link(self, raw: Any) -> bool:
-        """Break the link under an operation that waits on it, and say whether that was done; the other drivers may be closed."""
+        """Break the link under an operation that waits on it, and say whether that was done; other drivers may just be closed."""
         return False
 
     def explain(self, error: BaseException | None) -> None:
@@ -204,7 +204,7 @@ class Driver:
 
 
 def raw_connection(connection: Connection) -> Any:
-    """Return the driver's own connection, without the note that it is taken; see `UnitConnection.connection`."""
+    """Return the driver's own connection without noting that user code has it; see `UnitConnection.connection`."""
     raw = connection.__dict__.get("raw")  # a unit's connection looks it up once
     if raw is not None:
         return raw

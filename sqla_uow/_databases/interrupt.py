@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["break_link", "stop_statement"]
 
-SETTLE_SECONDS = 5.0
+STOP_SECONDS = 5.0
 """How long a cancellation may be held up by stopping its statement on the server."""
 
 
@@ -37,13 +37,13 @@ def stop_statement(connection: Connection, cursor: Any) -> None:
     if not driver.can_stop:
         return
     raw: Any = raw_connection(connection)
-    stop = shielded(lambda: driver.stop(raw, connection, cursor, SETTLE_SECONDS), limit=SETTLE_SECONDS)
+    stop = shielded(lambda: driver.stop(raw, connection, cursor, STOP_SECONDS), limit=STOP_SECONDS)
     outcome = await_only(stop)
     if outcome.stop():
         record(
             logging.WARNING,
             "a cancelled statement could not be stopped on the server within %s s; its locks last until it ends",
-            SETTLE_SECONDS,
+            STOP_SECONDS,
         )
     elif (trouble := outcome.trouble) is not None:
         record(

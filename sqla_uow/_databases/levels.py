@@ -18,7 +18,7 @@ def check_exists(isolation: object, *, who: str) -> None:
 
     Args:
         isolation: what was asked for.
-        who: asks.
+        who: the function that asks, for the message.
 
     Raises:
         ValueError: with what would be right.

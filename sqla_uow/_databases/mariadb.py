@@ -29,7 +29,7 @@ BALANCER_TRIES = 4
 _IDENTITY = "sqla_uow.server"
 _WHO_ARE_YOU = "SELECT @@hostname, @@port, @@server_id, @@datadir, @@pid_file"
 _LIMITABLE = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|REPLACE|WITH)\b", re.IGNORECASE)
-# Over third parties as well: the inner unit waits for somebody who waits for the outer one.
+# The inner unit may wait for a third one that waits for the outer one.
 _BLOCKER = (
     "WITH RECURSIVE wait(asks, has) AS (SELECT asks.trx_mysql_thread_id, has.trx_mysql_thread_id "
     "FROM information_schema.innodb_lock_waits JOIN information_schema.innodb_trx asks ON asks.trx_id = requesting_trx_id "
@@ -37,7 +37,7 @@ _BLOCKER = (
     "blocker(pid) AS (SELECT has FROM wait WHERE asks = {inner} UNION "
     "SELECT wait.has FROM wait JOIN blocker ON wait.asks = blocker.pid) SELECT pid FROM blocker WHERE pid IN ({outer})"
 )
-# MariaDB does not tell who has a metadata lock.  Nobody else can, where nobody else is in a transaction or a statement.
+# MariaDB does not tell which session has a metadata lock.  It is the outer one if no other is in a transaction or a statement.
 _METADATA_BLOCKER = (
     "SELECT id FROM information_schema.processlist WHERE id IN ({outer}) "
     "AND EXISTS (SELECT 1 FROM information_schema.processlist WHERE id = {inner} AND state LIKE 'Waiting for % metadata lock') "
@@ -50,7 +50,7 @@ _IN_TRANSACTION, _AUTOCOMMIT = 1, 2
 
 
 class MySQL(System):
-    """MySQL, and MariaDB under its name, as long as nobody has connected."""
+    """MySQL; until the first connection also MariaDB under the name of MySQL."""
 
     family: str = "mariadb"
     updates_two_tables: ClassVar[bool] = True
@@ -139,7 +139,7 @@ class _Pymysql(Driver):
         return int(raw.thread_id())
 
     def same_server(self, connection: Connection, other: Connection) -> bool:
-        """Compare who the servers said that they are: one address may lead to several."""
+        """Compare what the servers say of themselves: one address may lead to several."""
         identity = other.info.get(_IDENTITY)
         return identity is None or await_only(_ask_identity(raw_connection(connection))) == identity
 
@@ -176,7 +176,7 @@ class _Pymysql(Driver):
             if flags & _AUTOCOMMIT:
                 return Ended.AUTOCOMMIT
             before, was_open = was_open, bool(flags & _IN_TRANSACTION)
-            # It begins by itself with the first statement that needs one.
+            # The server begins a transaction with the first statement that needs one.
             return Ended.ENDED if before and not was_open and wrote else None
 
         return look
@@ -206,7 +206,7 @@ class _Pymysql(Driver):
         return cover(raw, {"next_result": reading})
 
     def keep_cancel_request(self, connection: Connection) -> None:
-        """Ask who the server is, once for each connection, as a balancer may lead the next one to another server.
+        """Ask the server for its identity, once for each connection: a balancer may lead the next one to another server.
 
         A cancel request of PostgreSQL needs no such proof: it carries a secret, and another server takes no notice of it.
         """
@@ -214,7 +214,7 @@ class _Pymysql(Driver):
             return
         try:
             connection.info[_IDENTITY] = await_only(_ask_identity(raw_connection(connection)))
-        except Exception as error:  # as those of a cursor are handled; there is no public way
+        except Exception as error:  # handled like the errors of a cursor; there is no public way
             connection._handle_dbapi_exception(error, _WHO_ARE_YOU, None, None, None)
 
     async def stop(self, raw: Any, connection: Connection, cursor: Any, seconds: float) -> None:
@@ -281,7 +281,7 @@ def _agree(raw: Any, flag: int) -> bool:
 
 
 async def _ask_identity(raw: Any) -> tuple[Any, ...]:
-    """Ask a server who it is: a connection's number means another one elsewhere.  It begins no transaction."""
+    """Ask a server for its identity; that begins no transaction."""
     async with raw.cursor() as cursor:
         await cursor.execute(_WHO_ARE_YOU)
         found: tuple[Any, ...] = tuple(await cursor.fetchone())

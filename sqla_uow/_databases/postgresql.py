@@ -31,7 +31,7 @@ _TRANSACTION_TIMEOUT_SINCE = (17,)  # transaction_timeout
 _IDLE = 0  # libpq's PQTRANS_IDLE
 _OWN_LIMITS = "sqla_uow.limits"
 _UNITS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
-# Over third parties as well: the inner unit waits for somebody who waits for the outer one.
+# The inner unit may wait for a third one that waits for the outer one.
 _BLOCKER = (
     "WITH RECURSIVE blocker(pid) AS (SELECT unnest(pg_blocking_pids({inner})) UNION SELECT further.pid FROM blocker "
     "CROSS JOIN LATERAL unnest(pg_blocking_pids(blocker.pid)) AS further(pid)) SELECT pid FROM blocker WHERE pid IN ({outer})"
@@ -63,9 +63,9 @@ class PostgreSQL(SpeaksPostgreSQL):
     limits_lock_wait: ClassVar[bool] = True
     has_positions: ClassVar[bool] = True
     has_xmin: ClassVar[bool] = True
-    # How far is written, not flushed: with synchronous_commit=off, COMMIT is answered before its record is.
+    # How far the server has written, not flushed: with synchronous_commit=off, COMMIT is answered before its record is.
     primary_position: ClassVar[str] = "SELECT CAST(pg_current_wal_insert_lsn() AS text)"
-    # One that was promoted goes on with positions of its own, which say nothing of the primary's.
+    # A replica that was promoted goes on with positions of its own, which say nothing of the primary's.
     replica_position: ClassVar[str] = (
         "SELECT CASE WHEN pg_is_in_recovery() THEN CAST(pg_last_wal_replay_lsn() AS text) END"
     )
@@ -98,7 +98,7 @@ class PostgreSQL(SpeaksPostgreSQL):
                 connection.execute(_lowering(tuple(limits)), limits)
 
     def lift_lock_wait(self, connection: Connection) -> None:
-        """Set the limit that the connection has by itself, as far as that is known."""
+        """Set the connection's own limit again, as far as that is known."""
         own = connection.info.get(_OWN_LIMITS, {}).get("lock_timeout")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {'DEFAULT' if own is None else int(own)}")
 
@@ -143,7 +143,7 @@ def _lowering(names: tuple[str, ...]) -> TextClause:
 
 def _set(connection: Connection, driver: Driver, limits: dict[str, int]) -> None:
     """Do the same by SET, which unlike SELECT takes no snapshot; nor does it compute."""
-    # What the connection has by itself is asked for once, as it costs a round trip each.
+    # The connection's own limits are asked for once: each costs a round trip.
     own: dict[str, int] = connection.info.setdefault(_OWN_LIMITS, {})
     for name, ours in limits.items():
         if name not in own:
@@ -164,7 +164,7 @@ class _PostgreSQLDriver(Driver):
 
     can_ask: ClassVar[bool] = True
     can_stop: ClassVar[bool] = True
-    # https://www.postgresql.org/docs/current/errcodes-appendix.html: there is no such statement, and: there is one already.
+    # https://www.postgresql.org/docs/current/errcodes-appendix.html: there is no such statement; there is one already.
     _UNPREPARED_STATES: ClassVar[tuple[str, ...]] = ("26000", "42P05")
 
     def explain(self, error: BaseException | None) -> None:
@@ -253,7 +253,7 @@ class Asyncpg(_PostgreSQLDriver):
         connection.transaction.before_statement(writes=False)
         try:
             await_only(_send(lent.dbapi_connection, lent.driver_connection, sql))
-        except Exception as error:  # as those of a cursor are handled; there is no public way
+        except Exception as error:  # handled like the errors of a cursor; there is no public way
             connection._handle_dbapi_exception(error, sql, None, None, None)
         connection.transaction.after_statement()
 
@@ -379,7 +379,7 @@ class Psycopg(_PostgreSQLDriver):
         return lambda _wrote: Ended.ENDED if link.transaction_status == _IDLE else None
 
     async def ask(self, raw: Any, question: str) -> Any:
-        """Return the one value of the answer, in a moment of autocommit, of which the server is not told."""
+        """Return the one value of the answer, in a moment of autocommit; the server is not told of that."""
         await raw.set_autocommit(True)
         try:
             cursor = await raw.execute(question)

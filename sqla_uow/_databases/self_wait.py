@@ -1,7 +1,7 @@
 """A task that waits for itself: its inner unit for a lock of its outer one, or for a connection that only its kind can free.
 
 The database sees no deadlock in it, as the outer unit waits for nothing there; so it would last until some timeout.  Only
-units inside another one pay for the look: a timer, and after a second a question to the server, who blocks whom.
+units inside another one pay for the look: a timer, and after a second a question to the server which session blocks which.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class SQLite(System):
 
 
 def begin(connection: Connection, *, read_only: bool = False) -> None:
-    """Begin a transaction: by itself the driver begins none before DDL or a SELECT."""
+    """Begin a transaction: the driver does not begin one before DDL or a SELECT."""
     raw: Any = raw_connection(connection)
     if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken; two would be an error
         # IMMEDIATE: a writer that began as a reader fails with SQLITE_BUSY_SNAPSHOT, and waiting never helps it.

@@ -77,9 +77,9 @@ class System:
     stop_session: ClassVar[str] = ""
     """The statement that ends what the session {inner} runs."""
     quoted: ClassVar[re.Pattern[str] | None] = None
-    """What in a text of SQL is a string, a name or a comment; None where nobody reads such texts."""
+    """What in a text of SQL is a string, a name or a comment; None where such texts are not read."""
     harmless_inside: ClassVar[tuple[str, ...]] = ()
-    """How statements begin that would begin a transaction, and inside one are refused or do nothing."""
+    """How statements begin that begin a transaction, and that are refused or do nothing inside one."""
 
     def __init__(self, name: str) -> None:
         self.name: str = name
@@ -95,7 +95,7 @@ class System:
 
         Args:
             isolation: what was asked for.
-            who: asks.
+            who: the function that asks, for the message.
 
         Raises:
             ValueError: with what would be right.
@@ -111,7 +111,7 @@ class System:
         Args:
             connection: of a transaction that was begun at the level, nothing sent yet.
             isolation: what was asked for.
-            who: asks.
+            who: the function that asks, for the message.
 
         Raises:
             ValueError: with what would be right.

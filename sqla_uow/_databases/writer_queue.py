@@ -29,14 +29,14 @@ LOOK_SECONDS = 0.002
 
 
 class Writer(Protocol):
-    """Who waits for its turn."""
+    """A transaction that waits for its turn."""
 
     @property
     def name(self) -> str: ...
 
 
 class _Line:
-    """The line of one event loop: a fair lock, and who has it."""
+    """The line of one event loop: a fair lock, and its holder."""
 
     __slots__ = ("holder", "lock", "loop")
 

@@ -42,7 +42,7 @@ def parsed(url: str) -> URL:
     """Return what SQLAlchemy reads.
 
     Raises:
-        UnreachableError: it is no URL, or one whose password SQLAlchemy has cut off at an @.
+        UnreachableError: it is not a URL, or SQLAlchemy has cut its password off at an @.
     """
     try:
         read = make_url(url)
@@ -64,7 +64,7 @@ def is_doubtful(url: str, read: URL) -> bool:
 
 
 def place_of(url: str, read: URL) -> str:
-    """Return where it is, without who and with what password."""
+    """Return where it is, without user and password."""
     if is_doubtful(url, read):
         return f"{read.drivername} (perhaps not read as it was meant: {_ESCAPE})"
     where = read.host or read.database or "memory"

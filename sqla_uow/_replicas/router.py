@@ -1,4 +1,4 @@
-"""Replicas of a manager's database: which are up, how far they have replayed, and who reads there.
+"""Replicas of a manager's database: which are up, how far they have replayed, and which one a reader gets.
 
 A server is asked for its position over the driver, outside of SQLAlchemy's transactions: one round trip and no BEGIN, on the
 very connection that a unit has used or is about to use.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["LastWrite", "Replica", "Replicas"]
+__all__ = ["LastWrite", "Replica", "ReplicaRouter"]
 
 
 ANSWER_SECONDS = 2.0
@@ -36,7 +36,7 @@ ANSWER_SECONDS = 2.0
 DOWN_SECONDS = 1.0, 30.0
 """How long a replica is passed over after its first failure, and at most; it doubles with each."""
 LAGGING_SECONDS = 0.5
-"""How long nobody waits for a replica that did not catch up in time."""
+"""How long no reader waits for a replica that did not catch up in time."""
 LOOK_SECONDS = 0.01
 """Pause between two looks at a replica that nobody waits for: it may have caught up."""
 POLL_SECONDS = 0.001, 0.016
@@ -68,13 +68,9 @@ class Reading(Protocol):
     def isolation(self) -> IsolationLevel | None: ...
 
     @property
-    def deadline(self) -> float | None: ...
-
-    @property
-    def clock(self) -> Callable[[], float]: ...
-
-    @property
     def last_write(self) -> LastWrite | None: ...
+
+    def seconds_left(self) -> float | None: ...
 
 
 _ASKED = "sqla_uow.asked"
@@ -101,7 +97,7 @@ class LastWrite:
             raise
 
     def lose(self) -> None:
-        """Something was written, or may have been, and nobody knows where."""
+        """Something was written, or may have been, at an unknown position."""
         self.position = UNKNOWN
 
 
@@ -131,7 +127,7 @@ class Replica:
         return now < self._lagging_until and not self.has(self._missed)
 
     def is_late(self, position: Position) -> None:
-        """Have nobody wait for it, for a while, or until it is seen to have this position."""
+        """Let no reader wait for it, for a while or until it is known to have this position."""
         self._missed = position
         self._lagging_until = time.monotonic() + LAGGING_SECONDS
 
@@ -186,7 +182,7 @@ class Replica:
         return True
 
     def met(self, failure: Failure) -> None:
-        """Pass it over after what another server would not do: it was cut off, or the replay was in a statement's way."""
+        """Pass it over after a failure that another server would not have: a lost connection, or a conflict with the replay."""
         if failure.kind in (Kind.CONFLICT, Kind.LOST, Kind.NOT_STARTED):
             self.failed(failure.error)
 
@@ -206,7 +202,7 @@ class Replica:
         )  # fmt: skip
 
 
-class Replicas:
+class ReplicaRouter:
     """All replicas of one manager.
 
     Args:
@@ -263,7 +259,7 @@ class Replicas:
         return None
 
     def _candidates(self, reading: Reading, wanted: Position) -> list[Replica]:
-        """Return who is up, another one first at each call; those that have to be waited for are the last."""
+        """Return those that are up, beginning with another one at each call; those that lag come last."""
         self._turn = (self._turn + 1) % len(self._replicas)
         now = time.monotonic()
         up = [
@@ -274,12 +270,11 @@ class Replicas:
         return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
     def _patience(self, reading: Reading) -> float:
-        if reading.deadline is None:
-            return self._wait
-        return max(0.0, min(self._wait, (reading.deadline - reading.clock()) / 2))
+        left = reading.seconds_left()
+        return self._wait if left is None else max(0.0, min(self._wait, left / 2))
 
     async def _too_late(self, late: list[Replica], last_write: LastWrite, wanted: Position) -> None:
-        """Find out who was wrong: a position that nobody has is dropped; for replicas that lag others do not wait now."""
+        """Ask the primary: a position that it does not have is dropped; else the replicas lag, and others do not wait for them now."""
         await self._see_primary(last_write)
         if last_write.position is wanted:
             for replica in late:

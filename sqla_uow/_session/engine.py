@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from sqla_uow._databases.database import Database
-    from sqla_uow._replicas.router import Replicas
+    from sqla_uow._replicas.router import ReplicaRouter
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = ["UnitEngine"]
@@ -92,7 +92,7 @@ class UnitEngine(LendingEngine):
         with database.first_alone(transaction.owner.loop):
             return UnitConnection(self, transaction)
 
-    def _connect_to_replica(self, replicas: Replicas, transaction: Transaction) -> Connection | None:
+    def _connect_to_replica(self, replicas: ReplicaRouter, transaction: Transaction) -> Connection | None:
         def connect(database: Database) -> Connection:
             self._lead_to(database, transaction)
             return UnitConnection(self, transaction)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.driver import Ended
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
-    from sqla_uow._replicas.router import LastWrite, Replica, Replicas
+    from sqla_uow._replicas.router import LastWrite, Replica, ReplicaRouter
     from sqla_uow._retry.gate import Slot
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
@@ -45,15 +45,19 @@ class OpenStream(Protocol):
 
     def check_unread(self, what: str) -> None:
         """Raise if something that is about to be done would cut the rows off."""
+        ...
 
     def close_if_left(self) -> None:
         """Close the cursor if nobody can read on."""
+        ...
 
     def end(self) -> None:
         """Let nobody read on."""
+        ...
 
     def body_returned(self) -> None:
         """Let nobody read on, as the body has returned; raise if another task still reads."""
+        ...
 
 
 class VersionGuard(Protocol):
@@ -62,18 +66,23 @@ class VersionGuard(Protocol):
     @property
     def expectations(self) -> Mapping[Any, object]:
         """What clients expect."""
+        ...
 
     def flushed(self) -> None:
         """A flush has written all it had to."""
+        ...
 
     def check_unwritten(self, session: Session) -> None:
         """Compare what the body has not written."""
+        ...
 
     def find_stale(self, connection: Connection) -> StaleVersionError | None:
         """Read the versions again, after the rollback."""
+        ...
 
     def stale(self, who: str) -> StaleVersionError:
         """Return the error for a write that found another version."""
+        ...
 
 
 class Transaction:
@@ -197,7 +206,7 @@ class Transaction:
         self.watch: Callable[[bool], Ended | None] | None = None
         self.pending_savepoint: str | None = None
         self.rolling_back_to_savepoint: bool = False
-        self.replicas: Replicas | None = None  # that it may read from
+        self.replicas: ReplicaRouter | None = None  # that it may read from
         self.replica: Replica | None = None  # that it reads from
         self.beginnings: int = 0  # how often its first statement may be sent again, on another connection
         self.last_write: LastWrite | None = None  # of its client, if the manager has replicas
@@ -309,6 +318,10 @@ class Transaction:
         mark = self.doom.marked
         if mark is not None:
             raise RollbackOnlyError(refusals.doomed(self.name, mark, scope_read=self.scope_read)) from mark.cause
+
+    def seconds_left(self) -> float | None:
+        """Return the time until the deadline, None if there is none."""
+        return None if self.deadline is None else self.deadline - self.clock()
 
     def wait_for_locks(self) -> None:
         """Wait for locks as the last attempt does, from the next statement on."""

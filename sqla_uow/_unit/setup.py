@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqla_uow._databases.database import Database
-    from sqla_uow._replicas.router import LastWrite, Replicas
+    from sqla_uow._replicas.router import LastWrite, ReplicaRouter
     from sqla_uow._retry.budget import Budget
     from sqla_uow._retry.policy import RetryPolicy
     from sqla_uow._session.maker import SessionMaker
@@ -68,7 +68,7 @@ class Setup(Generic[S]):
         retries: int,
         timeout: float | None,
         retry: RetryPolicy,
-        replicas: Replicas | None,
+        replicas: ReplicaRouter | None,
         verifier: Verifier | None,
         observers: tuple[Observer, ...],
     ) -> None:
@@ -80,7 +80,7 @@ class Setup(Generic[S]):
         self.retries: int = retries
         self.timeout: float | None = timeout
         self.retry: RetryPolicy = retry
-        self.replicas: Replicas | None = replicas
+        self.replicas: ReplicaRouter | None = replicas
         self.verifier: Verifier | None = verifier
         self.observers: tuple[Observer, ...] = observers
         self.counts: Counts = Counts()
