@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, cast
 
 from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._scope.lookup import innermost, locate
@@ -78,7 +78,8 @@ def _place_of(using: object, who: str) -> ManagerPlace:
         locate(using, who)
     if not isinstance(using, UnitOfWorkManager):
         raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
-    place = innermost(setup_of(using))
+    manager: UnitOfWorkManager[Any] = cast("Any", using)  # isinstance() cannot tell the class of its sessions
+    place = innermost(setup_of(manager))
     if place is not None:
         return place
     refuse_in_commit()
