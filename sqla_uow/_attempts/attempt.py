@@ -131,7 +131,7 @@ class Attempt(Generic[S]):
         self._place = UnitPlace(setup, unit, transaction)
         push(self._place)
         if deadline is not None:
-            # Its own timer, so that the deadline also ends what is no SQL.
+            # Its own timer, so that the deadline also ends work that is not SQL.
             self._timeout = asyncio.timeout(deadline - clock())
             await self._timeout.__aenter__()
         return unit
@@ -222,14 +222,14 @@ class Attempt(Generic[S]):
             return timed_out(self._call, "the deadline passed", error)
         except asyncio.CancelledError as cancelled:
             return timed_out(self._call, "the deadline passed", cancelled)
-        # Cancelled by somebody else as well: asyncio leaves the task to them, and so do we.
+        # Somebody else has cancelled as well: asyncio leaves the task to them, and so do we.
         if not timeout.expired() or isinstance(error, asyncio.CancelledError):
             return error
         return timed_out(self._call, "the deadline passed", error)
 
 
 def _count_in(call: Call[S]) -> None:
-    """Take part in what the calls that may be run again share: their budget, and their turns."""
+    """Let a call that may be run again earn its part of the budget, and take turns with others like it."""
     setup = call.setup
     setup.budget.earn()
     # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.

@@ -168,14 +168,14 @@ async def _check_expectations(
 
 
 async def _name(call: Call[S], gave_up: StaleVersionError, versions: VersionGuard | None, beside: _Beside[S]) -> None:
-    """Say of which row it is, as far as that can be found."""
+    """Put the row into the error, if it can be found."""
     if versions is not None and (stale := await _find_stale(call, versions, beside)) is not None:
         gave_up.model, gave_up.key = stale.model, stale.key
         gave_up.expected, gave_up.found = stale.expected, stale.found
 
 
 async def _find_stale(call: Call[S], versions: VersionGuard, beside: _Beside[S]) -> StaleVersionError | None:
-    """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
+    """Find out which row has changed, in a unit of its own; None if none has, or if the rows cannot be read."""
     left = None if call.deadline is None else max(0.001, call.deadline - call.policy.clock())
     stale: StaleVersionError | None = None
     try:

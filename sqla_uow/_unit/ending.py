@@ -56,7 +56,7 @@ async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | 
 
 async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
     """Return what the task raised; stop it first if its time was up."""
-    if task.cancelled():  # by somebody who cancels every task, as at the end of a loop
+    if task.cancelled():  # somebody cancels every task, as at the end of a loop
         return asyncio.CancelledError()
     if task.done():
         return task.exception()

@@ -115,8 +115,9 @@ def joinable(unit: UnitOfWork[S] | None, options: Options, manager: str) -> Unit
 
 def join(unit: UnitOfWork[S], options: Options) -> Joined[S] | Nested[S]:
     """Return the frame of a call that does not begin a unit of its own."""
-    frame = Nested if options.propagation == "nested" else Joined
-    return frame(unit, unit._transaction, options)
+    transaction = unit._transaction
+    nested = options.propagation == "nested"
+    return Nested(unit, transaction, options) if nested else Joined(unit, transaction, options)
 
 
 class Nested(Generic[S]):

@@ -127,7 +127,7 @@ async def _force(connection: AsyncConnection) -> str:
     try:
         await connection.commit()
     except DBAPIError as error:
-        # Lost: whose row it is then, nobody could tell.  Refused: the transaction may be there.
+        # Lost: then nobody could tell whose row it is.  Refused: the transaction may be there.
         failure = classify(error)
         known = failure is None or failure.kind not in (Kind.LOST, Kind.AMBIGUOUS)
         return "again" if known else "undecidable"

@@ -89,7 +89,7 @@ async def _stop_and_roll_back(transaction: Transaction) -> asyncio.CancelledErro
         break_link(transaction.connection)
         discard = True
     work = partial(transaction.session.run_sync, roll_back_and_close, transaction, discard=discard)
-    # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
+    # The end of a mere reading has no limit of its own: a timer costs a twentieth of one SELECT.
     limit = math.inf if transaction.scope_read and transaction.doom.marked is None else ROLLBACK_SECONDS
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
