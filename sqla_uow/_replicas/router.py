@@ -64,11 +64,8 @@ async def _ask(connection: Connection, database: Database, question: str) -> Pos
 class Reading(Protocol):
     """What a unit that only reads asks for."""
 
-    @property
-    def isolation(self) -> IsolationLevel | None: ...
-
-    @property
-    def last_write(self) -> LastWrite | None: ...
+    isolation: IsolationLevel | None
+    last_write: LastWrite | None
 
     def seconds_left(self) -> float | None: ...
 

@@ -218,6 +218,10 @@ class Transaction:
             None  # what a joined call needs, checked at the first connection
         )
 
+    def seconds_left(self) -> float | None:
+        """Return what is left until the deadline; None if there is no deadline."""
+        return None if self.deadline is None else self.deadline - self.clock()
+
     def is_calm(self) -> bool:
         """Say whether it has begun, is not doomed, and has nothing in flight, as is so for most statements."""
         return self.phase.is_active and self.doom.marked is None and self.owner.in_flight is None
@@ -318,10 +322,6 @@ class Transaction:
         mark = self.doom.marked
         if mark is not None:
             raise RollbackOnlyError(refusals.doomed(self.name, mark, scope_read=self.scope_read)) from mark.cause
-
-    def seconds_left(self) -> float | None:
-        """Return the time until the deadline, None if there is none."""
-        return None if self.deadline is None else self.deadline - self.clock()
 
     def wait_for_locks(self) -> None:
         """Wait for locks as the last attempt does, from the next statement on."""

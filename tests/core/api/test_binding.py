@@ -238,7 +238,8 @@ async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
                 await unit.session.execute(text("SELECT nonsense"))
         assert told == [unit._transaction]
         told.clear()
-    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is _pool._reset]
+    reset = _pool._resetting(managers[0]._setup.database.system.restore)
+    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is reset]
     assert len(resets) == (1 if db.family == "sqlite" else 0)
 
 
@@ -249,15 +250,15 @@ async def test_no_pool_is_taken_for_an_earlier_one(db):
     for _ in range(100):
         engines = [create_async_engine(db.url) for _ in range(20)]
         for engine in engines:
-            UnitOfWorkManager(engine)
+            manager = UnitOfWorkManager(engine)
             listeners = engine.sync_engine.pool.dispatch.reset
-            assert _pool._reset in list(listeners)
+            assert _pool._resetting(manager._setup.database.system.restore) in list(listeners)
             kept.append(listeners)  # these outlive their pools now and then; here always
         ids = {id(engine.sync_engine.pool) for engine in engines}
         if earlier & ids:
             return
         earlier |= ids
-        del engine, engines
+        del engine, engines, manager
         gc.collect()
     pytest.fail("no id came again")
 
