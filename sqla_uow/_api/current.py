@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, cast
 
 from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._scope.lookup import innermost, locate
@@ -38,10 +38,10 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
         using: the name of a manager, or the manager itself.
 
     Raises:
-        NoUnitError: none is open, or the one that was open here has ended.
+        NoUnitError: no unit is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
         TaskBoundaryError: another live task uses it, or this is a worker thread.
-        TypeError: `using` is neither.
+        TypeError: `using` is neither a name nor a manager.
     """
     place = innermost(using)
     if place is None:
@@ -56,10 +56,10 @@ def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> Async
         using: the name of a manager, or the manager itself.
 
     Raises:
-        NoUnitError: none is open, or the one that was open here has ended.
+        NoUnitError: no unit is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
         TaskBoundaryError: another live task uses it, or this is a worker thread.
-        TypeError: `using` is neither.
+        TypeError: `using` is neither a name nor a manager.
     """
     place = innermost(using)
     if place is None:
@@ -69,12 +69,17 @@ def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> Async
 
 
 def _place_of(using: object, who: str) -> ManagerPlace:
-    """Return the innermost place of a manager that is passed itself; say why there is none."""
+    """Return the innermost place of a manager that was passed itself.
+
+    Raises:
+        NoManagerError, NoUnitError, TypeError: it has no place here.
+    """
     if isinstance(using, str):
         locate(using, who)
     if not isinstance(using, UnitOfWorkManager):
         raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
-    place = innermost(setup_of(using))
+    manager: UnitOfWorkManager[Any] = cast("Any", using)  # isinstance() cannot tell the class of its sessions
+    place = innermost(setup_of(manager))
     if place is not None:
         return place
     refuse_in_commit()

@@ -55,25 +55,25 @@ class UnitOfWorkManager(Generic[S]):
     Args:
         bind: an `AsyncEngine`, or an `async_sessionmaker` bound to one (then units have its class of session).
         name: by which `using=` finds it.
-        isolation: the level of units that ask for none; None leaves it to the database.
-        retries: how often a unit of a transactional function is run again after a retryable failure, where the function
-            does not say; 0 is a single run.
-        timeout: seconds that all attempts and waits of one call may take together; None is no deadline.
+        isolation: the level of units that do not ask for one; None leaves it to the database.
+        retries: how often a transactional function is run again after a retryable failure, if the function does not
+            say; 0 means a single run.
+        timeout: seconds that all attempts and waits of one call may take together; None sets no deadline.
         retry: how long to wait between attempts.
-        replicas: engines of replicas of the database, where units that only read are run, unless they are SERIALIZABLE; a
-            client reads there only what is not older than what it has written.
-        replica_wait: seconds that a read waits for a replica to have replayed what its client has written; then the
-            primary has to do.
-        ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
-            what became of it, at the cost of one round trip in every unit that writes.
+        replicas: engines of replicas of the database.  Units that only read run there, unless they are SERIALIZABLE; a
+            client never reads a state older than its own writes.
+        replica_wait: seconds that a read waits for a replica to replay what its client has written; then it goes to the
+            primary.
+        ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` asks
+            the database what became of it, and costs one round trip in every unit that writes.
         observers: are told of each run, retry and outcome; see `sqla_uow.events`.
         lazy_loads: what becomes of relationships and deferred columns that are loaded when they are first used, object by
-            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit has sent the same SELECT more than ten times, whoever
-            asked for it; ``"raise"`` does as well, and refuses each lazy load with a `LazyLoadError`.
+            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit sends the same SELECT more than ten times, lazily or
+            not; ``"raise"`` warns as well, and refuses each lazy load with a `LazyLoadError`.
 
     Raises:
-        TypeError, ValueError: what was passed cannot work, with what would; also an isolation level that this database
-            does not have.
+        TypeError, ValueError: an argument cannot work, such as an isolation level that this database does not have; the
+            message says what would.
     """
 
     def __init__(
@@ -136,17 +136,17 @@ class UnitOfWorkManager(Generic[S]):
 
     @property
     def isolation(self) -> IsolationLevel | None:
-        """The level of units that ask for none."""
+        """The level of units that do not ask for one."""
         return self._setup.isolation
 
     @property
     def retries(self) -> int:
-        """The retries of functions that do not say."""
+        """The retries of functions that do not say how many."""
         return self._setup.retries
 
     @property
     def timeout(self) -> float | None:
-        """The seconds of calls that do not say."""
+        """The seconds of calls that do not say how many."""
         return self._setup.timeout
 
     @property
@@ -169,9 +169,9 @@ class UnitOfWorkManager(Generic[S]):
         """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
 
         Args:
-            position: with replicas, makes the scope a client of its own, which has written up to here before: what
-                `Scope.position` said, "" where nothing is known.  None goes on with the client around it.
-            observers: are told of the calls in this scope, after those of the manager.
+            position: with replicas, makes the scope a client of its own that has written up to here: what
+                `Scope.position` said, or "" if that is not known.  None goes on with the client around the scope.
+            observers: are told of the calls in this scope, after the observers of the manager.
         """
         last_write = None
         if self._setup.replicas is not None:
@@ -188,7 +188,7 @@ class UnitOfWorkManager(Generic[S]):
     ) -> AbstractAsyncContextManager[UnitOfWork[S]]:
         """Return a block that is one unit: committed at its end, rolled back when an exception leaves it.
 
-        There is no retry: a block cannot be run again.  A retryable failure is `ConflictError` at once.
+        A block cannot be run again, so nothing is retried: a retryable failure raises `ConflictError` at once.
 
         Args:
             isolation: the level; None is the manager's.
@@ -229,8 +229,8 @@ class UnitOfWorkManager(Generic[S]):
             isolation: the level; None is the manager's.
             read_only: writes are refused, by the database as well.
             timeout: seconds over all attempts and waits; None is the manager's.
-            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is asked for
-                it where it is needed, so that it can tell what is known by then.
+            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is called
+                whenever the name is needed, so that it can use what is known by then.
         """
         who = name if isinstance(name, str) else "attempts()"
         options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
@@ -240,7 +240,7 @@ class UnitOfWorkManager(Generic[S]):
         return LoopedCall(self._setup, options, sys._getframe(1).f_code)
 
     def contention(self, function: Callable[..., object], /) -> Contention:
-        """Return how many calls of a function run at once now, and how many wait because of their conflicts.
+        """Return how many calls of a function run now, and how many wait because of conflicts between them.
 
         Args:
             function: one that `transactional` has decorated, or one with an `attempts` loop in it.
@@ -252,7 +252,7 @@ class UnitOfWorkManager(Generic[S]):
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
 
-        It is a snapshot; the difference of two is what happened between them.  Calls of all threads count.
+        It is a snapshot: the difference of two is what happened between them.  Calls in all threads count.
         """
         states: dict[object, list[Contention]] = {}
         for gates in self._setup.gates.everywhere():
@@ -321,12 +321,12 @@ def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float,
             )
         if not database.driver.can_ask:
             raise ValueError(
-                f"{who} has replicas over {database.sync_engine.dialect.driver}, of which no position can be learned; use {', '.join(drivers_that_ask())}"
+                f"{who} has replicas over {database.sync_engine.dialect.driver}, which cannot report a replication position; use {', '.join(drivers_that_ask())}"
             )
         if not database.system.has_positions:
             raise ValueError(
-                f"{who} has replicas on {database.system.title}, which tells no position that one of them could have reached; "
-                "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
+                f"{who} has replicas on {database.system.title}, which has no replication position to wait for; "
+                "drop replicas=, and use AS OF SYSTEM TIME for reads that may be stale"
             )
     return ReplicaRouter(primary, databases, wait)
 

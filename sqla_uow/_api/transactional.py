@@ -64,12 +64,12 @@ def transactional(
 
     The outermost transactional function owns the unit: it begins it, commits it, and runs the function again, with the
     same arguments in a new session and transaction, when the database reports a conflict.  So the function must be safe
-    to run again: what is not in the transaction (mails, files, caches) belongs into `after_commit`.
+    to run again: put what is not in the transaction (mails, files, caches) into `after_commit`.
 
     Args:
-        func: the function, where there are no options.
+        func: the function, if it is decorated without options.
         using: the name of an activated manager, or the manager itself.
-        retries: how often the function may be run *again*: 5 is up to six runs.  None is the manager's number.
+        retries: how often the function may be run *again*: 5 means up to six runs.  None is the manager's number.
         isolation: the level its unit must have; None is the manager's.
         read_only: refuse writes, in the database as well.
         propagation: what to do when a unit is open already. ``"required"`` joins it; ``"nested"`` makes a savepoint in it;
@@ -77,13 +77,13 @@ def transactional(
             begin; ``"durable"`` begins, and refuses to join.
         timeout: seconds for all attempts and waits together; None is the manager's.
         retry: how long to wait between attempts; None is the manager's.
-        retry_on: called with the exception where nothing says that it can be retried; return True to retry.  For one
-            function that knows better: an allocator of keys that wants to try another one after a unique violation.
-            Where the function joins a unit, the owner of that retries.
+        retry_on: called with an exception that is not known to be retryable; return True to retry.  For a function that
+            knows better: an allocator of keys that tries another key after a unique violation.  If the function joins a
+            unit, the owner of the unit retries.
 
     Raises:
-        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type, or an async `retry_on`.
-        ValueError: at decoration, or at the call for what depends on the database: an option that cannot be.
+        TypeError: at decoration: the function is not ``async def``, an option has the wrong type, or `retry_on` is async.
+        ValueError: an option has a value that cannot work; at decoration, or at the call if it depends on the database.
 
     Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
     `RollbackOnlyError`, `AfterCommitError`, `PropagationError`, `TaskBoundaryError`, `NoManagerError`.

@@ -13,7 +13,7 @@ from typing_extensions import TypeVar
 from sqla_uow._attempts.call import Call
 from sqla_uow._attempts.observers import idle_of, tell_attempt, tell_outcome
 from sqla_uow._attempts.retry_or_raise import retry_or_raise, timed_out
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
@@ -131,7 +131,7 @@ class Attempt(Generic[S]):
         self._place = UnitPlace(setup, unit, transaction)
         push(self._place)
         if deadline is not None:
-            # Its own timer, so that the deadline also ends what is no SQL.
+            # Its own timer, so that the deadline also ends work that is not SQL.
             self._timeout = asyncio.timeout(deadline - clock())
             await self._timeout.__aenter__()
         return unit
@@ -207,7 +207,7 @@ class Attempt(Generic[S]):
     def _tell_of_generator(self) -> None:
         """Tell of a consumer that left an ``async for``: it may believe in what it wrote between two items."""
         who = self._call.options.who
-        record(
+        log(
             logging.WARNING, "%s was left because the async generator around it was closed; what was written in it is rolled "
             "back, also by who took its items: let them begin the unit, or pass a list", who, function=who,
         )  # fmt: skip
@@ -222,14 +222,14 @@ class Attempt(Generic[S]):
             return timed_out(self._call, "the deadline passed", error)
         except asyncio.CancelledError as cancelled:
             return timed_out(self._call, "the deadline passed", cancelled)
-        # Cancelled by somebody else as well: asyncio leaves the task to them, and so do we.
+        # Somebody else has cancelled as well: asyncio leaves the task to them, and so do we.
         if not timeout.expired() or isinstance(error, asyncio.CancelledError):
             return error
         return timed_out(self._call, "the deadline passed", error)
 
 
 def _count_in(call: Call[S]) -> None:
-    """Take part in what the calls that may be run again share: their budget, and their turns."""
+    """Let a call that may be run again earn its part of the budget, and take turns with others like it."""
     setup = call.setup
     setup.budget.earn()
     # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.

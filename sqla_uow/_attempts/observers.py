@@ -1,4 +1,4 @@
-"""Telling observers; nothing here is called where there are none."""
+"""Telling observers; nothing here is called if there are none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._transaction.times import Idle
 from sqla_uow.events import AttemptEvent, IdleEvent, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.typing import Status
@@ -21,7 +21,7 @@ __all__ = ["check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_r
 
 
 def idle_of(call: Call[Any]) -> Idle | None:
-    """Return what watches the next run for slow calls; None where no observer wants to know."""
+    """Return what watches the next run for slow calls; None if no observer wants to know."""
     wanting = [observer for observer in call.observers if type(observer).on_idle is not Observer.on_idle]
     if not wanting:
         return None
@@ -34,10 +34,10 @@ def idle_of(call: Call[Any]) -> Idle | None:
 
 
 def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, ...]:
-    """Return them, for good.
+    """Return the observers as a tuple.
 
     Raises:
-        TypeError: one of them is none.
+        TypeError: one of them is not an `Observer`.
     """
     try:
         found = tuple(observers)
@@ -105,12 +105,12 @@ def _end(call: Call[Any]) -> dict[str, Any]:
 
 
 def _tell(call: Call[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
-    """Call them, all if none are named; what they raise is shown, and changes nothing, unless it is to end the program."""
+    """Call the named observers, or all; what they raise is logged and changes nothing, unless it ends the program."""
     for observer in call.observers if observers is None else observers:
         try:
             getattr(observer, method)(event)
         except (Exception, asyncio.CancelledError) as error:
-            record(
+            log(
                 logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
                 call.setup.name, method, exc_info=error,
                 function=call.options.who, manager=call.setup.name, error=error,

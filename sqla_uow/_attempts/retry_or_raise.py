@@ -12,7 +12,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqla_uow._attempts.arguments import Called, renew
 from sqla_uow._attempts.observers import tell_retry
 from sqla_uow._databases.failures import Failure, Kind, chain, classify
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._retry.predicates import ask
 from sqla_uow._transaction.failing import failure_behind
 from sqla_uow.errors import (
@@ -168,21 +168,21 @@ async def _check_expectations(
 
 
 async def _name(call: Call[S], gave_up: StaleVersionError, versions: VersionGuard | None, beside: _Beside[S]) -> None:
-    """Say of which row it is, as far as that can be found."""
+    """Put the row into the error, if it can be found."""
     if versions is not None and (stale := await _find_stale(call, versions, beside)) is not None:
         gave_up.model, gave_up.key = stale.model, stale.key
         gave_up.expected, gave_up.found = stale.expected, stale.found
 
 
 async def _find_stale(call: Call[S], versions: VersionGuard, beside: _Beside[S]) -> StaleVersionError | None:
-    """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
+    """Find out which row has changed, in a unit of its own; None if none has, or if the rows cannot be read."""
     left = None if call.deadline is None else max(0.001, call.deadline - call.policy.clock())
     stale: StaleVersionError | None = None
     try:
         async with beside(call, left) as unit:
             stale = await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
     except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
-        record(
+        log(
             logging.WARNING, "the versions of %s could not be read (%s)", call.options.who, type(trouble).__name__,
             function=call.options.who, manager=call.setup.name, error=trouble,
         )  # fmt: skip
@@ -210,7 +210,7 @@ async def _wait(call: Call[S], failure: Failure, error: Exception, frame: FrameT
         wait = max(wait, soonest)
     if call.deadline is not None and call.policy.clock() + wait >= call.deadline:
         raise timed_out(call, f"{label(failure)}, and the next wait would cross the deadline") from error
-    record(
+    log(
         logging.INFO, "%s: attempt %d of %d failed (%s); again in %.1f ms",
         call.options.who, call.attempt, call.retries + 1, label(failure), wait * 1000,
         **_fields(call, failure), wait=wait,
@@ -237,7 +237,7 @@ def _gave_up(call: Call[S], failure: Failure, *, is_last: bool = True, spent: bo
     who, runs, elapsed = call.options.who, call.attempt, call.elapsed
     plural = "attempt" if runs == 1 else "attempts"
     call.given_up = failure
-    record(
+    log(
         logging.WARNING, "%s: gave up after %d %s and %.3f s (%s)", who, runs, plural, elapsed, label(failure),
         **_fields(call, failure), elapsed=elapsed,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.driver import raw_connection
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._tasks.shield import shielded
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ def stop_statement(connection: Connection, cursor: Any) -> None:
     stop = shielded(lambda: driver.stop(raw, connection, cursor, STOP_SECONDS), limit=STOP_SECONDS)
     outcome = await_only(stop)
     if outcome.stop():
-        record(
+        log(
             logging.WARNING,
             "a cancelled statement could not be stopped on the server within %s s; its locks last until it ends",
             STOP_SECONDS,
         )
     elif (trouble := outcome.trouble) is not None:
-        record(
+        log(
             logging.DEBUG, "stopping a cancelled statement failed (%s); the connection is discarded",
             type(trouble).__name__, error=trouble,
         )  # fmt: skip

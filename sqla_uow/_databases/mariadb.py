@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from sqla_uow._databases.driver import Driver, Ended, RawCalls, State, cover, raw_connection, told
 from sqla_uow._databases.system import System
-from sqla_uow._log import record
+from sqla_uow._log import log
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -243,7 +243,7 @@ class _Pymysql(Driver):
             if await greenlet_spawn(kill):
                 break
         else:
-            record(
+            log(
                 logging.WARNING,
                 "a cancelled statement goes on: KILL reached other servers than the one it runs on, behind a balancer say, and "
                 "was not sent there; its locks last until it ends",

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._databases.driver import raw_connection
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Watch:
             async with asyncio.timeout(5 * LOOK_SECONDS):
                 await self._ask_server(outer)
         except Exception as error:
-            record(
+            log(
                 logging.WARNING, "%s has waited for %g s, and the server did not tell whether for a lock of %s around it (%s)",
                 unit.name, LOOK_SECONDS, outer[0].name, type(error).__name__, function=unit.name, error=error,
             )  # fmt: skip

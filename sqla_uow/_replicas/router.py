@@ -16,7 +16,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._databases.driver import raw_connection
 from sqla_uow._databases.failures import Kind, classify
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, has_reached, later
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Replica:
         failure = classify(error) if isinstance(error, Exception) else None
         code = "" if failure is None or failure.code is None else f" {failure.code}"
         why = str(error) if isinstance(error, NoPositionError) else f"{type(error).__name__}{code}"
-        record(
+        log(
             logging.WARNING, "replica %d is passed over for %g s (%s)", self._number, seconds, why,
             replica=self._number, wait=seconds, error=error, code=None if failure is None else failure.code,
         )  # fmt: skip
@@ -286,7 +286,7 @@ class ReplicaRouter:
                 assert sync_connection is not None
                 current = await _ask(sync_connection, self.primary, self.primary.system.primary_position)
         except Exception as error:
-            record(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
+            log(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
             return
         if not has_reached(current, wanted) and last_write.position is wanted:
             last_write.position = current

@@ -12,7 +12,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqla_uow._log import record
+from sqla_uow._log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ OPENING_LOCK_WAIT = 0.25
 SHORTEST_LOCK_WAIT = 0.02
 """Seconds that an attempt waits at least for a lock while the width is limited, before it makes way for the others."""
 FOREIGN_LOCK_WAIT = 0.1
-"""The same for locks of other processes, of which is not known how long they are held."""
+"""The same for locks of other processes; how long those are held is not known."""
 
 
 class _Rate(NamedTuple):
@@ -96,7 +96,7 @@ class Controller:
         self._downwards = False
         self._measured = [_Rate()] * (FREE + 1)
         self._contended = False
-        self._lost = [0.0] * (FREE + 1)  # share of the time wasted at each rung, of late
+        self._lost = [0.0] * (FREE + 1)  # recent share of the time wasted at each rung
         self.crowded = False
         self._typical = 0.0  # seconds of an attempt that waits for nobody
         self._idle_since: float | None = None
@@ -110,7 +110,7 @@ class Controller:
     def lock_wait(self, attempt: int, running: int) -> float | None:
         """Return how long an attempt that begins now should wait for a lock, in seconds; None is for ever.
 
-        A retry waits longer than a first run, so that not all of those who wait for each other make way at once.
+        A retry waits longer than a first run, so that attempts that wait for each other do not all give up at once.
         """
         if (running <= 1 and not self.crowded) or (self._rung == FREE and not self.opening):
             return None
@@ -145,7 +145,9 @@ class Controller:
             self.width = max(1, self.width // 2)
         if self._belongs(began):
             self._wasted += seconds
-            self._contended = self._contended or running > 0 or waiting > 0  # who was alone is not helped by turns
+            self._contended = (
+                self._contended or running > 0 or waiting > 0
+            )  # an attempt that was alone is not helped by turns
             self._count(0, running, waiting)
 
     # -- epochs: a width is judged by what happened while it was in force
@@ -158,10 +160,10 @@ class Controller:
         self._peak = 0
 
     def _belongs(self, began: float) -> bool:
-        """Say whether an attempt belongs to this epoch; begin it anew after a pause.
+        """Say whether an attempt belongs to this epoch; after a pause, begin a new epoch with it.
 
-        Not if it began at the width before, or beside one that did and that a narrower width would have kept out.  Who waits
-        to be run again does not run either, but not for so long.
+        It does not if it began at the width before, or beside an attempt that did and that a narrower width would have kept
+        out.  A call that waits before a retry does not run either, but such a pause is shorter.
         """
         if began < self._changed_at:
             now = self._clock()
@@ -254,7 +256,8 @@ class Controller:
         if self._takes_from_others():
             brought = 0.0
         if brought >= worth > self._measured[rung].goodput and rung > best:
-            return  # it was worse, of late: a stall may be rare; stay until one comes, or what was is outweighed
+            # This width did worse recently, and stalls are rare: stay until one happens or the old measurement fades.
+            return
         if brought >= worth:
             going_up = rung > best
             self._best = rung
@@ -276,7 +279,7 @@ class Controller:
 
     def _try(self, rung: int) -> None:
         if self._rung == FREE or (self._best == 0 and rung == 0):
-            record(
+            log(
                 logging.INFO, "%s: %.0f %% of the time went into conflicts; calls take turns",
                 self._who, self.wasted_share * 100, function=self._who, width=2**rung, wasted=self.wasted_share,
             )  # fmt: skip
@@ -284,7 +287,7 @@ class Controller:
 
     def _hold(self, rung: int) -> None:
         if rung == FREE and self._rung != FREE:
-            record(
+            log(
                 logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self._who,
                 function=self._who, wasted=self.wasted_share,
             )  # fmt: skip

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["UNKNOWN", "Gate", "Slot", "together"]
 
 STALL_SECONDS = (0.1, 2.0)
-"""When nobody has finished for so long, more are let in: those who run may be slow, or wait for those who do not.
+"""If no call has finished for so long, more are let in: those that run may be slow, or wait for those that do not.
 
-The first is for a function of which nothing is known yet: as many again come in.  The second is for one that is held back
-for a reason: one more."""
+The first number is for a function about which nothing is known yet: as many again come in.  The second is for a function
+that is held back for a reason: one more comes in."""
 
 UNKNOWN = Contention(FIRST_WIDTH, 0, 0, 0.0)
 """What is known of a function that was not called yet."""
@@ -78,7 +78,7 @@ class Gate:
         return self._controller.lock_wait(attempt, self._running)
 
     def try_enter(self) -> Slot | None:
-        """Let the attempt in if nothing holds it back: one comparison where there is no contention."""
+        """Let the attempt in if nothing holds it back: one comparison without contention."""
         if self._running < self._controller.width and not (self._queue or self._again or self._backing_off):
             self._running += 1
             return Slot(self)
@@ -186,7 +186,7 @@ def _too_late(turn: asyncio.Future[bool]) -> None:
 
 
 def together(states: list[Contention]) -> Contention:
-    """Return what users see of one function whose calls run in several event loops."""
+    """Return the state of a function whose calls run in several event loops."""
     if len(states) == 1:
         return states[0]
     return Contention(

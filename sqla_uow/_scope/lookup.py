@@ -69,9 +69,9 @@ def surroundings(setup: Setup[Any]) -> tuple[Scope | None, bool, tuple[Transacti
 
 
 def last_write_of(setup: Setup[Any]) -> LastWrite | None:
-    """Return what the client of this context has written, None where there are no replicas.
+    """Return what the client of this context has written; None if there are no replicas.
 
-    That is the client of the innermost scope, also behind its end; outside all scopes it is everybody together.
+    The client is that of the innermost scope, even if the scope has ended.  Outside all scopes everybody is one client.
     """
     if setup.replicas is None:
         return None

@@ -33,7 +33,7 @@ class ManagerPlace(Place):
         return None
 
     def unit(self) -> UnitOfWork[Any]:
-        """Return the unit whose session is the current one, or raise why there is none."""
+        """Return the unit whose session is the current one; raise if no unit is open."""
         refuse_in_commit()
         raise NoUnitError(
             f"no unit of work is open for manager {self.name!r}; call this inside a @transactional function, "

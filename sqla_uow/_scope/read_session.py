@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow._databases.failures import chain
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._session.instances import taint
 from sqla_uow._session.session import has_changes, refuse_changes
 from sqla_uow._tasks.frames import check_loop
@@ -47,7 +47,7 @@ class ReadSession:
 
     Attributes:
         tainted: its objects, which later units of the scope refuse.
-        transaction: of the unit that is open; None if there is none.
+        transaction: of the open unit; None if no unit is open.
     """
 
     __slots__ = (
@@ -74,7 +74,7 @@ class ReadSession:
         self.transaction: Transaction | None = None
 
     def unit(self) -> UnitOfWork[Any]:
-        """Return the open read unit; make one where there is none."""
+        """Return the open read unit; make one if none is open."""
         unit, transaction = self._unit, self.transaction
         check_loop(_NAME, self._loop)
         if unit is None or transaction is None:
@@ -150,7 +150,7 @@ class ReadSession:
                     raise outcome.cancelled
                 if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError, RollbackOnlyError)):
                     raise error
-                record(
+                log(
                     logging.INFO, "the read session could not end its transaction (%s); it is closed", type(error).__name__,
                     manager=self._setup.name, error=error,
                 )  # fmt: skip
@@ -161,9 +161,9 @@ class ReadSession:
         transaction.give_back_turn()
 
     async def rest(self) -> None:
-        """End the reading before a wait whose end nobody knows; the next use begins afresh.
+        """End the reading before a wait of unknown length; the next use begins a new one.
 
-        Nothing is done while another live task, but an ancestor of this one, uses the read session.
+        Does nothing while another live task uses the read session, unless this task descends from it.
 
         Raises:
             ReadOnlyError: an object of it was changed: nothing would ever write it.
@@ -179,10 +179,10 @@ class ReadSession:
         self.end_yielded()
 
     def end_yielded(self) -> None:
-        """Let the next use begin a fresh unit; not where that was begun already, beside a unit in a child task.
+        """Let the next use begin a new unit, if the open one has given way.
 
-        The one that gave way holds nothing but its objects.  They stay attached, so that a change of one is still seen, and
-        is kept by the session that nobody writes: detached, it would be lost without a word.
+        A child task may have begun a new one already, beside a unit.  The unit that gave way holds only its objects.  They
+        stay attached, so that a change of one is seen and refused: a change of a detached object would be lost silently.
         """
         transaction = self.transaction
         if transaction is not None and transaction.phase is Phase.YIELDED:
@@ -191,7 +191,7 @@ class ReadSession:
             for one in candidates:
                 if one.session is not None and _has_objects(one.session):
                     self._retired.append(one)
-                else:  # in a scope that lasts long, those whose objects nobody has any more are let go
+                else:  # nobody has its objects any more, and the scope may last long
                     one.session = None
 
     async def end_all(self, *, check: bool) -> None:

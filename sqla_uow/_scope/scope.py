@@ -1,4 +1,4 @@
-"""Scopes."""
+"""Scopes: a request, a job, a test."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Scope:
         self.reading: ReadSession = ReadSession(setup, last_write, self._loop)
 
     def is_of_this_loop(self) -> bool:
-        """Say whether the running event loop is its own: to another one its read session is somebody else's."""
+        """Say whether the running event loop is its own; another loop may not use its read session."""
         task = running_task()
         return task is not None and task.get_loop() is self._loop
 
@@ -66,7 +66,7 @@ class Scope:
     def conflict_behind(self, error: BaseException) -> ConflictError | None:
         """Return what a transactional function would have raised, had it failed as the read session has; None if it has not.
 
-        So that a read in an outage, or one that met a conflict, is answered as a write is.
+        With it a read in an outage, or one that met a conflict, is answered as a write is.
 
         Args:
             error: what came out of the code in the scope.
@@ -76,7 +76,7 @@ class Scope:
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit, of any manager, that was begun here inside this scope and is still open; None if there is none.
 
-        Other tasks, that were started here, may have units of their own, which are not seen.
+        Units of other tasks that were started here are not seen.
         """
         for place in current_places():
             if place is self.place:
@@ -86,9 +86,9 @@ class Scope:
         return None
 
     async def rest(self) -> None:
-        """End the reading before a wait whose end nobody knows; the next use begins afresh.
+        """End the reading before a wait of unknown length; the next use begins a new one.
 
-        Nothing is done while another live task, but an ancestor of this one, uses the read session.
+        Does nothing while another live task uses the read session, unless this task descends from it.
 
         Raises:
             ReadOnlyError: an object of it was changed: nothing would ever write it.
@@ -98,8 +98,8 @@ class Scope:
     async def close(self) -> None:
         """End the scope before its block does; whoever still sees it gets `NoUnitError`.
 
-        For where the rest of a block must not read any more: a web request whose response begins.  Transactional
-        functions go on to work, each with a unit of its own.  To close it again does nothing.
+        Use it if the rest of the block must not read any more, as when the response of a web request begins.
+        Transactional functions still work, each with a unit of its own.  Closing it again does nothing.
 
         Raises:
             ReadOnlyError: an object of the read session was changed: nothing would ever write it.  It is closed all the same.

@@ -84,8 +84,9 @@ class UnitConnection(Connection):
         if pool.dispatch.checkout or database.system.lends_open or database.within is not None:
             return
         raise PropagationError(
-            f"the pool has lent {self.transaction.name} a connection in the middle of a transaction, which is discarded; let who used "
-            "it before end what it began, also on the driver's own connection, and leave pool_reset_on_return as it is"
+            f"the pool has lent {self.transaction.name} a connection in the middle of a transaction, which is discarded; end the "
+            "transaction where the connection was used before, also on the driver's own connection, and leave "
+            "pool_reset_on_return as it is"
         )
 
     def _set_up(self, engine: LendingEngine) -> None:

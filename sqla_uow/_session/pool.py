@@ -11,7 +11,7 @@ from sqlalchemy.engine.base import OptionEngine
 
 from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.driver import State
-from sqla_uow._log import record
+from sqla_uow._log import log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,7 @@ def _returned(driver: Driver) -> Callable[[Any, ConnectionPoolEntry], None]:
         state = driver.state(raw)
         entry.invalidate()
         if where == "in autocommit" or state not in (State.NONE, None):
-            record(
+            log(
                 logging.WARNING,
                 "a connection came back to the pool %s, and is discarded; leave autocommit alone, end the transaction before it "
                 "is returned, and let no other task go on with it", where,

@@ -20,7 +20,7 @@ from sqlalchemy.util import await_only
 
 from sqla_uow._databases.failures import classify
 from sqla_uow._databases.self_wait import watch_locks
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._session.connection import UnitConnection
 from sqla_uow._session.connection_events import lift
 from sqla_uow._session.engine import UnitEngine
@@ -106,7 +106,7 @@ class UnitSession(Session):
         transaction.end_here(Phase.ENDING)
         super().rollback()
         begin_again(transaction)
-        record(
+        log(
             logging.INFO, "%s met a dead connection (%s) and begins again on another", transaction.name, type(error).__name__,
             function=transaction.name, error=error,
         )  # fmt: skip
@@ -363,7 +363,7 @@ def _note_position(transaction: Transaction, last_write: LastWrite, connection: 
     try:
         await_only(last_write.note(connection, transaction.database))
     except Exception as error:
-        record(
+        log(
             logging.WARNING,
             "%s is committed, but the primary did not tell its position (%s); its client will read from the primary",
             transaction.name, type(error).__name__, function=transaction.name, error=error,

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._tasks.frames import running_task
 from sqla_uow._tasks.shield import shielded
 from sqla_uow.errors import UnitOfWorkError
@@ -147,7 +147,7 @@ async def _bounded(running: tuple[_Kind, list[Hook]], who: str, note: _Note, can
     work = functools.partial(_run, running, who, note)
     outcome = await shielded(work, grace=HOOK_SECONDS, limit=math.inf if cancelled is None else HOOK_SECONDS)
     if outcome.stop():
-        record(
+        log(
             logging.ERROR, "hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS,
             function=who,
         )  # fmt: skip
@@ -185,7 +185,7 @@ async def _run(running: tuple[_Kind, list[Hook]], who: str, note: _Note) -> Base
 
 
 def _log(hook: Hook, error: Exception) -> None:
-    record(
+    log(
         logging.ERROR, "after_rollback hook %s failed; the rollback itself is done", hook.name,
         exc_info=error, hook=hook.name, error=error,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow._databases.failures import Failure, Kind, classify
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._session.session import has_changes, wait_for_locks
 from sqla_uow._tasks.shield import Shielded, shielded
 from sqla_uow._transaction.hooks import ROUNDS, Hook, HookOutcome, run_after_commit, run_after_rollback
@@ -158,7 +158,7 @@ def _commit_and_close(session: Session, transaction: Transaction, verification: 
     try:
         session.close()
     except Exception as error:  # committed: trouble with the connection must not look like trouble with the data
-        record(
+        log(
             logging.WARNING, "closing a session after its COMMIT failed (%s); the work is committed", type(error).__name__,
             function=transaction.name, error=error,
         )  # fmt: skip
@@ -209,7 +209,7 @@ async def _ambiguous(
         return ended if cancelled is None else Ended(cancelled)
     transaction.final = Status.AMBIGUOUS
     release(transaction)
-    record(
+    log(
         logging.ERROR, "COMMIT of %s was sent and its answer is unknown", transaction.name,
         function=transaction.name, status=Status.AMBIGUOUS.value, attempt=unit.attempt, error=error,
     )  # fmt: skip
@@ -227,7 +227,7 @@ async def _ambiguous(
 def _answer(asked: Shielded[bool | None], who: str) -> bool | None:
     asked.stop()
     if (trouble := asked.trouble) is not None:
-        record(
+        log(
             logging.WARNING, "the outcome of a COMMIT could not be verified (%s)", type(trouble).__name__,
             function=who, error=trouble,
         )  # fmt: skip
@@ -252,7 +252,7 @@ async def _committed(transaction: Transaction, cancelled: asyncio.CancelledError
     ends = ends or ran.cancelled
     if ends is not None:
         for failure in failures:
-            record(
+            log(
                 logging.ERROR, "after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure,
                 function=transaction.name, error=failure,
             )  # fmt: skip

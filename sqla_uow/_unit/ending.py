@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqla_uow._databases.interrupt import break_link, stop_statement
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.phase import Phase
@@ -56,7 +56,7 @@ async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | 
 
 async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
     """Return what the task raised; stop it first if its time was up."""
-    if task.cancelled():  # by somebody who cancels every task, as at the end of a loop
+    if task.cancelled():  # somebody cancels every task, as at the end of a loop
         return asyncio.CancelledError()
     if task.done():
         return task.exception()
@@ -85,7 +85,7 @@ def roll_back_and_close(session: Session, transaction: Transaction, *, discard: 
                 _undo_refused(connection)
             session.rollback()
     except Exception as error:
-        record(
+        log(
             logging.WARNING, "ROLLBACK of %s failed (%s); its connection is discarded",
             transaction.name, type(error).__name__, function=transaction.name, error=error,
         )  # fmt: skip
@@ -122,7 +122,7 @@ async def discard_connection(transaction: Transaction) -> None:
     work = partial(transaction.session.run_sync, roll_back_and_close, transaction, discard=True)
     outcome = await shielded(work, limit=DISCARD_SECONDS)
     if not outcome.stop() and (trouble := outcome.trouble) is not None:
-        record(
+        log(
             logging.WARNING, "discarding a connection failed (%s)", type(trouble).__name__,
             function=transaction.name, error=trouble,
         )  # fmt: skip

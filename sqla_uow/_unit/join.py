@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
 from sqla_uow._databases.interrupt import break_link
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._retry.predicates import ask
 from sqla_uow._session.session import has_changes
 from sqla_uow._tasks.shield import shielded
@@ -50,7 +50,7 @@ class Joined(Generic[S]):
         transaction.check_join(options.who, options.isolation, read_only=options.read_only)
         transaction.joined += 1
         if options.retries:
-            record(
+            log(
                 logging.DEBUG, "%s joins %s, which alone retries", options.who, transaction.name,
                 function=options.who, joins=transaction.name,
             )  # fmt: skip
@@ -115,8 +115,9 @@ def joinable(unit: UnitOfWork[S] | None, options: Options, manager: str) -> Unit
 
 def join(unit: UnitOfWork[S], options: Options) -> Joined[S] | Nested[S]:
     """Return the frame of a call that does not begin a unit of its own."""
-    frame = Nested if options.propagation == "nested" else Joined
-    return frame(unit, unit._transaction, options)
+    transaction = unit._transaction
+    nested = options.propagation == "nested"
+    return Nested(unit, transaction, options) if nested else Joined(unit, transaction, options)
 
 
 class Nested(Generic[S]):
@@ -175,7 +176,7 @@ class Nested(Generic[S]):
         elif (trouble := outcome.trouble) is not None:
             # MariaDB has rolled back everything at a deadlock: 1305, SAVEPOINT does not exist.
             transaction.doom.mark(trouble, hard=True)
-            record(
+            log(
                 logging.DEBUG, "rolling back a savepoint failed (%s); the unit is doomed", type(trouble).__name__,
                 function=transaction.name, error=trouble,
             )  # fmt: skip

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import CreateTable
 
 from sqla_uow._databases.failures import Kind, classify, code_of
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._tasks.per_loop import PerLoop
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ class Markers:
         except IntegrityError:
             return "committed"
         except SAOperationalError as error:
-            record(
-                logging.DEBUG, "probing a commit marker failed (%s); probing again", type(error).__name__, error=error
-            )
+            log(logging.DEBUG, "probing a commit marker failed (%s); probing again", type(error).__name__, error=error)
             return "again"
         finally:
             await connection.rollback()
@@ -129,7 +127,7 @@ async def _force(connection: AsyncConnection) -> str:
     try:
         await connection.commit()
     except DBAPIError as error:
-        # Lost: whose row it is then, nobody could tell.  Refused: the transaction may be there.
+        # Lost: then nobody could tell whose row it is.  Refused: the transaction may be there.
         failure = classify(error)
         known = failure is None or failure.kind not in (Kind.LOST, Kind.AMBIGUOUS)
         return "again" if known else "undecidable"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.driver import State, raw_connection
 from sqla_uow._databases.interrupt import break_link
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.hooks import run_after_rollback
 from sqla_uow._transaction.phase import Phase
@@ -89,17 +89,17 @@ async def _stop_and_roll_back(transaction: Transaction) -> asyncio.CancelledErro
         break_link(transaction.connection)
         discard = True
     work = partial(transaction.session.run_sync, roll_back_and_close, transaction, discard=discard)
-    # The end of a mere reading has only the patience of who waits for it: a timer costs a twentieth of one SELECT.
+    # The end of a mere reading has no limit of its own: a timer costs a twentieth of one SELECT.
     limit = math.inf if transaction.scope_read and transaction.doom.marked is None else ROLLBACK_SECONDS
     outcome = await shielded(work, grace=ROLLBACK_SECONDS, limit=limit)
     if outcome.stop():
         await wait_briefly(outcome.task)
-        record(
+        log(
             logging.WARNING, "ROLLBACK of %s took more than %s s; its connection is discarded",
             transaction.name, ROLLBACK_SECONDS, function=transaction.name,
         )  # fmt: skip
     elif (trouble := outcome.trouble) is not None:
-        record(
+        log(
             logging.WARNING, "closing %s failed (%s)", transaction.name, type(trouble).__name__,
             function=transaction.name, error=trouble,
         )  # fmt: skip

@@ -39,11 +39,11 @@ class Setup(Generic[S]):
     Args:
         name: of the manager.
         maker: makes the sessions of its units.
-        isolation: the level of units that ask for none.
-        retries: of calls that do not say.
-        timeout: seconds of calls that do not say; None is no deadline.
+        isolation: the level of units that do not ask for one.
+        retries: of calls that do not say how many.
+        timeout: seconds of calls that do not say how many; None sets no deadline.
         retry: how long calls that do not say wait between attempts.
-        replicas: where units that only read may run; None where there are none.
+        replicas: where units that only read may run, if there are any.
         verifier: learns what became of a COMMIT whose answer was lost; None lets the caller do that.
         observers: are told of every call.
 
@@ -55,7 +55,8 @@ class Setup(Generic[S]):
     """
 
     __slots__ = (
-        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry", "timeout", "verifier",
+        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
+        "timeout", "verifier",
     )  # fmt: skip
 
     def __init__(
@@ -112,8 +113,8 @@ class Setup(Generic[S]):
             last_write: of its client, where there are replicas.
         """
         transaction = Transaction(
-            name, self.database, isolation=isolation, read_only=read_only, deadline=deadline, clock=clock, tainted=tainted,
-            enclosing=enclosing, times=times,
+            name, self.database, isolation=isolation, read_only=read_only, deadline=deadline, clock=clock,
+            tainted=tainted, enclosing=enclosing, times=times,
         )  # fmt: skip
         if self.replicas is not None:
             transaction.last_write = last_write
@@ -129,7 +130,8 @@ class Setup(Generic[S]):
             last_write: of the scope's client, where there are replicas.
         """
         transaction = Transaction(
-            name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock, scope_read=True,
+            name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock,
+            scope_read=True,
         )  # fmt: skip
         replicas = transaction.replicas = self.replicas
         transaction.last_write = last_write

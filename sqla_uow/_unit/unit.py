@@ -158,8 +158,8 @@ class UnitOfWork(Generic[S]):
     def doom(self, reason: str | None = None) -> None:
         """Roll back at the end; SQL is refused from now on.
 
-        Called in the function that owns the unit this is its own wish, and the function returns normally.  Called in a
-        joined function it is news to the owner, who gets `RollbackOnlyError`.
+        If the function that owns the unit calls it, the function returns normally.  If a joined function calls it, the
+        owner did not ask for the rollback and gets `RollbackOnlyError`.
 
         Args:
             reason: said in the errors that follow.

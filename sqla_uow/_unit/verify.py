@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from sqla_uow._databases.failures import classify
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._unit.markers import Markers
 from sqla_uow.typing import Status
 
@@ -123,7 +123,7 @@ class Verification:
             except ProgrammingError:
                 raise
             except Exception as error:  # of the server, the network, or a pool that others hold: not for ever
-                record(
+                log(
                     logging.DEBUG, "asking for the outcome of a COMMIT failed (%s); asking again", type(error).__name__,
                     function=transaction.name, error=error,
                 )  # fmt: skip

@@ -312,8 +312,8 @@ async def test_replicas_are_refused(cockroach):
     with pytest.raises(ValueError, match="replicas") as caught:
         UnitOfWorkManager(cockroach.engine(), replicas=[cockroach.engine()])
     assert str(caught.value) == (
-        "UnitOfWorkManager 'default' has replicas on CockroachDB, which tells no position that one of them could have "
-        "reached; leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
+        "UnitOfWorkManager 'default' has replicas on CockroachDB, which has no replication position to "
+        "wait for; drop replicas=, and use AS OF SYSTEM TIME for reads that may be stale"
     )
 
 

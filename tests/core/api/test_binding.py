@@ -13,7 +13,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionm
 from sqlalchemy.orm import Session
 
 from sqla_uow import Status, UnitOfWorkManager, errors
-from sqla_uow._databases.sqlite import SQLite
 from sqla_uow._session import connection as _connection
 from sqla_uow._session import pool as _pool
 from tests.kit.models import Account
@@ -239,7 +238,7 @@ async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
                 await unit.session.execute(text("SELECT nonsense"))
         assert told == [unit._transaction]
         told.clear()
-    reset = _pool._resetting(SQLite.restore)
+    reset = _pool._resetting(managers[0]._setup.database.system.restore)
     resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is reset]
     assert len(resets) == (1 if db.family == "sqlite" else 0)
 
@@ -251,15 +250,15 @@ async def test_no_pool_is_taken_for_an_earlier_one(db):
     for _ in range(100):
         engines = [create_async_engine(db.url) for _ in range(20)]
         for engine in engines:
-            UnitOfWorkManager(engine)
+            manager = UnitOfWorkManager(engine)
             listeners = engine.sync_engine.pool.dispatch.reset
-            assert _pool._resetting(SQLite.restore) in list(listeners)
+            assert _pool._resetting(manager._setup.database.system.restore) in list(listeners)
             kept.append(listeners)  # these outlive their pools now and then; here always
         ids = {id(engine.sync_engine.pool) for engine in engines}
         if earlier & ids:
             return
         earlier |= ids
-        del engine, engines
+        del engine, engines, manager
         gc.collect()
     pytest.fail("no id came again")
 

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._retry.controller import Controller
 
 KNOWN = {
@@ -125,5 +125,5 @@ def test_a_record_that_is_off_makes_nothing(caplog):
             raise AssertionError
 
     caplog.set_level(logging.WARNING, logger="sqla_uow")
-    record(logging.INFO, "%s", Costly(), function=Costly())
+    log(logging.INFO, "%s", Costly(), function=Costly())
     assert caplog.records == []
