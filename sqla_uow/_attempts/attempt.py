@@ -18,6 +18,7 @@ from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._transaction.times import Times
+from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import commit, prepare
 from sqla_uow._unit.options import block_options
 from sqla_uow._unit.rollback import roll_back
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqla_uow._retry.gate import Gate, Slot
-    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.ending import Ended
     from sqla_uow._unit.verify import Verification
 
@@ -105,20 +105,25 @@ class Attempt(Generic[S]):
 
     async def _begin(self) -> UnitOfWork[S]:
         call = self._call
-        setup, options, deadline, clock = call.setup, call.options, call.deadline, call.policy.clock
-        transaction = self._transaction = setup.transaction(
+        setup, options = call.setup, call.options
+        deadline, clock = call.deadline, call.policy.clock
+        transaction = self._transaction = Transaction(
             options.who,
+            setup.database,
             isolation=call.isolation,
             read_only=options.read_only,
             deadline=deadline,
             clock=clock,
             tainted=call.tainted,
             enclosing=call.enclosing,
-            times=call.times if call.observers else None,
-            last_write=None if setup.replicas is None else last_write_of(setup),
         )
         if call.observers:
+            transaction.times = call.times
             transaction.idle = idle_of(call)
+        if setup.replicas is not None:
+            transaction.last_write = last_write_of(setup)
+            if options.read_only:
+                transaction.replicas = setup.replicas
         is_last = call.attempt > call.retries
         if not is_last:
             transaction.on_rollback = call.remember
@@ -139,7 +144,8 @@ class Attempt(Generic[S]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        unit, transaction, place, call = self.unit, self._transaction, self._place, self._call
+        unit, transaction = self.unit, self._transaction
+        place, call = self._place, self._call
         if unit is None or transaction is None or place is None:
             raise PropagationError(f"a unit of {call.options.who} was left before it was entered")
         if place.closed:

@@ -1,6 +1,6 @@
 """One unit of work.
 
-* `setup`: what the units of one manager share; makes their transactions
+* `setup`: what the units of one manager share
 * `unit`: `UnitOfWork`
 * `options`: what a call site asked for, checked
 * `join`: joined calls and savepoints

@@ -1,4 +1,4 @@
-"""What the units of one manager share, and how their transactions are made from it."""
+"""What the units of one manager share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sqla_uow._retry.budget import Budget
     from sqla_uow._retry.policy import RetryPolicy
     from sqla_uow._session.maker import SessionMaker
-    from sqla_uow._transaction.tainted import Tainted
-    from sqla_uow._transaction.times import Times
     from sqla_uow._unit.verify import Verifier
     from sqla_uow.events import Observer
     from sqla_uow.typing import IsolationLevel
@@ -85,42 +83,6 @@ class Setup(Generic[S]):
         self.observers: tuple[Observer, ...] = observers
         self.counts: Counts = Counts()
         self.gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
-
-    def transaction(
-        self,
-        name: str,
-        *,
-        isolation: IsolationLevel | None,
-        read_only: bool,
-        deadline: float | None,
-        clock: Callable[[], float],
-        tainted: Tainted | None,
-        enclosing: tuple[Transaction, ...],
-        times: Times | None,
-        last_write: LastWrite | None,
-    ) -> Transaction:
-        """Make the transaction of one attempt; see `Transaction`.
-
-        Args:
-            name: of the call.
-            isolation: the level; None is the database's default.
-            read_only: writes are refused.
-            deadline: on `clock`, or None.
-            clock: monotonic seconds.
-            tainted: ORM objects that may not be attached.
-            enclosing: the transactions around it.
-            times: where it notes what it waits for; None if nobody wants to know.
-            last_write: of its client, where there are replicas.
-        """
-        transaction = Transaction(
-            name, self.database, isolation=isolation, read_only=read_only, deadline=deadline, clock=clock,
-            tainted=tainted, enclosing=enclosing, times=times,
-        )  # fmt: skip
-        if self.replicas is not None:
-            transaction.last_write = last_write
-            if read_only:
-                transaction.replicas = self.replicas
-        return transaction
 
     def read_transaction(self, name: str, last_write: LastWrite | None) -> Transaction:
         """Make the transaction of a scope's read session.
