@@ -15,6 +15,7 @@ from sqla_uow._alembic.schema import (
     PREFIX,
     Found,
     Lock,
+    Patience,
     Schema,
     Trigger,
     column_in,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Column
     from sqlalchemy.engine import Connection, Engine
 
-    from sqla_uow._alembic.patience import Patience
 
 __all__ = ["MariaDBSchema"]
 

@@ -13,8 +13,8 @@ from alembic.util import CommandError
 
 from sqla_uow._alembic.databases import schema_in_script, schema_of
 from sqla_uow._alembic.making import child_trigger, counting, in_step, make, remove, schema_for, unnamed
-from sqla_uow._alembic.patience import Patience, patiently
-from sqla_uow._alembic.schema import Trigger, literally, qualified
+from sqla_uow._alembic.patience import patiently
+from sqla_uow._alembic.schema import Patience, Trigger, literally, qualified
 from sqla_uow._alembic.target import Target, kind_named, version_column
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
@@ -21,21 +21,11 @@ if TYPE_CHECKING:
 
     from alembic.operations import Operations
 
-__all__ = ["Patience", "patiently"]
+    from sqla_uow._alembic.schema import Patience
+
+__all__ = ["patiently"]
 
 logger = logging.getLogger("sqla_uow")
-
-
-class Patience(NamedTuple):
-    """How long DDL waits for a table.
-
-    Attributes:
-        lock_timeout: seconds to wait for the table's lock, while others wait behind; MariaDB counts whole ones, 1 at least.
-        retries: how many times to try again, after a pause as long as that in which the others go on.
-    """
-
-    lock_timeout: float = 1.0
-    retries: int = 30
 
 
 def patiently(operations: Operations, table: str, patience: Patience, ddl: Callable[[], None]) -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from alembic.util import CommandError
 from sqlalchemy import text
 
-from sqla_uow._alembic.schema import PREFIX, Found, Lock, Schema, Trigger, column_in, on_own_session, qualified
+from sqla_uow._alembic.schema import (
+    PREFIX,
+    Found,
+    Lock,
+    Patience,
+    Schema,
+    Trigger,
+    column_in,
+    on_own_session,
+    qualified,
+)
 from sqla_uow._databases.database import driver_of
 from sqla_uow._databases.postgresql import milliseconds
 
@@ -20,7 +30,6 @@ if TYPE_CHECKING:
     from alembic.runtime.migration import MigrationContext
     from sqlalchemy.engine import Connection, Dialect, Engine, Inspector
 
-    from sqla_uow._alembic.patience import Patience
 
 __all__ = ["ChildTrigger", "CockroachDBSchema", "PostgreSQLSchema", "YugabyteDBSchema", "reference_of"]
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Column, TextClause
     from sqlalchemy.engine import Connection, Dialect, Inspector
 
-    from sqla_uow._alembic.patience import Patience
 
 __all__ = [
     "PREFIX",
     "Found",
     "Lock",
+    "Patience",
     "Schema",
     "Trigger",
     "column_in",
@@ -52,6 +52,18 @@ class Lock(Protocol):
     def release(self) -> bool:
         """Give it back; say whether it was still held."""
         ...
+
+
+class Patience(NamedTuple):
+    """How long DDL waits for a table.
+
+    Attributes:
+        lock_timeout: seconds to wait for the table's lock, while others wait behind; MariaDB counts whole ones, 1 at least.
+        retries: how many times to try again, after a pause as long as that in which the others go on.
+    """
+
+    lock_timeout: float = 1.0
+    retries: int = 30
 
 
 class Trigger(NamedTuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import text
 
-from sqla_uow._alembic.schema import PREFIX, Found, Lock, Schema, Trigger, column_in, qualified
+from sqla_uow._alembic.schema import PREFIX, Found, Lock, Patience, Schema, Trigger, column_in, qualified
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sqlalchemy import TextClause
     from sqlalchemy.engine import Connection
 
-    from sqla_uow._alembic.patience import Patience
 
 __all__ = ["SQLiteSchema"]
 

@@ -13,8 +13,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
 from sqla_uow._alembic.databases import schema_of
-from sqla_uow._alembic.patience import Patience
 from sqla_uow._alembic.postgresql import PostgreSQLLock
+from sqla_uow._alembic.schema import Patience
 from sqla_uow._alembic.sqlite import SQLiteLock
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked

@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, mixins, transactional
 from sqla_uow.__main__ import main
-from sqla_uow._alembic.patience import Patience, patiently
+from sqla_uow._alembic.patience import patiently
+from sqla_uow._alembic.schema import Patience
 from sqla_uow._databases import distributed as _servers
 from sqla_uow.alembic import migration_lock
 from sqla_uow.errors import AmbiguousCommitError, ConflictError, ReadOnlyError, RollbackOnlyError, StaleVersionError
