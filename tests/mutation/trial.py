@@ -63,14 +63,16 @@ def in_a_fork(work: Callable[[], str | None], *, seconds: float, log: Path) -> s
             os._exit(0)
     os.close(writing)
     told, until = b"", time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and select.select([reading], [], [], left)[0]:
-        if not (part := os.read(reading, 4096)):
-            break
-        told += part
-    os.close(reading)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # itself, and what it has started
-    os.waitpid(pid, 0)
+    try:
+        while (left := until - time.monotonic()) > 0 and select.select([reading], [], [], left)[0]:
+            if not (part := os.read(reading, 4096)):
+                break
+            told += part
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # itself, and what it has started
+        os.waitpid(pid, 0)
     return told.decode().removesuffix("\n") if told.endswith(b"\n") else None
 
 
