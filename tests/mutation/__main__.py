@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import hashlib
 import importlib.util
 import json
@@ -88,6 +89,10 @@ class Run:
             if done is None:
                 pytest.exit(f"the tests could not be measured; see {self.log}", 1)
             reach = Reach(self.folder, reach.sources)
+        for path in self.sources.values():
+            trial.functions_of(path)
+        gc.collect()
+        gc.freeze()  # each fork would look through what it has inherited, and so copy it
         listed = _listed()
         for name in self.options.modules or MODULES:
             self._try_all(session, name, reach, items, listed)

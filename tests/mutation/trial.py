@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -106,11 +107,7 @@ def apply(mutant: Mutant, source: str, path: Path) -> None:
     if not mutant.within:
         _execute(mutant, source)
         return
-    live = {
-        (f.__code__.co_qualname, f.__code__.co_firstlineno): f
-        for f in gc.get_objects()
-        if isinstance(f, types.FunctionType) and f.__code__.co_filename == str(path)
-    }
+    live = functions_of(path)
     pairs = zip(_functions(source, path), _functions(mutant.code, path), strict=True)
     for (old, _), (new, arguments) in pairs:
         function = live[old.co_qualname, old.co_firstlineno]
@@ -122,6 +119,16 @@ def apply(mutant: Mutant, source: str, path: Path) -> None:
             function.__defaults__ = function.__defaults__[: -len(positional)] + positional
         if function.__kwdefaults__:
             function.__kwdefaults__ |= keywords
+
+
+@functools.cache
+def functions_of(path: Path) -> dict[tuple[str, int], types.FunctionType]:
+    """Return the functions of a file that are loaded, by name and first line: all objects are looked at, so only once."""
+    return {
+        (f.__code__.co_qualname, f.__code__.co_firstlineno): f
+        for f in gc.get_objects()
+        if isinstance(f, types.FunctionType) and f.__code__.co_filename == str(path)
+    }
 
 
 def _execute(mutant: Mutant, source: str) -> None:
