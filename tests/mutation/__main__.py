@@ -39,7 +39,7 @@ MODULES = (
 TESTS = ("core", "concurrency", "isolation", "properties", "testing", "versioning", "starlette")
 HERE = Path(__file__).parent
 BUDGET = 60.0
-"""Seconds of tests for one mutant: the quickest of those that reach it.  Lines that all pass would take hours otherwise."""
+"""Seconds of tests for one mutant, of those that reach it.  Lines that all pass would take hours otherwise."""
 
 
 class Run:
@@ -125,9 +125,9 @@ class Run:
         self.failed = self.failed or bool(survivors)
 
     def _order(self, mutant: Mutant, tests: list[str], reach: Reach) -> list[str]:
-        """Put first what has killed in this function, then in this module, then the quickest; as many as there is time for.
+        """Put first what has killed in this function, then in this module, then as `Reach.of` does; as many as there is time for.
 
-        Of a test that runs on several drivers, the quickest comes before any second one: other tests tell more.
+        Of a test that runs on several drivers, the first comes before any second one: other tests tell more.
         """
         turns: collections.Counter[str] = collections.Counter()
         turn = {}

@@ -103,11 +103,19 @@ class Reach:
         self.save()
 
     def of(self, module: str, line: int | None) -> list[str]:
-        """Return the tests that pass the statement at `line`, or anything in the module; the quickest first."""
+        """Return the tests that pass the statement at `line`, or anything in the module.
+
+        First those that tell most in a second: that pass what few others do in this module, so are about it.
+        """
         lines = self._lines[module]
         wanted = list(lines) if line is None else _statement(self.texts[module], line)
         tests = set().union(*(lines.get(one, ()) for one in wanted))
-        return sorted((test for test in tests if self.seconds[test] < SLOWEST), key=self.seconds.__getitem__)
+        rarity: dict[str, float] = defaultdict(float)
+        for passing in lines.values():
+            for test in passing & tests:
+                rarity[test] += 1 / len(passing)
+        fit = (test for test in tests if self.seconds[test] < SLOWEST)
+        return sorted(fit, key=lambda test: self.seconds[test] / rarity[test])
 
 
 def watch_lines(files: dict[str, str]) -> Callable[[set[tuple[str, int]]], None]:
