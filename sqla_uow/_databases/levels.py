@@ -95,7 +95,7 @@ def check_honoured(connection: Connection, server: Distributed, isolation: Isola
 
 def is_weaker_or_same(asked: str, given: str) -> bool:
     """Say whether a unit at level `given` honours a call that asks for `asked`."""
-    return _RANKS.get(asked, len(LEVELS)) <= _RANKS.get(given.replace("_", " ").replace("-", " ").upper(), -1)
+    return _RANKS.get(asked, len(LEVELS)) <= _RANKS.get(given.replace("_", " ").upper(), -1)
 
 
 def engine_options(family: str, isolation: IsolationLevel | None, *, read_only: bool) -> dict[str, Any]:
