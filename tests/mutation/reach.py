@@ -105,17 +105,18 @@ class Reach:
     def of(self, module: str, line: int | None) -> list[str]:
         """Return the tests that pass the statement at `line`, or anything in the module.
 
-        First those that tell most in a second: that pass what few others do in this module, so are about it.
+        First those that tell most in a second: that pass what few others do in this function, so are about it.
         """
         lines = self._lines[module]
         wanted = list(lines) if line is None else _statement(self.texts[module], line)
         tests = set().union(*(lines.get(one, ()) for one in wanted))
         rarity: dict[str, float] = defaultdict(float)
-        for passing in lines.values():
+        around = wanted if line is None else _function(self.texts[module], line)
+        for passing in (lines[one] for one in around if one in lines):
             for test in passing & tests:
                 rarity[test] += 1 / len(passing)
         fit = (test for test in tests if self.seconds[test] < SLOWEST)
-        return sorted(fit, key=lambda test: self.seconds[test] / rarity[test])
+        return sorted(fit, key=lambda test: self.seconds[test] / (rarity[test] or 1e-9) ** 2)
 
 
 def watch_lines(files: dict[str, str]) -> Callable[[set[tuple[str, int]]], None]:
@@ -170,6 +171,17 @@ class _Times:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _function(source: str, line: int) -> range:
+    """Return the lines of the innermost function around `line`, of the whole module where there is none."""
+    best = range(1, source.count("\n") + 2)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            lines = range(node.lineno, node.end_lineno + 1)
+            if line in lines and len(lines) < len(best):
+                best = lines
+    return best
 
 
 def _statement(source: str, line: int) -> range:
