@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
+from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow.testing import FaultPlan
 from tests.models import Account, Note
 
@@ -58,3 +60,43 @@ async def test_what_is_said_of_an_only_attempt(manager, caplog):
     ):
         await work()
     assert any("gave up after 1 attempt and " in message for message in caplog.messages)
+
+
+async def test_which_attempt_is_the_last(manager):
+    """The body can ask, and needs to: what cannot be done again is done in none but this one."""
+    said = []
+
+    @transactional(retries=1)
+    async def work():
+        said.append(current_unit().is_last_attempt)
+        current_session().add(Note(text="of each attempt"))
+
+    with FaultPlan(manager, "conflict", at="commit"):
+        await work()
+    async with manager.begin() as unit:
+        said.append(unit.is_last_attempt)
+    assert said == [False, True, True]
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_an_attempt_that_is_made_the_last_beside_another(db, manager):
+    """It waits for locks for ever then, which only PostgreSQL has been told otherwise."""
+    runs, let_go = asyncio.Event(), asyncio.Event()
+
+    @transactional(retries=1)
+    async def work(*, waits):
+        current_session().add(Note(text="of one"))
+        await current_session().flush()
+        if waits:
+            runs.set()
+            await let_go.wait()
+        current_unit().is_last_attempt = True
+        current_session().add(Note(text="of the same"))
+
+    first = asyncio.create_task(work(waits=True))
+    async with asyncio.timeout(10):
+        await runs.wait()
+        await work(waits=False)
+        let_go.set()
+        await first
+    assert await db.scalar("SELECT count(*) FROM note") == 4

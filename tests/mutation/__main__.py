@@ -125,7 +125,7 @@ class Run:
         self.failed = self.failed or bool(survivors)
 
     def _order(self, mutant: Mutant, tests: list[str], reach: Reach) -> list[str]:
-        """Put first what has killed in this function, then in this module, then as `Reach.of` does; as many as there is time for.
+        """Put first what is asked for, what has killed in this function, then in this module, then as `Reach.of` does; as many as there is time for.
 
         Of a test that runs on several drivers, the first comes before any second one: other tests tell more.
         """
@@ -136,7 +136,13 @@ class Run:
             turn[test] = turns[function]
             turns[function] += 1
         tests = sorted(
-            tests, key=lambda test: (-self.kills[mutant.within, test], -self.kills[mutant.module, test], turn[test])
+            tests,
+            key=lambda test: (
+                not any(word in test for word in self.options.first),
+                -self.kills[mutant.within, test],
+                -self.kills[mutant.module, test],
+                turn[test],
+            ),
         )
         left, chosen = self.options.budget, []
         for test in tests:
@@ -235,6 +241,7 @@ def main() -> int:
         "--folder", type=Path, default=Path(".tox", "mutation-outcomes"), help="where outcomes are kept"
     )
     parser.add_argument("--drivers", nargs="+", default=ONE_OF_EACH, choices=DRIVERS)
+    parser.add_argument("--first", metavar="WORD", nargs="+", default=(), help="tests with one of these in their names")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="folders of tests")
     options = parser.parse_args()
     options.folder = options.folder.absolute()
