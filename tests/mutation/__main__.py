@@ -165,9 +165,9 @@ class Run:
                 if mutant.within:
                     raise
                 return f"its import: {error}"
-            return trial.run(session, [items[test] for test in tests], current)
+            return trial.run(session, [items[test] for test in tests], [reach.seconds[test] for test in tests], current)
 
-        seconds = 3 * sum(reach.seconds[test] for test in tests) + trial.GRACE
+        seconds = 4 * sum(reach.seconds[test] for test in tests) + trial.GRACE
         told = trial.in_a_fork(work, seconds=seconds, log=self.log)
         if told is None and not current.read_text():
             pytest.exit(f"{mutant} could not be made; see {self.log}", 1)

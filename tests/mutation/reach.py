@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-SLOWEST = 5.0
+SLOWEST = 15.0
 """Seconds; a test that takes longer judges no mutant."""
 
 
