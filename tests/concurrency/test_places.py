@@ -51,3 +51,27 @@ async def test_units_that_end_in_the_order_they_began(manager):
         assert current_unit() is inner
         await second.aclose()
         assert current_unit() is around
+
+
+async def test_a_grandchild_of_whom_the_unit_was_taken_back_from(manager):
+    """What its parent may not do any more it may, when that has ended: it is a child of who has the unit."""
+    used, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def grandchild():
+        await ended.wait()
+        return await unit.session.scalar(text("SELECT 1"))
+
+    async def child():
+        await unit.session.execute(text("SELECT 1"))
+        used.set()
+        await go_on.wait()
+        return asyncio.create_task(grandchild())
+
+    async with manager.begin() as unit:
+        task = asyncio.create_task(child())
+        await used.wait()
+        await unit.session.execute(text("SELECT 1"))  # takes it back
+        go_on.set()
+        inner = await task
+        ended.set()
+        assert await inner == 1
