@@ -1,4 +1,4 @@
-"""A cancellation while an unknown COMMIT is asked for: the answer is waited for, and told with the cancellation."""
+"""While an unknown COMMIT is asked for: a cancellation, with which the answer is told, and a deadline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from sqla_uow import Status
+from sqla_uow import Status, errors
 from tests.waiting import until
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -42,3 +42,18 @@ async def test_cancelled_while_it_asks(wire, applied, caplog):
     await wire.until_left()
     assert await wire.balance() == 1 + applied
     assert wire.engine.pool.checkedout() == 0
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
+async def test_a_question_that_is_not_answered(wire):
+    """R6: it is given up at the deadline, and the outcome is unknown."""
+    await wire.add_one(ambiguous_commit="verify")
+    wire.on_commit("cut", applied=True)
+    asked = wire.proxy.on_client_bytes(b"pg_xact_status", "hold", after_server=False)
+    async with asyncio.timeout(8):
+        with pytest.raises(errors.AmbiguousCommitError):
+            await wire.add_one(ambiguous_commit="verify", timeout=1)
+    assert asked.fired
+    assert wire.units[-1].status is Status.AMBIGUOUS
+    assert wire.engine.pool.checkedout() == 0
+    asked.release()
