@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from sqlalchemy import text
 
-from sqla_uow import Status, UnitOfWorkManager, current_unit
+from sqla_uow import Status, UnitOfWorkManager, current_unit, errors
 from tests.models import Note
 
 
@@ -75,3 +75,29 @@ async def test_a_grandchild_of_whom_the_unit_was_taken_back_from(manager):
         inner = await task
         ended.set()
         assert await inner == 1
+
+
+async def test_two_children_that_the_unit_was_taken_back_from(manager):
+    """The first one is not forgotten for the second."""
+    go_on = asyncio.Event()
+
+    async def child(used):
+        await current_unit().session.execute(text("SELECT 1"))
+        used.set()
+        await go_on.wait()
+
+    async def again(used):
+        await child(used)
+        with pytest.raises(errors.TaskBoundaryError, match="was taken back"):
+            current_unit()
+
+    children = []
+    with pytest.raises(errors.RollbackOnlyError):
+        async with manager.begin() as unit:
+            for work in (again, child):
+                used = asyncio.Event()
+                children.append(asyncio.create_task(work(used)))
+                await used.wait()
+                await unit.session.execute(text("SELECT 1"))  # takes it back
+            go_on.set()
+            await asyncio.gather(*children)
