@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.util import await_only
 
-from sqla_uow import Status, UnitOfWorkManager
+from sqla_uow import Status, UnitOfWorkManager, errors
 from tests.models import Account
 from tests.raw import raw_of, send
 
@@ -78,3 +79,32 @@ async def test_a_connection_that_the_body_has_given_up(db, manager, caplog):
     async with manager.begin() as unit:
         unit.session.add(Account(id=2))
     assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+async def test_a_statement_of_a_child_under_the_rollback(db, manager):
+    """On the connection, past the session: refused, while the unit ends."""
+    ending, tried = asyncio.Event(), asyncio.Event()
+
+    def pause(_connection):
+        ending.set()
+        await_only(tried.wait())
+
+    async def write(connection):
+        await ending.wait()
+        try:
+            with pytest.raises(errors.NoUnitError):
+                await connection.execute(text("INSERT INTO account (id, balance) VALUES (3, 0)"))
+        finally:
+            tried.set()
+
+    event.listen(manager.engine.sync_engine, "rollback", pause, once=True)
+    async with asyncio.timeout(8):
+        with pytest.raises(KeyError):
+            async with manager.begin() as unit:
+                unit.session.add(Account(id=1))
+                await unit.session.flush()
+                child = asyncio.create_task(write(await unit.session.connection()))
+                raise KeyError
+        await child
+    assert unit.status is Status.ROLLED_BACK
+    assert await db.rows("SELECT id FROM account") == []
