@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -132,9 +133,9 @@ class Run:
         turns: collections.Counter[str] = collections.Counter()
         turn = {}
         for test in tests:
-            function = test.partition("[")[0]
-            turn[test] = turns[function]
-            turns[function] += 1
+            without = re.sub("|".join(DRIVERS), "", test)
+            turn[test] = turns[without]
+            turns[without] += 1
         tests = sorted(
             tests,
             key=lambda test: (
