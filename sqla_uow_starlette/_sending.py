@@ -125,8 +125,8 @@ def _warn(scope: Scope) -> None:
     name, endpoint = RequestName(scope)(), scope.get("endpoint")
     code, names = getattr(endpoint, "__code__", None), getattr(endpoint, "__globals__", {})
     warnings.warn_explicit(
-        f"{name} begins its response while a unit of it is open, whose COMMIT comes too late to be told of; end the unit "
-        "before, in a FastAPI dependency by Depends(..., scope='function')",
+        f"{name} begins its response while a unit of it is open, whose COMMIT comes too late to tell the client; end "
+        "the unit before, in a FastAPI dependency by Depends(..., scope='function')",
         LateCommitWarning,
         name if code is None else code.co_filename,
         1 if code is None else code.co_firstlineno,

@@ -254,7 +254,7 @@ def _cancel(unit: Transaction) -> None:
 def _check_place(database: str, fault: object, at: object) -> None:
     points = next((points for known, points in _POINTS.items() if known == fault), None)
     if points is None:
-        raise ValueError(f"FaultPlan() got {fault!r}, which is no fault; use one of {', '.join(map(repr, _POINTS))}")
+        raise ValueError(f"FaultPlan() got {fault!r}, which is not a fault; use one of {', '.join(map(repr, _POINTS))}")
     if at not in points:
         raise ValueError(f"FaultPlan({fault!r}) got at={at!r}; use {' or '.join(map(repr, points))}")
     if database == "sqlite" and fault in _NOT_ON_SQLITE:

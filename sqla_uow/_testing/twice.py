@@ -67,8 +67,8 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
             for name, value, as_it_was in before:
                 if value != as_it_was:
                     raise AssertionError(
-                        f"{call.options.who} changed its argument {name!r} in the run in vain, and another attempt would "
-                        "be given what it left of it; let it change a copy"
+                        f"{call.options.who} changed its argument {name!r} in the run in vain, so another attempt "
+                        "would get the changed one; let it change a copy"
                     )
             await renew(called, 1)
 

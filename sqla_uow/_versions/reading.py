@@ -201,8 +201,8 @@ def _drop_note(state: InstanceState[Any]) -> None:
 def _unread(state: InstanceState[Any]) -> InvalidRequestError:
     assert state.key is not None
     return InvalidRequestError(
-        f"{_name(state)} is to be written, and nothing tells at which version its data were read; refresh() it before, or "
-        "write it by an update()"
+        f"{_name(state)} is to be written, and nothing tells at which version its data were read; refresh() it first, "
+        "or write it by an update()"
     )
 
 
