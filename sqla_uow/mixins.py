@@ -18,7 +18,7 @@
 """
 
 import sqla_uow._versions.events  # pyright: ignore[reportUnusedImport]  # for its listeners
-import sqla_uow._versions.follows  # noqa: F401  # pyright: ignore[reportUnusedImport]  # likewise
+import sqla_uow._versions.follows  # noqa: F401  # pyright: ignore[reportUnusedImport]  # for its listeners too
 from sqla_uow._versions.bulk import next_version
 from sqla_uow._versions.expect import expect_version, get_versioned, touch
 from sqla_uow._versions.mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin

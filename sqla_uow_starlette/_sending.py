@@ -94,7 +94,7 @@ class Sender:
 
 
 async def run(app: ASGIApp, scope: Scope, receive: Receive, sender: Sender) -> None:
-    """Run the application; what unwinds it after a refusal is no news, but a cancellation goes on."""
+    """Run the application; what unwinds it after a refusal is ignored, but a cancellation goes on."""
     task: Any = asyncio.current_task()  # there is one: this is a coroutine
     cancelling = task.cancelling()
     try:

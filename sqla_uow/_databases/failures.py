@@ -78,7 +78,7 @@ _SQLSTATES = {
     "25P04": Kind.LOST,  # transaction_timeout: the connection is gone
     "08007": Kind.AMBIGUOUS,
     "40003": Kind.AMBIGUOUS,
-    "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, but for the DDL in it
+    "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, except the DDL in it
     "57P03": Kind.NOT_STARTED,
     "53300": Kind.NOT_STARTED,
     "26000": Kind.STALE_PLAN,  # the prepared statement is gone: a pooler gave us another session of the server

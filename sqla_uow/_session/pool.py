@@ -34,7 +34,7 @@ class LendingEngine(OptionEngine):
     settings: tuple[tuple[str, ConnectionCharacteristic, Any], ...] = ()
     """What is set on each of its connections: an isolation level, or that it only reads."""
     unit_driver: Driver
-    """What is known of its driver, of which SQLAlchemy's own `driver` is the name."""
+    """What is known of its driver; SQLAlchemy's own `driver` is the driver's name."""
     is_idle: Callable[[Any], bool]
     """Says whether surely no transaction is open on the driver's own connection."""
     reset: Callable[[Any], None]

@@ -96,7 +96,7 @@ def _copies(called: Called) -> Iterator[tuple[str, Any, Any]]:
         known = isinstance(value, _CHANGEABLE) or hasattr(kind, "model_dump")
         if name == "self" or not (known or dataclasses.is_dataclass(kind)):
             continue
-        with contextlib.suppress(Exception):  # of whatever stands in it: that can be no copy
+        with contextlib.suppress(Exception):  # of whatever stands in it: that cannot be copied
             as_it_was = copy.deepcopy(value)
             if bool(as_it_was == value):
                 yield name, value, as_it_was

@@ -1,6 +1,6 @@
 """One physical transaction.
 
-* `transaction`: where it stands, whether SQL may be sent, and who may join
+* `transaction`: where it stands, whether SQL may be sent, and which calls may join
 * `phase`: new, active, committing, sent, ending, ended
 * `doom`: why it may not commit, and which savepoint heals that
 * `hooks`: hooks, dropped with their savepoint
