@@ -244,7 +244,7 @@ class AtomicSender(Sender):
     async def _roll_back(self) -> None:
         """Roll back; a response that tells of an error may leave, unless there is another attempt."""
         if self._unit.status is not Status.DOOMED:
-            self._unit.doom("the response is no success")
+            self._unit.doom("the response is not a success")
         # A unit that a conflict has doomed ends by that, also where a handler has made a response of it.
         await self._end(anext(self._units))
 

@@ -154,8 +154,9 @@ exception_handlers: Final[dict[int | type[Exception], _Handler]] = {
     AfterCommitError: _committed,
     PreconditionError: _precondition,
 }
-"""For ``Starlette(exception_handlers=exception_handlers)``, ``FastAPI(exception_handlers=exception_handlers)`` and each
-mounted application of its own; with handlers of yours: ``{**exception_handlers, MyError: answer}``.
+"""Pass them to ``Starlette(exception_handlers=exception_handlers)`` or
+``FastAPI(exception_handlers=exception_handlers)``, and to each mounted application.  Add handlers of your own with
+``{**exception_handlers, MyError: answer}``.
 
 Each answer is a document of type ``application/problem+json`` whose ``code`` is for programs:
 
@@ -169,8 +170,8 @@ status  code                      when
 409     ``stale-version``         `StaleVersionError`
 412     ``precondition-failed``   `StaleVersionError` where the request has an If-Match; a precondition that fails
 428     ``precondition-required`` a precondition is missing
-400     ``malformed-precondition``  If-Match or If-None-Match is no list of entity tags
-500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a repetition could be the second
+400     ``malformed-precondition``  If-Match or If-None-Match is not a list of entity tags
+500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a second try could do the work twice
 500     ``committed-hook-failed``  `AfterCommitError`: it is committed, and only a hook failed; no Retry-After
 ======  ========================  ==================================================================================
 

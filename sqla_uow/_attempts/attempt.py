@@ -216,7 +216,8 @@ class Attempt(Generic[S]):
         who = self._call.options.who
         log(
             logging.WARNING, "%s was left because the async generator around it was closed; what was written in it is rolled "
-            "back, also by who took its items: let them begin the unit, or pass a list", who, function=who,
+            "back, also what the code that took its items wrote; let that code begin the unit, or pass a list",
+            who, function=who,
         )  # fmt: skip
 
     async def _disarm(self, timeout: asyncio.Timeout, error: BaseException | None) -> BaseException | None:

@@ -405,7 +405,7 @@ def of_own_loop():
 
 THREAD_MESSAGE = (
     "{name} was used from a thread other than the one of its event loop; "
-    "read what the thread needs before, or open a unit inside it"
+    "read beforehand what the thread needs, or open a unit inside it"
 )
 
 

@@ -141,7 +141,7 @@ async def test_a_stream_that_is_left_in_the_middle_ends_with_the_unit(db, manage
         assert len(await anext(rows)) == 10
         unit.session.add(Note(text="at the end"))
     assert hooks == [1]
-    with pytest.raises(errors.NoUnitError, match="were read on when its part of"):
+    with pytest.raises(errors.NoUnitError, match="were read on after its part of"):
         await anext(rows)
     assert await db.rows("SELECT text FROM note ORDER BY id") == [("before",), ("at the end",)]
     await _is_sound(manager, db)
@@ -155,7 +155,7 @@ async def test_a_stream_of_a_savepoint_that_is_undone(manager, db):
                 rows = (await unit.session.stream_scalars(accounts())).partitions()
                 assert len(await anext(rows)) == 10
                 raise ValueError("undo")
-        with pytest.raises(errors.NoUnitError, match="were read on when its part of"):
+        with pytest.raises(errors.NoUnitError, match="were read on after its part of"):
             await anext(rows)
         unit.session.add(Note(text="after"))
     assert await db.rows("SELECT text FROM note") == [("after",)]
