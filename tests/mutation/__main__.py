@@ -40,7 +40,17 @@ MODULES = (
     "_tasks.owner", "_tasks.frames", "_databases.failures", "_databases.levels", "_databases.system", "_databases.driver",
     "_databases.postgresql", "_databases.mariadb", "_databases.sqlite", "_databases.distributed",
 )  # fmt: skip
-TESTS = ("core", "concurrency", "isolation", "properties", "testing", "versioning", "starlette", "replicas", "distributed")
+TESTS = (
+    "core",
+    "concurrency",
+    "isolation",
+    "properties",
+    "testing",
+    "versioning",
+    "starlette",
+    "replicas",
+    "distributed",
+)
 HERE = Path(__file__).parent
 BUDGET = 60.0
 """Seconds of tests for one mutant, of those that reach it.  Lines that all pass would take hours otherwise."""
