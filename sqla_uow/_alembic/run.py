@@ -68,7 +68,7 @@ def _migrate() -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":  # autocommit_block()
-        begin(connection)
+        begin(connection, read_only=False)
 
 
 @contextmanager
