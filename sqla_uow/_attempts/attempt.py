@@ -114,10 +114,8 @@ class Attempt(Generic[S]):
             deadline=deadline,
             clock=clock,
         )
-        if call.tainted is not None:
-            transaction.tainted = call.tainted
-        if call.enclosing:
-            transaction.enclosing = call.enclosing
+        transaction.tainted = call.tainted
+        transaction.enclosing = call.enclosing
         if call.observers:
             transaction.times = call.times
             transaction.idle = idle_of(call)
