@@ -1,0 +1,98 @@
+"""Thousands of messages, and consumers that are killed: tox -e consumers.  A run prints the seed of its dice."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import random
+
+import pytest
+
+from tests.consumers.clients import CLIENTS
+from tests.consumers.work import working
+from tests.kit.waiting import until
+
+MESSAGES = int(os.environ["SQLA_UOW_CONSUMERS"])
+WORKERS = 3
+LIFE = 0.2, 1.0  # s between two kills
+MINUTES = 10
+
+pytestmark = [pytest.mark.parametrize("client", CLIENTS), pytest.mark.timeout(60 * MINUTES)]
+
+
+class Workers:
+    """Processes that are killed and replaced, at random, until no message waits.
+
+    Args:
+        start: starts one.
+        how: see `tests.consumers.worker`.
+    """
+
+    def __init__(self, start, how):
+        self.kills = 0
+        self._all = []
+        self._start, self._how = start, how
+        seed = random.randrange(10**9)
+        self._dice = random.Random(seed)
+        print(f"\nseed {seed}")  # noqa: T201  # to repeat it
+
+    async def work(self, post):
+        """Return when all messages have been delivered, most of them acknowledged, and no process is left."""
+        for _ in range(WORKERS):
+            self._add()
+        await until(self._at_work)
+        async with asyncio.timeout(60 * MINUTES):
+            while await post.waiting():
+                await asyncio.sleep(self._dice.uniform(*LIFE))
+                if at_work := self._at_work():  # what is killed while it starts proves little
+                    await self._dice.choice(at_work).kill()
+                    self.kills += 1
+                    self._add()
+        for worker in self._all:
+            if worker.is_alive:
+                await worker.kill()
+
+    def said(self):
+        """Return how often they have said what."""
+        return collections.Counter(line.split()[-1] for worker in self._all for line in worker.said())
+
+    def _at_work(self):
+        return [worker for worker in self._all if worker.is_alive and worker.said()]
+
+    def _add(self):
+        self._all.append(self._start(self._how))
+
+
+async def consume_all(how, start_worker, post, consuming):
+    """Return when all messages are acknowledged."""
+    names = [f"m-{number}" for number in range(MESSAGES)]
+    await post.send_many(names, b"1")
+    workers = Workers(start_worker, how)
+    await workers.work(post)
+    async with consuming(working(retries=20)) as last:
+
+        async def is_empty():
+            return not await post.waiting()
+
+        await until(is_empty, seconds=60)
+    said = workers.said() + collections.Counter(map(str, last.outcomes))
+    print(f"{workers.kills} kills, {dict(said)}")  # noqa: T201  # what is reported
+    assert await post.left() == 0
+    assert await post.dead() == []
+    # The positive control: there were kills, and they left messages that were worked and not acknowledged.
+    assert workers.kills > MESSAGES / 1000
+    assert said["lost"] > 0
+    assert said["False"] > said["lost"]
+
+
+async def test_each_message_is_worked_once(db, start_worker, post, consuming):
+    """However many consumers were killed, and however often the broker has delivered it."""
+    await consume_all("together", start_worker, post, consuming)
+    assert await db.rows("SELECT count(*), count(DISTINCT message), sum(amount) FROM worked") == [(MESSAGES,) * 3]
+
+
+async def test_control_that_claims_apart(db, start_worker, post, consuming):
+    """A claim in a transaction of its own loses messages: it was committed, and its work was not."""
+    await consume_all("apart", start_worker, post, consuming)
+    assert await db.scalar("SELECT count(DISTINCT message) FROM worked") < MESSAGES
