@@ -5,5 +5,5 @@
 * `claim`: take a key, look at it, note what came of it
 * `keys`: `IdempotencyKeys`, which a program has
 * `once`: a function whose result is kept with the key
-* `purge`: remove what has expired
+* `purge`: remove what has expired; `command`: as a program
 """

@@ -58,7 +58,8 @@ def once(
                 f"the key of {name}() is {type(text).__name__} {text!r:.20}; return a str that is not empty"
             )
         payload = b"" if fingerprint is None else fingerprint(*args, **kwargs)
-        claimed = await claim(Key.of(space, text), hashlib.sha256(payload).digest() if payload else None)
+        digest = hashlib.sha256(payload).digest() if payload else None
+        claimed = await claim(Key.of(space, text), digest)
         if isinstance(claimed, Record):
             return cast("R", _read(claimed.result))
         try:
@@ -66,7 +67,7 @@ def once(
         except BaseException as error:
             claimed.failed(error)
             raise
-        await claimed.store(Record(result=result))
+        await claimed.store(Record(digest, result=result))
         return cast("R", _read(result))
 
     return called_once
