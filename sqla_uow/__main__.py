@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from sqla_uow._doctor.examine import Options, UnreachableError, examine
+from sqla_uow._doctor.examine import Examination, UnreachableError, examine
 from sqla_uow._doctor.report import as_json, as_table
 from sqla_uow._doctor.url import parsed, place_of
 from sqla_uow._idempotency.command import purge_at
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _examine(options: argparse.Namespace) -> int:
     logging.getLogger("sqla_uow").addHandler(logging.NullHandler())  # conflicts are made on purpose
-    chosen = Options(
+    wanted = Examination(
         read_only=options.read_only,
         pool_size=options.pool_size,
         processes=options.processes,
@@ -55,7 +55,7 @@ def _examine(options: argparse.Namespace) -> int:
         seconds=options.seconds,
     )
     try:
-        findings = asyncio.run(examine(options.url, chosen))
+        findings = asyncio.run(examine(options.url, wanted))
     except UnreachableError as error:
         print(f"sqla_uow doctor: {error}", file=sys.stderr)  # noqa: T201  # a program's answer
         return _NO_ANSWER

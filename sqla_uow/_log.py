@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["record"]
+__all__ = ["log"]
 
 logger = logging.getLogger("sqla_uow")
 
 
-def record(level: int, message: str, /, *args: object, exc_info: BaseException | None = None, **fields: object) -> None:
+def log(level: int, message: str, /, *args: object, exc_info: BaseException | None = None, **fields: object) -> None:
     """Write a record whose `fields` are attributes of it, each with the prefix ``uow_``; free where the level is off.
 
     Args:

@@ -30,7 +30,6 @@ from functools import cache
 
 from sqla_uow._alembic.autogenerate import register_renderers
 from sqla_uow._alembic.impl import adapt_dialects
-from sqla_uow._alembic.lock import migration_lock
 from sqla_uow._alembic.operations import (
     AddVersionColumnOp,
     CreateVersionTriggerOp,
@@ -39,7 +38,7 @@ from sqla_uow._alembic.operations import (
     RenameVersionColumnOp,
     register,
 )
-from sqla_uow._alembic.run import run_migrations
+from sqla_uow._alembic.run import migration_lock, run_migrations
 from sqla_uow._versions.kinds import UtcTimestamp
 
 __all__ = [

@@ -9,8 +9,8 @@
     manager = UnitOfWorkManager(engine, observers=[Conflicts()])
 
 A *call* is what begins units of its own: an outermost transactional function, one with ``propagation="requires_new"``, a
-block of `begin()` or `attempts()`, an atomic request.  Calls that join, savepoints and read sessions are no calls.  An event
-never holds SQL, parameters or URLs.
+block of `begin()` or `attempts()`, an atomic request.  Joined functions, savepoints and read sessions are not counted as
+calls.  An event never holds SQL, parameters or URLs.
 """
 
 from __future__ import annotations

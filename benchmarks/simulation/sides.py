@@ -12,6 +12,7 @@ from benchmarks.contention_sides import RETRIES, Cell, Side
 from benchmarks.simulation.client import PoolTimeoutError, Process, Session
 from benchmarks.simulation.server import DatabaseError
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_unit, is_retryable, transactional
+from sqla_uow._transaction.reports import connect_failed, operation_failed
 from sqla_uow.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ class Ours(Side):
             await what(*arguments)  # type: ignore[misc]
         except DatabaseError as error:
             if error.sqlstate == "53300":
-                transaction.connect_failed(error)
+                connect_failed(transaction, error)
             else:
-                transaction.failed(error, None, lost=False, sent=True)
+                operation_failed(transaction, error, None, lost=False, sent=True)
             raise
 
     async def call(self, cell: Cell, payer: int, payee: int) -> bool:

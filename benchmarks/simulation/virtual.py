@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest import mock
 
-from sqla_uow._attempts import call as _attempts
+from sqla_uow._attempts import retry_or_raise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -76,7 +76,7 @@ def run(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine to its end in a loop of its own."""
     loop = VirtualLoop()
     # The budget for retries after failures to connect belongs to an engine, whose managers may have several clocks.
-    with mock.patch.object(_attempts, "time", _Clock(loop.time)):
+    with mock.patch.object(retry_or_raise, "time", _Clock(loop.time)):
         try:
             result = loop.run_until_complete(main(loop))
         except RuntimeError as stopped:

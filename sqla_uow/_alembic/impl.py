@@ -1,4 +1,4 @@
-"""What Alembic does by itself to tables with versions: triggers follow, and our column type is written and compared rightly."""
+"""Alembic's own operations on tables with versions: triggers follow, and our column type is written and compared rightly."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from alembic.ddl.impl import _impls
 
-from sqla_uow._alembic.catalog import Found, is_used, triggers_of
-from sqla_uow._alembic.making import in_step, remake, unnamed
-from sqla_uow._alembic.triggers import literally
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._alembic.databases import schema_of
+from sqla_uow._alembic.making import in_step, remake, schema_for, unnamed
+from sqla_uow._alembic.schema import Found, literally
 from sqla_uow._versions.kinds import TIMESTAMP, UUID, UtcTimestamp
 from sqla_uow._versions.mapping import INFO_KEY
 
@@ -47,7 +46,7 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
                 batch_impl.temp_table_name,
                 [
                     (found, columns[found.column].get("name", found.column))
-                    for found in triggers_of(self.connection, table.name, table.schema)
+                    for found in schema_of(self.connection).triggers_of(self.connection, table.name, table.schema)
                     if found.of_child or found.column in columns
                 ],
             )
@@ -61,15 +60,16 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
             del self._copied
             for found, column in kept:
                 remake(self, found, column)
-        elif not unnamed(self) and family_of(self.dialect) == "sqlite":
+        elif not unnamed(self) and schema_of(self.connection).forgets_tables:
             self._follow_table(new_table_name, schema)
 
     def drop_table(self, table: Table, **options: Any) -> None:
         """Drop the triggers' functions with the table, whose triggers the database drops."""
-        found = [] if unnamed(self) else triggers_of(self.connection, table.name, table.schema)
+        schema = schema_for(self)
+        found = [] if unnamed(self) else schema.triggers_of(self.connection, table.name, table.schema)
         self._above.drop_table(table, **options)
         for one in found:
-            if one.function is not None and not is_used(self.connection, one.function[0]):
+            if one.function is not None and not schema.is_used(self.connection, one.function[0]):
                 self.execute(literally(f"DROP FUNCTION IF EXISTS {one.function[1]}()"))
 
     def alter_column(self, table_name: str, column_name: str, *, name: str | None = None, **options: Any) -> None:
@@ -104,5 +104,5 @@ class _Adapted(_Impl):  # type: ignore[misc]  # which class, is known when it is
     def _follow_table(self, table: str, schema: str | None) -> None:
         # With this setting SQLite leaves the old name in a trigger's body.
         if self.connection.exec_driver_sql("PRAGMA legacy_alter_table").scalar():
-            for found in triggers_of(self.connection, table, schema):
+            for found in schema_of(self.connection).triggers_of(self.connection, table, schema):
                 remake(self, found, found.column)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from alembic.operations import BatchOperations, Operations
 from alembic.operations.batch import BatchOperationsImpl
 from alembic.operations.ops import MigrateOperation
 from alembic.util import CommandError
 
-from sqla_uow._alembic.catalog import triggers_of
-from sqla_uow._alembic.making import counting, in_step, make, remove, unnamed
-from sqla_uow._alembic.mariadb import add_instantly, locked
-from sqla_uow._alembic.patience import Patience, patiently
-from sqla_uow._alembic.postgresql import ChildTrigger, child_trigger
+from sqla_uow._alembic.databases import schema_in_script, schema_of
+from sqla_uow._alembic.making import child_trigger, counting, in_step, make, remove, schema_for, unnamed
+from sqla_uow._alembic.patience import patiently
+from sqla_uow._alembic.schema import Patience, Trigger, literally, qualified
 from sqla_uow._alembic.target import Target, kind_named, version_column
-from sqla_uow._alembic.triggers import Trigger, literally, qualified
-from sqla_uow._databases.distributed import family_of
+
+if TYPE_CHECKING:
+    from sqla_uow._alembic.postgresql import ChildTrigger
 
 __all__ = [
     "OPS",
@@ -162,7 +162,6 @@ class AddVersionColumnOp(VersionOp):
 
     def run(self, operations: Operations) -> None:
         """Do it, on a database or into a script."""
-        impl: Any = operations.impl
         column = version_column(self.column_name, kind_named(self.kind))
         target = self._target(operations)
         if target is not None:
@@ -171,10 +170,7 @@ class AddVersionColumnOp(VersionOp):
                 return
 
         def ddl() -> None:
-            if family_of(operations.migration_context.dialect) == "mysql":
-                add_instantly(operations, self.table_name, column, self.schema)
-            else:
-                impl.add_column(self.table_name, column, schema=self.schema)
+            schema_for(operations.migration_context.impl).add_column(operations, self.table_name, column, self.schema)
 
         patiently(operations, self.table_name, self.patience, ddl)
 
@@ -239,11 +235,11 @@ class DropVersionColumnOp(VersionOp):
             if in_batch:  # whose copy of the table gets no trigger without its column
                 impl.drop_column(self.table_name, column, schema=self.schema)
             elif unnamed(context.impl):
-                self._execute(operations, self._trigger(None).drop(context.dialect))
+                self._execute(operations, schema_for(context.impl).drop(self._trigger(None)))
                 impl.drop_column(self.table_name, column, schema=self.schema)
             else:
                 found = counting(impl, self.table_name, self.column_name, self.schema)
-                with locked(impl, self.table_name, self.schema, found):
+                with schema_of(impl.connection).keep(impl, self.table_name, self.schema, found):
                     for one in found:
                         remove(impl, one)
                     impl.drop_column(self.table_name, column, schema=self.schema)
@@ -328,7 +324,7 @@ class RenameVersionColumnOp(VersionOp):
         if in_batch:
             impl.alter_column(self.table_name, old, name=new, schema=self.schema)
             return
-        if impl.as_sql and family_of(impl.dialect) != "sqlite":
+        if impl.as_sql and not schema_in_script(impl.dialect).renames_in_triggers:
             raise CommandError(
                 f"whether table {self.table_name!r} has a version trigger is not known with --sql; run it on a database, or "
                 "write op.drop_version_trigger(), op.alter_column() and op.create_version_trigger()"
@@ -365,7 +361,7 @@ class CreateVersionTriggerOp(VersionOp):
     ) -> None:
         """Have the database count each UPDATE of a row in its integer version, whoever sends it and whatever it says.
 
-        The ORM's own counting is not doubled.  A trigger that is there already is made anew.  What it does not see is in
+        The ORM's own counting is not doubled.  A trigger that is there already is replaced.  What it does not see is in
         the guide to version columns.
 
         Args:
@@ -378,7 +374,7 @@ class CreateVersionTriggerOp(VersionOp):
             retries: further tries.
 
         Raises:
-            CommandError: there is no such table or column, or it is no integer, or the table was in use for all tries.
+            CommandError: there is no such table or column, or it is not an integer, or the table was in use for all tries.
         """
         operations.invoke(
             cls(table_name, column_name, parent=parent, schema=schema, lock_timeout=lock_timeout, retries=retries)
@@ -440,15 +436,16 @@ class DropVersionTriggerOp(VersionOp):
         """Do it, on a database or into a script."""
         impl: Any = operations.migration_context.impl
         trigger = self._trigger(self._target(operations))
-        found = [] if unnamed(impl) else triggers_of(impl.connection, self.table_name, self.schema)
-        if not found and not unnamed(impl):
+        schema, derived = schema_for(impl), unnamed(impl)
+        found = [] if derived else schema.triggers_of(impl.connection, self.table_name, self.schema)
+        if not found and not derived:
             # No error: on MariaDB a downgrade that failed behind this operation has to be run again from its beginning.
             logger.warning("table %r has no version trigger, so none was dropped", self.table_name)
             return
 
         def ddl() -> None:
-            if unnamed(impl):
-                self._execute(operations, trigger.drop(impl.dialect))
+            if derived:
+                self._execute(operations, schema.drop(trigger))
             for one in found:
                 remove(impl, one)
 
@@ -476,7 +473,7 @@ def register() -> None:
 
 def _run(operations: Operations, operation: VersionOp) -> None:
     batch = isinstance(operations.impl, BatchOperationsImpl)
-    if batch and family_of(operations.migration_context.dialect) != "sqlite":
+    if batch and not schema_in_script(operations.migration_context.dialect).copies_tables:
         # Only SQLite copies the table, and has to be told all changes at once.  Elsewhere it is done here and now.
         operations = Operations(operations.migration_context)
     operation.run(operations)

@@ -9,7 +9,8 @@ from alembic.util import CommandError
 from sqlalchemy import Column, Integer, inspect
 from sqlalchemy.exc import NoSuchTableError
 
-from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, Kind
+from sqla_uow._alembic.databases import schema_of
+from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, VersionKind
 from sqla_uow._versions.mapping import INFO_KEY
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ __all__ = ["Target", "kind_named", "version_column"]
 
 logger = logging.getLogger("sqla_uow")
 
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in (INTEGER, UUID, TIMESTAMP)}
+_KINDS: dict[str, VersionKind] = {kind.name: kind for kind in (INTEGER, UUID, TIMESTAMP)}
 
 
-def kind_named(name: object) -> Kind:
+def kind_named(name: object) -> VersionKind:
     """Return a kind of version column by its name.
 
     Raises:
@@ -33,7 +34,7 @@ def kind_named(name: object) -> Kind:
     return _KINDS[str(name)]
 
 
-def version_column(name: str, kind: Kind) -> Column[Any]:
+def version_column(name: str, kind: VersionKind) -> Column[Any]:
     """Return the column as a migration adds it: NOT NULL, with one constant default, so that no row is written."""
     return Column(name, kind.type_(), nullable=False, server_default=kind.server_default, info={INFO_KEY: kind.name})
 
@@ -66,10 +67,7 @@ class Target:
         return f" in schema {self.schema!r}" if self.schema else ""
 
     def _is_view(self) -> bool:
-        views = self._inspector.get_view_names(schema=self.schema)
-        if self._inspector.dialect.name == "postgresql":
-            views = [*views, *self._inspector.get_materialized_view_names(schema=self.schema)]
-        return self.table in views
+        return self.table in schema_of(self._impl.connection).views(self._inspector, self.schema)
 
     def primary_key(self) -> list[str]:
         """Return the primary key's columns.
@@ -80,7 +78,7 @@ class Target:
         key = self._inspector.get_pk_constraint(self.table, schema=self.schema)["constrained_columns"]
         if not key:
             raise CommandError(
-                f"table {self.table!r} has no primary key, without which a version is of no row; give it one first"
+                f"table {self.table!r} has no primary key, so its rows cannot be versioned; add one first"
             )
         return list(key)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, cast
 
+from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._scope.lookup import innermost, locate
 from sqla_uow._scope.places import refuse_in_commit
 from sqla_uow._transaction.hooks import Hook, being_run
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._scope.places import ManagerPlace
     from sqla_uow._unit.unit import UnitOfWork
 
 __all__ = [
@@ -37,13 +38,15 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
         using: the name of a manager, or the manager itself.
 
     Raises:
-        NoUnitError: none is open, or the one that was open here has ended.
+        NoUnitError: no unit is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
         TaskBoundaryError: another live task uses it, or this is a worker thread.
-        TypeError: `using` is neither.
+        TypeError: `using` is neither a name nor a manager.
     """
     place = innermost(using)
-    return place.unit() if place is not None else _nowhere(using, "current_unit()")
+    if place is None:
+        place = _place_of(using, "current_unit()")
+    return place.unit()
 
 
 def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> AsyncSession:
@@ -53,23 +56,32 @@ def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> Async
         using: the name of a manager, or the manager itself.
 
     Raises:
-        NoUnitError: none is open, or the one that was open here has ended.
+        NoUnitError: no unit is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
         TaskBoundaryError: another live task uses it, or this is a worker thread.
-        TypeError: `using` is neither.
+        TypeError: `using` is neither a name nor a manager.
     """
     place = innermost(using)
-    unit = place.unit() if place is not None else _nowhere(using, "current_session()")
-    session: AsyncSession = unit.session
+    if place is None:
+        place = _place_of(using, "current_session()")
+    session: AsyncSession = place.unit().session
     return session
 
 
-def _nowhere(using: object, who: str) -> NoReturn:
-    """Say why there is no unit of this manager, which is in no place here."""
+def _place_of(using: object, who: str) -> ManagerPlace:
+    """Return the innermost place of a manager that was passed itself.
+
+    Raises:
+        NoManagerError, NoUnitError, TypeError: it has no place here.
+    """
     if isinstance(using, str):
         locate(using, who)
-    if not hasattr(using, "activate"):
+    if not isinstance(using, UnitOfWorkManager):
         raise TypeError(f"{who} got {type(using).__name__}; pass the name of a manager, or the manager itself")
+    manager: UnitOfWorkManager[Any] = cast("Any", using)  # isinstance() cannot tell the class of its sessions
+    place = innermost(setup_of(manager))
+    if place is not None:
+        return place
     refuse_in_commit()
     raise NoUnitError("no unit of work of this manager is open here; call this inside 'async with manager.begin()'")
 

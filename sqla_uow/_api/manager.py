@@ -6,29 +6,29 @@ import math
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
-from weakref import WeakKeyDictionary
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
 
-from sqla_uow._attempts.call import Attempts, LoopedAttempts
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import Call
+from sqla_uow._attempts.loop import LoopedCall
 from sqla_uow._attempts.observers import check_observers
-from sqla_uow._databases.levels import check_level
+from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
-from sqla_uow._replicas.router import DRIVERS, LastWrite, Replicas
-from sqla_uow._retry.controller import UNKNOWN, Gate, together
+from sqla_uow._replicas.router import LastWrite, ReplicaRouter
+from sqla_uow._retry.gate import UNKNOWN, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
 from sqla_uow._scope.scope import ScopeContext
-from sqla_uow._session.database import Database
+from sqla_uow._session.maker import SessionMaker
 from sqla_uow._tasks.frames import pop, push
-from sqla_uow._tasks.per_loop import PerLoop
-from sqla_uow._unit.join import Joined, Nested, join
+from sqla_uow._unit.join import Joined, Nested, join, joinable
 from sqla_uow._unit.options import Options, block_options, check_name, check_policy, check_retries, check_timeout
-from sqla_uow._unit.statistics import Counts, name_of
-from sqla_uow._unit.verify import Notary, Witness
-from sqla_uow.errors import PropagationError
+from sqla_uow._unit.setup import Setup
+from sqla_uow._unit.statistics import name_of
+from sqla_uow._unit.verify import Verifier
 from sqla_uow.typing import LazyLoads
 
 if TYPE_CHECKING:
@@ -36,14 +36,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
-    from sqla_uow._attempts.attempt import Attempt
+    from sqla_uow._databases.database import Database
     from sqla_uow._scope.scope import Scope
-    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.events import Observer
     from sqla_uow.typing import Contention, IsolationLevel, Propagation, Statistics
 
-__all__ = ["UnitOfWorkManager"]
+__all__ = ["UnitOfWorkManager", "setup_of"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
@@ -56,25 +55,25 @@ class UnitOfWorkManager(Generic[S]):
     Args:
         bind: an `AsyncEngine`, or an `async_sessionmaker` bound to one (then units have its class of session).
         name: by which `using=` finds it.
-        isolation: the level of units that ask for none; None leaves it to the database.
-        retries: how often a unit of a transactional function is run again after a retryable failure, where the function
-            does not say; 0 is a single run.
-        timeout: seconds that all attempts and waits of one call may take together; None is no deadline.
+        isolation: the level of units that do not ask for one; None leaves it to the database.
+        retries: how often a transactional function is run again after a retryable failure, if the function does not
+            say; 0 means a single run.
+        timeout: seconds that all attempts and waits of one call may take together; None sets no deadline.
         retry: how long to wait between attempts.
-        replicas: engines of replicas of the database, where units that only read are run, unless they are SERIALIZABLE; a
-            client reads there only what is not older than what it has written.
-        replica_wait: seconds that a read waits for a replica to have replayed what its client has written; then the
-            primary has to do.
-        ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` looks
-            what became of it, at the cost of one round trip in every unit that writes.
+        replicas: engines of replicas of the database.  Units that only read run there, unless they are SERIALIZABLE; a
+            client never reads a state older than its own writes.
+        replica_wait: seconds that a read waits for a replica to replay what its client has written; then it goes to the
+            primary.
+        ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` asks
+            the database what became of it, and costs one round trip in every unit that writes.
         observers: are told of each run, retry and outcome; see `sqla_uow.events`.
         lazy_loads: what becomes of relationships and deferred columns that are loaded when they are first used, object by
-            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit has sent the same SELECT more than ten times, whoever
-            asked for it; ``"raise"`` does as well, and refuses each lazy load with a `LazyLoadError`.
+            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit sends the same SELECT more than ten times, lazily or
+            not; ``"raise"`` warns as well, and refuses each lazy load with a `LazyLoadError`.
 
     Raises:
-        TypeError, ValueError: what was passed cannot work, with what would; also an isolation level that this database
-            does not have.
+        TypeError, ValueError: an argument cannot work, such as an isolation level that this database does not have; the
+            message says what would.
     """
 
     def __init__(
@@ -104,57 +103,56 @@ class UnitOfWorkManager(Generic[S]):
             )
         if lazy_loads not in get_args(LazyLoads):
             raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
-        self._database: Database[S] = Database(bind, lazy_loads)
+        maker = SessionMaker(bind, lazy_loads)
+        maker.database.system.check_level(isolation, who=who)
+        self._replicas = _engines(replicas, replica_wait, who)
         self._lazy_loads: LazyLoads = lazy_loads
-        check_level(self._database.system, isolation, who=who)
-        self._name = name
-        self._isolation: IsolationLevel | None = isolation
-        self._retries = retries
-        self._timeout = timeout
-        self._retry = retry
-        self._gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
-        self._replica_engines = _engines(replicas, replica_wait, who)
-        self._replicas = (
-            _replicas_of(self._database, self._replica_engines, replica_wait, who) if self._replica_engines else None
+        self._setup: Setup[S] = Setup(
+            name,
+            maker,
+            isolation=isolation,
+            retries=retries,
+            timeout=timeout,
+            retry=retry,
+            replicas=_router_of(maker.database, self._replicas, replica_wait, who) if self._replicas else None,
+            verifier=Verifier(maker.database) if ambiguous_commit == "verify" else None,
+            observers=check_observers(observers, who),
         )
-        self._notary = Notary(self._database) if ambiguous_commit == "verify" else None
-        self._observers = check_observers(observers, who)
-        self._counts = Counts()
 
     @property
     def name(self) -> str:
         """By which `using=` finds it."""
-        return self._name
+        return self._setup.name
 
     @property
     def engine(self) -> AsyncEngine:
         """The engine that was passed, or that the sessionmaker is bound to."""
-        return self._database.engine
+        return self._setup.database.engine
 
     @property
     def replicas(self) -> tuple[AsyncEngine, ...]:
         """The engines of replicas that were passed."""
-        return self._replica_engines
+        return self._replicas
 
     @property
     def isolation(self) -> IsolationLevel | None:
-        """The level of units that ask for none."""
-        return self._isolation
+        """The level of units that do not ask for one."""
+        return self._setup.isolation
 
     @property
     def retries(self) -> int:
-        """The retries of functions that do not say."""
-        return self._retries
+        """The retries of functions that do not say how many."""
+        return self._setup.retries
 
     @property
     def timeout(self) -> float | None:
-        """The seconds of calls that do not say."""
-        return self._timeout
+        """The seconds of calls that do not say how many."""
+        return self._setup.timeout
 
     @property
     def retry(self) -> RetryPolicy:
         """How long to wait between attempts."""
-        return self._retry
+        return self._setup.retry
 
     @property
     def lazy_loads(self) -> LazyLoads:
@@ -171,14 +169,14 @@ class UnitOfWorkManager(Generic[S]):
         """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
 
         Args:
-            position: with replicas, makes the scope a client of its own, which has written up to here before: what
-                `Scope.position` said, "" where nothing is known.  None goes on with the client around it.
-            observers: are told of the calls in this scope, after those of the manager.
+            position: with replicas, makes the scope a client of its own that has written up to here: what
+                `Scope.position` said, or "" if that is not known.  None goes on with the client around the scope.
+            observers: are told of the calls in this scope, after the observers of the manager.
         """
-        replicas, last_write = self._replicas, None
-        if replicas is not None:
-            last_write = last_write_of(self, replicas) if position is None else LastWrite(from_text(position))
-        return ScopeContext(self, last_write, check_observers(observers, "scope()") if observers else ())
+        last_write = None
+        if self._setup.replicas is not None:
+            last_write = last_write_of(self._setup) if position is None else LastWrite(from_text(position))
+        return ScopeContext(self, self._setup, last_write, check_observers(observers, "scope()") if observers else ())
 
     def begin(
         self,
@@ -190,7 +188,7 @@ class UnitOfWorkManager(Generic[S]):
     ) -> AbstractAsyncContextManager[UnitOfWork[S]]:
         """Return a block that is one unit: committed at its end, rolled back when an exception leaves it.
 
-        There is no retry: a block cannot be run again.  A retryable failure is `ConflictError` at once.
+        A block cannot be run again, so nothing is retried: a retryable failure raises `ConflictError` at once.
 
         Args:
             isolation: the level; None is the manager's.
@@ -201,7 +199,7 @@ class UnitOfWorkManager(Generic[S]):
         options = block_options(
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
-        check_level(self._database.system, isolation, who=options.who)
+        self._setup.database.system.check_level(isolation, who=options.who)
         return self._enter(options)
 
     def attempts(
@@ -231,100 +229,72 @@ class UnitOfWorkManager(Generic[S]):
             isolation: the level; None is the manager's.
             read_only: writes are refused, by the database as well.
             timeout: seconds over all attempts and waits; None is the manager's.
-            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is asked for
-                it where it is needed, so that it can tell what is known by then.
+            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is called
+                whenever the name is needed, so that it can use what is known by then.
         """
         who = name if isinstance(name, str) else "attempts()"
         options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
-        check_level(self._database.system, isolation, who=options.who)
+        self._setup.database.system.check_level(isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
-        return LoopedAttempts(self, options, sys._getframe(1).f_code)
+        return LoopedCall(self._setup, options, sys._getframe(1).f_code)
 
     def contention(self, function: Callable[..., object], /) -> Contention:
-        """Return how many calls of a function run at once now, and how many wait because of their conflicts.
+        """Return how many calls of a function run now, and how many wait because of conflicts between them.
 
         Args:
             function: one that `transactional` has decorated, or one with an `attempts` loop in it.
         """
         key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None)
-        gates = [gates[key] for gates in self._gates.everywhere() if key is not None and key in gates]
+        gates = [gates[key] for gates in self._setup.gates.everywhere() if key is not None and key in gates]
         return UNKNOWN if not gates else together([gate.state() for gate in gates])
 
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
 
-        It is a snapshot; the difference of two is what happened between them.  Calls of all threads count.
+        It is a snapshot: the difference of two is what happened between them.  Calls in all threads count.
         """
         states: dict[object, list[Contention]] = {}
-        for gates in self._gates.everywhere():
+        for gates in self._setup.gates.everywhere():
             keys = [ref() for ref in gates.keyrefs()]  # at once, as another thread may make one meanwhile
             for key in keys:
                 if key is not None and (gate := gates.get(key)) is not None:
                     states.setdefault(key, []).append(gate.state())
         contention = [(name_of(key), together(several)) for key, several in states.items()]
-        return self._counts.snapshot(self._database.pool, self._database.capacity(), contention)
-
-    def _gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
-        """Return where the calls of one function wait for their turn, those of this event loop."""
-        gates = self._gates.here()
-        gate = gates.get(key)
-        if gate is None:
-            gate = gates[key] = Gate(who, clock)
-        return gate
+        database = self._setup.database
+        return self._setup.counts.snapshot(database.pool, database.capacity(), contention)
 
     def _enter(self, options: Options) -> Attempt[S] | Joined[S] | Nested[S]:
         """Return what `options.propagation` means here: a new unit, a joined one, or a savepoint."""
-        _manager, open_unit = locate(self, options.who)
-        unit = self._joinable(open_unit, options)
-        if unit is None:
-            return Attempts(self, options).next()
-        return join(unit, options)
-
-    def _joinable(self, unit: UnitOfWork[S] | None, options: Options) -> UnitOfWork[S] | None:
-        """Return the open unit if a call with these options joins it, None if it begins one.
-
-        Raises:
-            PropagationError: there is one and must not be, or the other way round.
-        """
-        propagation = options.propagation
-        if propagation in ("required", "nested"):
-            return unit
-        if unit is None and propagation == "mandatory":
-            raise PropagationError(
-                f"{options.who} must join a unit of manager {self._name!r}, but none is open; call it from a "
-                "transactional function, or drop propagation='mandatory'"
-            )
-        if unit is not None and propagation == "durable":
-            raise PropagationError(
-                f"{options.who} must be outermost to be durable, but was called inside {unit._transaction.name}; "
-                "call it after the outer one, or drop propagation='durable'"
-            )
-        return unit if propagation == "mandatory" else None
+        setup, open_unit = locate(self._setup, options.who)
+        unit = joinable(open_unit, options, setup.name)
+        return Attempt(Call(setup, options)) if unit is None else join(unit, options)
 
     def _over(self, engine: AsyncEngine) -> UnitOfWorkManager[S]:
-        """Return a manager like this one over another engine."""
+        """Return a manager like this one over another engine; its calls are counted by this one."""
+        setup = self._setup
         manager = UnitOfWorkManager(
-            self._database.maker_over(engine),
-            name=self._name,
-            isolation=self._isolation,
-            retries=self._retries,
-            timeout=self._timeout,
-            retry=self._retry,
-            ambiguous_commit="raise" if self._notary is None else "verify",
-            observers=self._observers,
+            setup.maker.over(engine),
+            name=setup.name,
+            isolation=setup.isolation,
+            retries=setup.retries,
+            timeout=setup.timeout,
+            retry=setup.retry,
+            ambiguous_commit="raise" if setup.verifier is None else "verify",
+            observers=setup.observers,
             lazy_loads=self._lazy_loads,
         )
-        manager._counts = self._counts
+        manager._setup.counts = setup.counts
         return manager
-
-    def _witness(self, transaction: Transaction) -> Witness | None:
-        """Return what can settle this transaction's COMMIT, if it may need any."""
-        return None if self._notary is None or transaction.read_only else self._notary.witness()
 
     def __repr__(self) -> str:
         # Not the engine: its repr has the URL.
-        return f"<UnitOfWorkManager {self._name!r} on {self._database.family}>"
+        return f"<UnitOfWorkManager {self.name!r} on {self._setup.database.system.name}>"
+
+
+def setup_of(manager: UnitOfWorkManager[S]) -> Setup[S]:
+    """Return what the units of a manager share."""
+    return manager._setup
 
 
 def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[AsyncEngine, ...]:
@@ -342,23 +312,23 @@ def _engines(replicas: Iterable[AsyncEngine], wait: float, who: str) -> tuple[As
     return engines
 
 
-def _replicas_of(primary: Database[Any], engines: tuple[AsyncEngine, ...], wait: float, who: str) -> Replicas:
-    databases: list[Database[Any]] = [Database(engine) for engine in engines]
+def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float, who: str) -> ReplicaRouter:
+    databases = [SessionMaker(engine).database for engine in engines]
     for database in [primary, *databases]:
-        if database.family != primary.family:
+        if not database.system.is_kin_to(primary.system):
             raise ValueError(
-                f"{who} is on {primary.family}, and a replica of it on {database.family}; pass its own replicas"
+                f"{who} is on {primary.system.name}, and a replica of it on {database.system.name}; pass its own replicas"
             )
-        if database.driver not in DRIVERS:
+        if not database.driver.can_ask:
             raise ValueError(
-                f"{who} has replicas over {database.driver}, of which no position can be learned; use {', '.join(DRIVERS)}"
+                f"{who} has replicas over {database.sync_engine.dialect.driver}, which cannot report a replication position; use {', '.join(drivers_that_ask())}"
             )
-        if database.server is not None:
+        if not database.system.has_positions:
             raise ValueError(
-                f"{who} has replicas on {database.server.name}, which tells no position that one of them could have reached; "
-                "leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
+                f"{who} has replicas on {database.system.title}, which has no replication position to wait for; "
+                "drop replicas=, and use AS OF SYSTEM TIME for reads that may be stale"
             )
-    return Replicas(primary, databases, wait)
+    return ReplicaRouter(primary, databases, wait)
 
 
 class _Activation:
@@ -371,7 +341,7 @@ class _Activation:
         self._places: list[ManagerPlace] = []
 
     def __enter__(self) -> Any:
-        place = ManagerPlace(self._manager)
+        place = ManagerPlace(setup_of(self._manager))
         self._places.append(place)
         push(place)
         return self._manager

@@ -6,18 +6,19 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from sqla_uow._api.manager import UnitOfWorkManager
+from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._attempts.arguments import NOTHING, find_used, keep, leaves_all
-from sqla_uow._attempts.call import Attempts, rehearsals
-from sqla_uow._databases.levels import check_level
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import Call, before_first_attempt
 from sqla_uow._scope.lookup import locate
-from sqla_uow._unit.join import join
+from sqla_uow._unit.join import join, joinable
 from sqla_uow._unit.options import Options, check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqla_uow._retry.policy import RetryPolicy
+    from sqla_uow._unit.setup import Setup
     from sqla_uow.typing import IsolationLevel, Propagation
 
 __all__ = ["transactional"]
@@ -63,12 +64,12 @@ def transactional(
 
     The outermost transactional function owns the unit: it begins it, commits it, and runs the function again, with the
     same arguments in a new session and transaction, when the database reports a conflict.  So the function must be safe
-    to run again: what is not in the transaction (mails, files, caches) belongs into `after_commit`.
+    to run again: put what is not in the transaction (mails, files, caches) into `after_commit`.
 
     Args:
-        func: the function, where there are no options.
+        func: the function, if it is decorated without options.
         using: the name of an activated manager, or the manager itself.
-        retries: how often the function may be run *again*: 5 is up to six runs.  None is the manager's number.
+        retries: how often the function may be run *again*: 5 means up to six runs.  None is the manager's number.
         isolation: the level its unit must have; None is the manager's.
         read_only: refuse writes, in the database as well.
         propagation: what to do when a unit is open already. ``"required"`` joins it; ``"nested"`` makes a savepoint in it;
@@ -76,19 +77,22 @@ def transactional(
             begin; ``"durable"`` begins, and refuses to join.
         timeout: seconds for all attempts and waits together; None is the manager's.
         retry: how long to wait between attempts; None is the manager's.
-        retry_on: called with the exception where nothing says that it can be retried; return True to retry.  For one
-            function that knows better: an allocator of keys that wants to try another one after a unique violation.
-            Where the function joins a unit, the owner of that retries.
+        retry_on: called with an exception that is not known to be retryable; return True to retry.  For a function that
+            knows better: an allocator of keys that tries another key after a unique violation.  If the function joins a
+            unit, the owner of the unit retries.
 
     Raises:
-        TypeError: at decoration: it is no ``async def`` function; or an option of the wrong type, or an async `retry_on`.
-        ValueError: at decoration, or at the call for what depends on the database: an option that cannot be.
+        TypeError: at decoration: the function is not ``async def``, an option has the wrong type, or `retry_on` is async.
+        ValueError: an option has a value that cannot work; at decoration, or at the call if it depends on the database.
 
     Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
     `RollbackOnlyError`, `AfterCommitError`, `PropagationError`, `TaskBoundaryError`, `NoManagerError`.
     """
-    if not isinstance(using, UnitOfWorkManager):
+    if isinstance(using, UnitOfWorkManager):
+        manager: str | Setup[Any] = setup_of(using)
+    else:
         check_name(using, "transactional(using=...)")
+        manager = using
 
     def decorate(function: Any, /) -> Any:
         kind, inner = _unwrap(function)
@@ -97,9 +101,9 @@ def transactional(
             who=f"{who}()", isolation=isolation, read_only=read_only, propagation=propagation,
             retries=retries, timeout=timeout, retry=retry, retry_on=retry_on,
         )  # fmt: skip
-        if isinstance(using, UnitOfWorkManager):
-            check_level(using._database.system, isolation, who=options.who)
-        wrapped = _wrap(inner, using, options)
+        if not isinstance(manager, str):
+            manager.database.system.check_level(isolation, who=options.who)
+        wrapped = _wrap(inner, manager, options)
         return kind(wrapped) if kind else wrapped
 
     return decorate if func is None else decorate(func)
@@ -132,27 +136,27 @@ def _check_function(function: object) -> str:
     raise TypeError(f"@transactional got {name}, which is {what}; {remedy}")
 
 
-def _wrap(function: Callable[..., Any], using: str | UnitOfWorkManager[Any], options: Options) -> Any:
+def _wrap(function: Callable[..., Any], using: str | Setup[Any], options: Options) -> Any:
     @functools.wraps(function)
     async def transactional_call(*args: Any, **kwargs: Any) -> Any:
-        manager, open_unit = locate(using, options.who)
+        setup, open_unit = locate(using, options.who)
         if options.isolation is not None:  # before joining too, so that it does not depend on the caller
-            check_level(manager._database.system, options.isolation, who=options.who)
-        unit = manager._joinable(open_unit, options)
+            setup.database.system.check_level(options.isolation, who=options.who)
+        unit = joinable(open_unit, options, setup.name)
         if unit is not None:
             async with join(unit, options):
                 return await function(*args, **kwargs)
-        attempts = Attempts(manager, options)
-        if attempts.retries or rehearsals:
+        call: Call[Any] = Call(setup, options)
+        if call.retries or before_first_attempt:
             used = None if leaves_all(args, kwargs) else find_used(args, kwargs)
-            attempts.called = function, args, kwargs, await keep(used) if used else NOTHING
-        for rehearse in rehearsals:
-            await rehearse(attempts, functools.partial(function, *args, **kwargs))
+            call.called = function, args, kwargs, await keep(used) if used else NOTHING
+        for rehearse in before_first_attempt:
+            await rehearse(call, functools.partial(function, *args, **kwargs))
         result: Any = None
         while True:
-            async with attempts.next():
+            async with Attempt(call):
                 result = await function(*args, **kwargs)
-            if not attempts.more:  # else the attempt has swallowed its failure
+            if not call.more:  # else the attempt has swallowed its failure
                 return result
 
     vars(transactional_call)["__transactional__"] = options  # how `UnitOfWorkManager.contention` knows it

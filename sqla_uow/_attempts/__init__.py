@@ -1,8 +1,9 @@
 """Run the body, and again if need be.
 
-* `call`: the attempts of one call: how many, the waits between them, what the last failure becomes
+* `call`: one call: what it was told, what is around it, how far it is
 * `attempt`: one run: a unit begins and ends
+* `retry_or_raise`: what a failed run becomes
 * `arguments`: what an attempt used up, and how the next one gets it back
-* `loop`: whether the end of a block leads back to its loop
+* `loop`: ``async for attempt in ...``, and whether the end of a block leads back to it
 * `observers`: tells them
 """

@@ -1,8 +1,8 @@
-"""What an attempt uses up of its arguments, and how the next one gets it back.
+"""Which arguments an attempt uses up, and how the next one gets them back.
 
-The arguments are the caller's, and the same in each attempt.  A file that was read is rewound; a generator that was read
-cannot be, and would be taken for an empty one, so there is no next attempt.  Objects of a web framework are known by what
-they have: none is imported here.
+All attempts get the same arguments from the caller.  A file that was read is rewound.  A generator cannot be rewound, and the
+next attempt would take it for an empty one, so there is no next attempt.  Objects of a web framework are recognised by
+their attributes, because no framework is imported here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["NOTHING", "Called", "find_used", "keep", "leaves_all", "named", "ren
 
 
 class Called(NamedTuple):
-    """A function and what it was called with; for what of it an attempt may use up, the way back."""
+    """A function and its arguments, with what restores those that an attempt may use up."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -36,23 +36,23 @@ NOTHING: Mapping[int, Restore] = {}
 
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _FEW = 16
-"""Elements of a container that are looked at before the first attempt; of a longer one only the first is."""
+"""How many elements of a container are looked at before the first attempt; of a longer container only the first one is."""
 _DEEP = 3
-"""Levels of what an argument holds that are looked at before another attempt."""
+"""How many levels deep an argument is looked into before another attempt."""
 _MARKS = ("seek", "add_task", "set_cookie", "form")  # a file; Starlette's background tasks, response, request
 _NO_HOLDERS = (type, FunctionType, MethodType, Enum)
 
 _plain: set[type] = set()
-"""Types of arguments that no attempt uses up, as far as they have been met."""
+"""Types of arguments seen so far that no attempt uses up."""
 _unmarked: set[type] = set()
-"""Types that have none of the marks themselves; what such an object holds may have."""
+"""Types seen so far without any of the marks; an object of such a type may still hold one with a mark."""
 _holders: dict[type, tuple[str, ...] | None] = {}
-"""Types of objects that hold others, with the names of a record's fields: a dataclass, a model of pydantic."""
+"""Types of objects that hold others.  Records (dataclasses, models of pydantic) come with the names of their fields."""
 _MANY = 1000
 
 
 def leaves_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Say whether no attempt can use up anything of these arguments; what most calls are asked, and nothing more."""
+    """Say whether no attempt can use up any of these arguments; for most calls nothing else is asked."""
     for value in args:  # all() takes three times as long
         if type(value) not in _plain:
             return False
@@ -64,7 +64,7 @@ def leaves_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def find_used(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments that an attempt may use up, but that can be put back, and such things in them, one level deep."""
+    """Return what an attempt may use up and what can be put back: arguments, and what they hold one level deep."""
     found: list[Any] = []
     for value in (*args, *kwargs.values()):
         if _is_marked(value):
@@ -92,13 +92,13 @@ def _is_marked(value: object) -> bool:
 
 
 def _remember(types: set[type], value: object) -> None:
-    if len(types) >= _MANY:  # of classes that are made anew again and again
+    if len(types) >= _MANY:  # classes may be made over and over
         types.clear()
     types.add(type(value))
 
 
 def _is_holder(value: object) -> bool:
-    """Say whether something that is used up may be in the attributes of an object; those of the ORM's would load."""
+    """Say whether the attributes of an object may be looked into; those of an ORM object would load."""
     cls: Any = type(value)
     if cls in _holders:
         return True
@@ -124,16 +124,16 @@ def _is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
 
 
 def _held(holder: Any, *, record: bool = True) -> Iterable[Any]:
-    """Return what an object holds; if it is no record, only what Starlette has made for one request.
+    """Return what an object holds; if it is not a record, only what Starlette has made for one request.
 
-    A service may live on, and what else it holds is for all its calls.
+    A service outlives the call, and the other things it holds belong to all its calls.
     """
     fields = _holders[type(holder)] if record else None
     if fields is not None:
         return [getattr(holder, name, None) for name in fields]
     try:
         held: tuple[Any, ...] = tuple(holder.__dict__.values())
-    except Exception:  # of a proxy, which has those of another object, or of none
+    except Exception:  # a proxy has the attributes of another object, or none at all
         return ()
     return [one for one in held if _is_marked(one) and _is_of_starlette(one)]
 
@@ -202,12 +202,12 @@ async def _of_file(value: Any) -> Restore | None:
         position = await _answer(file.tell())
         size = await _size(file, position) if isinstance(file, io.BytesIO | io.StringIO) else None
     except (AttributeError, TypeError, OSError, ValueError):
-        return None  # no file, or one that is closed or in the middle of a line
+        return None  # not a file, or it is closed, or in the middle of a line
 
     async def restore() -> None:
         await _answer(file.seek(position))
         if size is not None and await _size(file, position) > size:
-            file.truncate(size)  # a buffer that was written to; of a file on disk others may write the end
+            file.truncate(size)  # a buffer that was written to; to a file on disk others may have written
 
     return restore
 
@@ -226,7 +226,7 @@ async def renew(called: Called, attempt: int) -> None:
     """Put the arguments back to where they were before the first attempt.
 
     Raises:
-        InstanceReuseError: one cannot be, and a part of it would be missing.
+        InstanceReuseError: one cannot be put back, and a part of it would be missing.
     """
     for name, value, verb in _inspected(called):
         restore = called.kept.get(id(value))
@@ -237,7 +237,7 @@ async def renew(called: Called, attempt: int) -> None:
             continue
         try:
             await restore()
-        except Exception as error:  # of whatever file: closed, or gone
+        except Exception as error:  # the file may be closed, or gone
             trouble = type(error).__name__
             raise _refusal(
                 called, name, f"{verb} a file that attempt {attempt} has read and that cannot be rewound ({trouble})"
@@ -253,7 +253,7 @@ def _refusal(called: Called, name: str, fact: str) -> InstanceReuseError:
 
 
 def _inspected(called: Called) -> Iterator[tuple[str, Any, str]]:
-    """Yield each argument with its name, and what it holds, a few levels deep; and which of the two it is."""
+    """Yield each argument, and what it holds a few levels deep, with the argument's name and "is" or "holds"."""
     for name, value in named(called.function, called.args, called.kwargs):
         yield name, value, "is"
         # Not `self`: a service may live on, and count its calls.
@@ -275,7 +275,7 @@ def _inside(value: Any, *, record: bool = True, levels: int = _DEEP) -> Iterator
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the names of parameters and what they were given; each of several in ``*args``."""
+    """Yield the names of parameters and their values; ``*args`` one by one."""
     parameters = inspect.signature(function).parameters.values()
     names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     rest = next((one.name for one in parameters if one.kind is one.VAR_POSITIONAL), "")
@@ -285,12 +285,12 @@ def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _used_up(value: Any) -> str | None:
-    """Say what it is of which an attempt may have taken a part; None where nothing can be missing."""
+    """Describe a value that an attempt may have used up in part; None if nothing can be missing from it."""
     cls = cast("type[object]", type(value))
     wrapper = cls.__name__ == "_TemporaryFileWrapper"
     if wrapper or (hasattr(cls, "read") and (hasattr(cls, "readline") or hasattr(cls, "seek"))):
         if (wrapper or isinstance(value, io.IOBase)) and not value.closed and not value.readable():
-            return None  # it is written to only: others may write to it, too
+            return None  # it can only be written to, and others may write to it as well
         return f"a file that cannot be rewound ({cls.__name__})"
     if hasattr(cls, "__next__") or hasattr(cls, "__anext__"):
         return None if _is_fresh(value) else f"an iterator ({cls.__name__})"
@@ -298,8 +298,8 @@ def _used_up(value: Any) -> str | None:
 
 
 def _is_fresh(iterator: Any) -> bool:
-    """Say whether a generator has not begun yet; nothing tells it of another iterator."""
+    """Say whether a generator has not begun yet; other iterators do not tell."""
     for frame, suspended in (("gi_frame", "gi_suspended"), ("ag_frame", "ag_suspended")):
         if getattr(iterator, frame, None) is not None:
-            return not getattr(iterator, suspended, True)  # Python 3.11 does not tell it of an async generator
+            return not getattr(iterator, suspended, True)  # Python 3.11 does not tell for async generators
     return False

@@ -1,4 +1,4 @@
-"""One run of a transactional body: a unit of its own, and what its end becomes."""
+"""One run of a transactional body: a unit of its own, and its end."""
 
 from __future__ import annotations
 
@@ -7,83 +7,84 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Generic
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm.exc import StaleDataError
 from typing_extensions import TypeVar
 
-from sqla_uow._attempts.observers import idle_of
-from sqla_uow._databases.failures import Failure, Kind, chain, classify
-from sqla_uow._log import record
-from sqla_uow._retry.predicates import ask
+from sqla_uow._attempts.call import Call
+from sqla_uow._attempts.observers import idle_of, tell_attempt, tell_outcome
+from sqla_uow._attempts.retry_or_raise import retry_or_raise, timed_out
+from sqla_uow._log import log
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._tasks.frames import pop, push
+from sqla_uow._transaction.times import Times
 from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import commit, prepare
-from sqla_uow._unit.rollback import Ended, roll_back
+from sqla_uow._unit.options import block_options
+from sqla_uow._unit.rollback import roll_back
+from sqla_uow._unit.statistics import name_of
 from sqla_uow._unit.unit import UnitOfWork
-from sqla_uow.errors import (
-    AfterCommitError,
-    AmbiguousCommitError,
-    PropagationError,
-    RollbackOnlyError,
-    StaleVersionError,
-    TransactionTimeoutError,
-    UnitOfWorkError,
-)
+from sqla_uow.errors import PropagationError, RollbackOnlyError
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
-    from types import FrameType, TracebackType
+    from types import TracebackType
 
-    from sqla_uow._attempts.call import Attempts
-    from sqla_uow._retry.controller import Gate, Slot
-    from sqla_uow._unit.verify import Witness
-    from sqla_uow._versions.expectations import Versions
+    from sqla_uow._retry.gate import Gate, Slot
+    from sqla_uow._unit.ending import Ended
+    from sqla_uow._unit.verify import Verification
 
 __all__ = ["Attempt"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
 
-_CONTENDED = (Kind.CONFLICT, Kind.LOCK_TIMEOUT, Kind.STALE, Kind.CHOSEN)
-
-
 class Attempt(Generic[S]):
-    """One run of the body in a unit of its own."""
+    """The next run of a call's body, in a unit of its own.
 
-    __slots__ = ("_attempts", "_place", "_slot", "_timeout", "_witness", "unit")
+    Args:
+        call: which has one more: `Call.more`.
+    """
 
-    def __init__(self, attempts: Attempts[S]) -> None:
-        self._attempts = attempts
+    __slots__ = ("_call", "_place", "_slot", "_timeout", "_transaction", "_verification", "unit")
+
+    def __init__(self, call: Call[S]) -> None:
+        call.more = False
+        call.attempt += 1
+        if call.attempt == 1 and call.retries:
+            _count_in(call)
+        self._call = call
         self._place: UnitPlace | None = None
         self._slot: Slot | None = None
         self._timeout: asyncio.Timeout | None = None
-        self._witness: Witness | None = None
+        self._transaction: Transaction | None = None
+        self._verification: Verification | None = None
         self.unit: UnitOfWork[S] | None = None
 
     async def __aenter__(self) -> UnitOfWork[S]:
-        attempts, options = self._attempts, self._attempts.options
+        call = self._call
         if self.unit is not None:
-            raise PropagationError(f"a unit of {options.who} was entered twice; a unit is used once, begin a new one")
-        counts = attempts.manager._counts
-        if attempts.attempt == 1:
+            raise PropagationError(
+                f"a unit of {call.options.who} was entered twice; a unit is used once, begin a new one"
+            )
+        counts = call.setup.counts
+        if call.attempt == 1:
             counts.begun += 1
         else:
             counts.reruns += 1
         try:
-            if attempts.reading is not None:
-                await attempts.reading.give_way()
-            if attempts.gate is not None:
-                self._slot = attempts.gate.try_enter() or await self._turn(attempts.gate)
-            if attempts.observers:
-                attempts.begins()
+            if call.reading is not None:
+                await call.reading.give_way()
+            if call.gate is not None:
+                self._slot = call.gate.try_enter() or await self._turn(call.gate)
+            if call.observers:
+                call.times = Times(call.policy.clock)
+                tell_attempt(call)
             return await self._begin()
         except BaseException as error:
             if self._slot is not None:
                 self._slot.free(committed=False)
-            attempts.over(Status.ROLLED_BACK, error)
+            _finish(call, Status.ROLLED_BACK, error)
             raise
 
     async def _turn(self, gate: Gate) -> Slot:
@@ -92,70 +93,73 @@ class Attempt(Generic[S]):
         Raises:
             TransactionTimeoutError: the deadline passed first.
         """
-        attempts, slot = self._attempts, None
+        call, slot = self._call, None
         try:
-            slot = await gate.enter(attempts.deadline, again=attempts.attempt > 1)
+            slot = await gate.enter(call.deadline, again=call.attempt > 1)
         finally:
-            if slot is None and attempts.reading is not None:
-                await attempts.reading.end_what_gave_way()
+            if slot is None and call.reading is not None:
+                call.reading.end_yielded()
         if slot is None:
-            raise attempts.timed_out("its turn to run did not come")
+            raise timed_out(call, "its turn to run did not come")
         return slot
 
     async def _begin(self) -> UnitOfWork[S]:
-        attempts, options = self._attempts, self._attempts.options
-        manager = attempts.manager
-        transaction = Transaction(
+        call = self._call
+        setup, options = call.setup, call.options
+        deadline, clock = call.deadline, call.policy.clock
+        transaction = self._transaction = Transaction(
             options.who,
-            manager._database,
-            isolation=options.isolation or manager._isolation,
+            setup.database,
+            isolation=call.isolation,
             read_only=options.read_only,
-            deadline=attempts.deadline,
-            clock=attempts.policy.clock,
-            tainted=attempts.tainted,
-            enclosing=attempts.enclosing,
-            times=attempts.times if attempts.observers else None,
+            deadline=deadline,
+            clock=clock,
+            tainted=call.tainted,
+            enclosing=call.enclosing,
         )
-        if attempts.observers:
-            transaction.idle = idle_of(attempts)
-        if manager._replicas is not None:
-            transaction.last_write = last_write_of(manager, manager._replicas)
-            if transaction.read_only:
-                transaction.replicas = manager._replicas
-        is_last = attempts.attempt > attempts.retries
+        if call.observers:
+            transaction.times = call.times
+            transaction.idle = idle_of(call)
+        if setup.replicas is not None:
+            transaction.last_write = last_write_of(setup)
+            if options.read_only:
+                transaction.replicas = setup.replicas
+        is_last = call.attempt > call.retries
         if not is_last:
-            transaction.on_rollback = attempts.remember
-        if self._slot is not None and attempts.gate is not None:
+            transaction.on_rollback = call.remember
+        if self._slot is not None and call.gate is not None:
             transaction.slot = self._slot
-            transaction.lock_wait = None if is_last else attempts.lock_wait(attempts.gate)
-        unit = self.unit = UnitOfWork(transaction, attempt=attempts.attempt, is_last_attempt=is_last)
-        self._witness = manager._witness(transaction)
-        self._place = UnitPlace(manager, unit)
+            transaction.lock_wait = None if is_last else _lock_wait(call, call.gate)
+        unit = self.unit = UnitOfWork(transaction, setup.maker, attempt=call.attempt, is_last_attempt=is_last)
+        if setup.verifier is not None and not options.read_only:
+            self._verification = setup.verifier.verification()
+        self._place = UnitPlace(setup, unit, transaction)
         push(self._place)
-        if attempts.deadline is not None:
-            # Its own timer, so that the deadline also ends what is no SQL.
-            self._timeout = asyncio.timeout(attempts.deadline - attempts.policy.clock())
+        if deadline is not None:
+            # Its own timer, so that the deadline also ends work that is not SQL.
+            self._timeout = asyncio.timeout(deadline - clock())
             await self._timeout.__aenter__()
         return unit
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        unit, place, attempts = self.unit, self._place, self._attempts
-        if unit is None or place is None:
-            raise PropagationError(f"a unit of {attempts.options.who} was left before it was entered")
+        unit, transaction = self.unit, self._transaction
+        place, call = self._place, self._call
+        if unit is None or transaction is None or place is None:
+            raise PropagationError(f"a unit of {call.options.who} was left before it was entered")
         if place.closed:
-            raise PropagationError(
-                f"a unit of {attempts.options.who} was left twice; use each unit in one 'async with'"
-            )
+            raise PropagationError(f"a unit of {call.options.who} was left twice; use each unit in one 'async with'")
         final, outcome = True, error
         try:
-            ended = await self._end(unit, place, error)
+            ended = await self._end(unit, transaction, place, error)
             outcome = ended.error
             if ended.error is None:
                 return error is None
             try:
-                final = not await self._retry(unit, ended, sys._getframe(1))
+                final = not await retry_or_raise(
+                    call, transaction, ended, sys._getframe(1), is_last=unit.is_last_attempt, beside=_beside
+                )
             except BaseException as raised:
                 if (
                     raised.__context__ is None and raised is not ended.error
@@ -170,25 +174,26 @@ class Attempt(Generic[S]):
             raise ended.error
         finally:
             try:
-                if final and attempts.reading is not None:
-                    await attempts.reading.end_what_gave_way()
+                if final and call.reading is not None:
+                    call.reading.end_yielded()
             finally:
                 if final:
-                    attempts.over(unit.status, outcome, finished=error is None)
+                    _finish(call, unit.status, outcome, finished=error is None)
 
-    async def _end(self, unit: UnitOfWork[S], place: UnitPlace, error: BaseException | None) -> Ended:
+    async def _end(
+        self, unit: UnitOfWork[S], transaction: Transaction, place: UnitPlace, error: BaseException | None
+    ) -> Ended:
         """Commit or roll back, whatever happens; never raises."""
-        transaction, scope = unit._transaction, self._attempts.scope
+        scope, verification = self._call.scope, self._verification
         if transaction.idle is not None:
             transaction.idle.ends()
-        mark = transaction.damage.mark
+        mark = transaction.doom.marked
         quiet = error is None and mark is not None and mark.quiet
-        witness = self._witness
         if error is None and not quiet:
             try:
-                await prepare(unit, scope.refuse_unsaved if scope is not None else None)
-                if witness is not None and transaction.wrote:
-                    await witness.get_ready(transaction)
+                await prepare(transaction, scope.reading.refuse_unsaved if scope is not None else None)
+                if verification is not None and transaction.wrote:
+                    await verification.get_ready(transaction)
             except BaseException as raised:
                 error = raised
         if self._timeout is not None:
@@ -196,19 +201,19 @@ class Attempt(Generic[S]):
         pop(place)
         place.empty()
         if error is None and not quiet:
-            ended = await commit(unit, witness)
+            ended = await commit(transaction, unit, verification)
         else:
             if isinstance(error, GeneratorExit) and transaction.wrote:
                 self._tell_of_generator()
-            ended = await roll_back(unit, error)
-        if witness is not None:
-            witness.settle(unit.status)
+            ended = await roll_back(transaction, error)
+        if verification is not None:
+            verification.conclude(unit.status)
         return ended
 
     def _tell_of_generator(self) -> None:
         """Tell of a consumer that left an ``async for``: it may believe in what it wrote between two items."""
-        who = self._attempts.options.who
-        record(
+        who = self._call.options.who
+        log(
             logging.WARNING, "%s was left because the async generator around it was closed; what was written in it is rolled "
             "back, also by who took its items: let them begin the unit, or pass a list", who, function=who,
         )  # fmt: skip
@@ -220,118 +225,59 @@ class Attempt(Generic[S]):
             if timeout.expired() and error is None:
                 await asyncio.sleep(0)  # its cancellation is on the way; take it here, not in the middle of COMMIT
         except TimeoutError:
-            return self._timed_out(error)
+            return timed_out(self._call, "the deadline passed", error)
         except asyncio.CancelledError as cancelled:
-            return self._timed_out(cancelled)
-        # Cancelled by somebody else as well: asyncio leaves the task to them, and so do we.
+            return timed_out(self._call, "the deadline passed", cancelled)
+        # Somebody else has cancelled as well: asyncio leaves the task to them, and so do we.
         if not timeout.expired() or isinstance(error, asyncio.CancelledError):
             return error
-        return self._timed_out(error)
-
-    def _timed_out(self, error: BaseException | None) -> TransactionTimeoutError:
-        timed_out = self._attempts.timed_out("the deadline passed")
-        timed_out.__cause__ = error
-        return timed_out
-
-    async def _retry(self, unit: UnitOfWork[S], ended: Ended, frame: FrameType) -> bool:
-        """Wait for the next attempt if there is one; raise what a failure becomes if there is none."""
-        error = ended.error
-        assert error is not None
-        if not isinstance(error, Exception) or isinstance(error, (AmbiguousCommitError, AfterCommitError)):
-            return False
-        attempts = self._attempts
-        if isinstance(error, TransactionTimeoutError):
-            return False
-        if attempts.deadline is not None and _is_timeout(error) and attempts.policy.clock() >= attempts.deadline:
-            raise self._timed_out(error)
-        failure = ended.failure if ended.failure and ended.failure.retryable else self._failure(unit, error)
-        if self._slot is not None and failure is not None and failure.kind in _CONTENDED:
-            self._slot.conflicted()
-        versions = unit._transaction.versions
-        if versions is not None and versions.expectations:
-            await self._check_expectations(versions, failure, error)
-        if failure is None:
-            return False
-        try:
-            await attempts.go_on(failure, error, frame, is_last=unit.is_last_attempt)
-        except StaleVersionError as gave_up:
-            named = failure.error
-            if not isinstance(named, StaleVersionError):
-                await self._name(gave_up, versions)
-                raise
-            named.attempts, named.elapsed = gave_up.attempts, gave_up.elapsed
-            if named is error:
-                return False
-            raise named from error
-        return True
-
-    async def _name(self, gave_up: StaleVersionError, versions: Versions | None) -> None:
-        """Say of which row it is, as far as that can be found."""
-        if versions is not None and (stale := await self._find_stale(versions)) is not None:
-            gave_up.model, gave_up.key = stale.model, stale.key
-            gave_up.expected, gave_up.found = stale.expected, stale.found
-
-    async def _check_expectations(self, versions: Versions, failure: Failure | None, error: Exception) -> None:
-        """Raise where a client's version is stale: running the body again cannot make it fresh.
-
-        Under snapshot isolation the database reports the same race as a conflict (40001; MariaDB 1020), so then the
-        versions are read afresh.
-        """
-        attempts = self._attempts
-        if isinstance(error, StaleVersionError):
-            error.attempts, error.elapsed = attempts.attempt, attempts.elapsed
-            raise error
-        surely = any(isinstance(link, StaleDataError) for link in chain(error))
-        if not surely and (failure is None or failure.kind not in (Kind.CONFLICT, Kind.LOCK_TIMEOUT)):
-            return
-        stale = await self._find_stale(versions)
-        if stale is None and surely:
-            stale = versions.stale(attempts.options.who)
-        if stale is not None:
-            stale.attempts, stale.elapsed = attempts.attempt, attempts.elapsed
-            raise stale from error
-
-    async def _find_stale(self, versions: Versions) -> StaleVersionError | None:
-        """Look which row has changed, in a unit of its own; None where none has, or where it cannot be looked at."""
-        attempts = self._attempts
-        left = None if attempts.deadline is None else max(0.001, attempts.deadline - attempts.policy.clock())
-        try:
-            async with attempts.manager.begin(read_only=True, propagation="requires_new", timeout=left) as unit:
-                return await unit.session.run_sync(lambda session: versions.find_stale(session.connection()))
-        except (SQLAlchemyError, OSError, UnitOfWorkError) as trouble:
-            record(
-                logging.WARNING, "the versions of %s could not be read (%s)", attempts.options.who, type(trouble).__name__,
-                function=attempts.options.who, manager=attempts.manager.name, error=trouble,
-            )  # fmt: skip
-            return None
-
-    def _failure(self, unit: UnitOfWork[S], error: Exception) -> Failure | None:
-        """Find the retryable failure of this unit's own connection, flush or COMMIT behind `error`."""
-        transaction, options = unit._transaction, self._attempts.options
-        chained = list(chain(error))
-        failure = transaction.failure_behind(chained)
-        if failure is not None:
-            return failure
-        if self._was_chosen(transaction, error, {id(link) for link in chained}):
-            return Failure(Kind.CHOSEN, None, error)
-        if options.retry_on is not None and ask(options.retry_on, f"retry_on of {options.who}", error):
-            return Failure(Kind.CHOSEN, None, error)
-        return None
-
-    def _was_chosen(self, transaction: Transaction, error: Exception, links: set[int]) -> bool:
-        """Say whether a joined call has said to retry what this unit ends with."""
-        chosen, mark = transaction.chosen, transaction.damage.mark
-        if chosen is None or id(chosen) in links:
-            return chosen is not None
-        # The outer function has swallowed it; what dooms the unit may be what it came from.
-        return (
-            isinstance(error, RollbackOnlyError)
-            and mark is not None
-            and any(one is mark.cause for one in chain(chosen))
-        )
+        return timed_out(self._call, "the deadline passed", error)
 
 
-def _is_timeout(error: Exception) -> bool:
-    """Say whether the server ended a statement for its time, or nothing answered in time."""
-    failure = classify(error)
-    return isinstance(error, TimeoutError) if failure is None else failure.kind is Kind.SERVER_TIMEOUT
+def _count_in(call: Call[S]) -> None:
+    """Let a call that may be run again earn its part of the budget, and take turns with others like it."""
+    setup = call.setup
+    setup.budget.earn()
+    # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
+    if not call.enclosing and call.policy.contention == "auto":
+        call.gate = setup.gate(call.function, name_of(call.function), call.policy.clock)
+
+
+def _lock_wait(call: Call[S], gate: Gate) -> float | None:
+    """Return how long the attempt that begins now should wait for locks, in seconds; None is for ever."""
+    longest = gate.lock_wait(call.attempt)
+    # Two that wait for each other began at the same time: with the same patience both would go, and meet again.
+    return None if longest is None else max(longest / 2, call.policy.rng(longest / 2, longest))
+
+
+def _beside(call: Call[S], timeout: float | None) -> Attempt[S]:
+    """Return a unit that only reads, beside the one of a call.
+
+    Args:
+        call: which has failed.
+        timeout: seconds; None is the manager's.
+    """
+    options = block_options(
+        who="begin()", isolation=None, read_only=True, propagation="requires_new", retries=0, timeout=timeout
+    )
+    return Attempt(Call(call.setup, options))
+
+
+def _finish(call: Call[S], status: Status, error: BaseException | None, *, finished: bool = False) -> None:
+    """Count and tell what became of a call.
+
+    Args:
+        call: has no more attempts.
+        status: of its last unit.
+        error: what it ends with.
+        finished: the body came to its end.
+    """
+    doomed = False
+    if status is Status.COMMITTED:
+        call.setup.counts.committed += 1
+    else:
+        refused = error is None or isinstance(error, RollbackOnlyError)
+        doomed = finished and refused and status is Status.ROLLED_BACK
+        call.setup.counts.failed(status, error, gave_up=call.given_up is not None, doomed=doomed)
+    if call.observers:
+        tell_outcome(call, status, error, doomed=doomed)

@@ -1,8 +1,8 @@
 """Whether the end of a block leads back to the loop around it.
 
 ``async with attempt`` may keep a conflict at COMMIT to itself only if its loop goes on: behind a ``break`` or ``return``
-nobody would run the block again, and the caller would believe in a commit that was refused.  Python tells a context
-manager nothing of where control goes next, but the calling frame's bytecode does.  Looked at only after a conflict.
+nobody would run the block again, and the caller would take a refused commit for a commit.  Python does not tell a context
+manager where control goes next, but the bytecode of the calling frame does.  It is read only after a conflict.
 """
 
 from __future__ import annotations
@@ -10,18 +10,57 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
+
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import Call
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from types import CodeType, FrameType
 
-__all__ = ["Loop", "leads_back", "loop_of"]
+    from sqla_uow._unit.options import Options
+    from sqla_uow._unit.setup import Setup
+
+__all__ = ["Loop", "LoopedCall", "leads_back", "loop_of"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+
+class LoopedCall(Call[S]):
+    """``async for attempt in ...: async with attempt as unit``: a loop that may be left by ``break`` or ``return``."""
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, setup: Setup[S], options: Options, function: object) -> None:
+        super().__init__(setup, options, function)
+        self._loop: Loop | None = None
+
+    def __aiter__(self) -> LoopedCall[S]:
+        return self
+
+    def __anext__(self) -> Coroutine[Any, Any, Attempt[S]]:  # no coroutine function: its caller's frame is the loop's
+        if self.more:
+            self._loop = loop_of(sys._getframe(1)) if self.retries else None
+        return self._next()
+
+    async def _next(self) -> Attempt[S]:
+        if not self.more:
+            raise StopAsyncIteration
+        return Attempt(self)
+
+    def will_go_on(self, frame: FrameType) -> bool:
+        """Say whether the end of the block leads back to the loop; if not, nothing may be swallowed."""
+        return leads_back(frame, self._loop)
 
 
 class Loop(NamedTuple):
     """One ``async for``: its frame, and the offset at which the frame asks for the next item."""
 
-    # Not the frame itself, which would hold the attempts that hold it.
+    # Not the frame itself: it holds the call, and the call holds this.
     frame: int
     top: int
 
@@ -45,7 +84,7 @@ def leads_back(frame: FrameType, loop: Loop | None) -> bool:
     return _leads_back(frame.f_code, frame.f_lasti, loop.top)
 
 
-# What a block's end is made of, and cannot raise; its own truth test aside.
+# The end of a block is made of these.  They cannot raise, apart from the block's own truth test.
 _SILENT = frozenset({
     "CACHE", "COPY", "END_SEND", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT", "JUMP_FORWARD", "LOAD_CONST", "NOP",
     "NOT_TAKEN", "POP_EXCEPT", "POP_TOP", "PUSH_EXC_INFO", "PUSH_NULL", "RESUME", "STORE_FAST", "SWAP",
@@ -121,9 +160,9 @@ def _behind_await(graph: _Graph, instruction: dis.Instruction | None) -> dis.Ins
 
 
 def _leaves(instruction: dis.Instruction, *, raised: bool) -> bool:
-    """Say whether this hands something on as if it were done: a result, an item, an exception of one's own choice.
+    """Say whether this hands something on as if it were done: a result, an item, an exception that is raised on purpose.
 
-    An exception that *befell* the code behind the block is a failure to whoever gets it, not a success.
+    An exception that *happened* behind the block is a failure for whoever gets it, and never looks like a success.
     """
     if instruction.opname == "RAISE_VARARGS":
         return not raised

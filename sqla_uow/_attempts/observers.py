@@ -1,4 +1,4 @@
-"""Telling observers; nothing here is called where there are none."""
+"""Telling observers; nothing here is called if there are none."""
 
 from __future__ import annotations
 
@@ -6,83 +6,38 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow._log import record
+from sqla_uow._log import log
+from sqla_uow._transaction.times import Idle
 from sqla_uow.events import AttemptEvent, IdleEvent, Observer, OutcomeEvent, RetryEvent
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from sqla_uow._attempts.call import Attempts
+    from sqla_uow._attempts.call import Call
     from sqla_uow._databases.failures import Failure
 
-__all__ = ["Idle", "Times", "check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
+__all__ = ["check_observers", "idle_of", "tell_attempt", "tell_outcome", "tell_retry"]
 
 
-class Times:
-    """When a transaction had its connection, and what its COMMIT took; on the clock of its policy."""
-
-    __slots__ = ("clock", "commit_began", "commit_ended", "connection_seconds")
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock: Callable[[], float] = clock
-        self.connection_seconds: float | None = None
-        self.commit_began: float | None = None
-        self.commit_ended: float | None = None
-
-    def commit_seconds(self) -> float | None:
-        """Return what COMMIT took; until now, where it was given up and goes on."""
-        if self.commit_began is None:
-            return None
-        return (self.clock() if self.commit_ended is None else self.commit_ended) - self.commit_began
-
-
-class Idle:
-    """How long a transaction has been open with nothing in flight.
-
-    Args:
-        clock: of the policy.
-        patience: seconds that are not told.
-        tell: called with more of them.
-    """
-
-    __slots__ = ("_clock", "_patience", "_since", "_tell")
-
-    def __init__(self, clock: Callable[[], float], patience: float, tell: Callable[[float], None]) -> None:
-        self._clock = clock
-        self._patience = patience
-        self._tell = tell
-        self._since: float | None = None
-
-    def begins(self) -> None:
-        """A statement was answered."""
-        self._since = self._clock()
-
-    def ends(self) -> None:
-        """The next one is about to be sent, or the unit ends."""
-        since, self._since = self._since, None
-        if since is not None and (idle := self._clock() - since) >= self._patience:
-            self._tell(idle)
-
-
-def idle_of(attempts: Attempts[Any]) -> Idle | None:
-    """Return what watches the next run for slow calls; None where no observer wants to know."""
-    wanting = [observer for observer in attempts.observers if type(observer).on_idle is not Observer.on_idle]
+def idle_of(call: Call[Any]) -> Idle | None:
+    """Return what watches the next run for slow calls; None if no observer wants to know."""
+    wanting = [observer for observer in call.observers if type(observer).on_idle is not Observer.on_idle]
     if not wanting:
         return None
 
     def tell(idle: float) -> None:
-        event = IdleEvent(**_common(attempts), status=Status.ACTIVE, idle=idle)
-        _tell(attempts, "on_idle", event, [observer for observer in wanting if observer.idle_seconds <= idle])
+        event = IdleEvent(**_common(call), status=Status.ACTIVE, idle=idle)
+        _tell(call, "on_idle", event, [observer for observer in wanting if observer.idle_seconds <= idle])
 
-    return Idle(attempts.policy.clock, min(observer.idle_seconds for observer in wanting), tell)
+    return Idle(call.policy.clock, min(observer.idle_seconds for observer in wanting), tell)
 
 
 def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, ...]:
-    """Return them, for good.
+    """Return the observers as a tuple.
 
     Raises:
-        TypeError: one of them is none.
+        TypeError: one of them is not an `Observer`.
     """
     try:
         found = tuple(observers)
@@ -96,67 +51,67 @@ def check_observers(observers: Iterable[Observer], who: str) -> tuple[Observer, 
     return found
 
 
-def tell_attempt(attempts: Attempts[Any]) -> None:
+def tell_attempt(call: Call[Any]) -> None:
     """Tell that a run begins."""
-    event = AttemptEvent(**_common(attempts), status=Status.NEW)
-    _tell(attempts, "on_attempt", event)
+    event = AttemptEvent(**_common(call), status=Status.NEW)
+    _tell(call, "on_attempt", event)
 
 
-def tell_retry(attempts: Attempts[Any], failure: Failure, error: BaseException, wait: float) -> None:
+def tell_retry(call: Call[Any], failure: Failure, error: BaseException, wait: float) -> None:
     """Tell that a run has failed and that there is another."""
     event = RetryEvent(
-        **_common(attempts), **_end(attempts), status=Status.ROLLED_BACK, error=type(error),
+        **_common(call), **_end(call), status=Status.ROLLED_BACK, error=type(error),
         reason=failure.kind.value, code=failure.code, wait=wait,
     )  # fmt: skip
-    _tell(attempts, "on_retry", event)
+    _tell(call, "on_retry", event)
 
 
-def tell_outcome(attempts: Attempts[Any], status: Status, error: BaseException | None, *, doomed: bool) -> None:
+def tell_outcome(call: Call[Any], status: Status, error: BaseException | None, *, doomed: bool) -> None:
     """Tell what became of a call."""
-    failure = attempts.given_up
+    failure = call.given_up
     event = OutcomeEvent(
-        **_common(attempts), **_end(attempts), status=status, error=None if error is None else type(error),
+        **_common(call), **_end(call), status=status, error=None if error is None else type(error),
         gave_up=failure is not None, doomed=doomed,
         reason=None if failure is None else failure.kind.value, code=None if failure is None else failure.code,
     )  # fmt: skip
-    _tell(attempts, "on_outcome", event)
+    _tell(call, "on_outcome", event)
 
 
-def _common(attempts: Attempts[Any]) -> dict[str, Any]:
-    manager, options = attempts.manager, attempts.options
+def _common(call: Call[Any]) -> dict[str, Any]:
+    setup, options = call.setup, call.options
     return {
-        "call": attempts.call,
+        "call": call.key,
         "function": str(options.who),
-        "manager": manager.name,
-        "system": manager._database.system,
-        "namespace": manager.engine.url.database,
-        "attempt": attempts.attempt,
-        "retries": attempts.retries,
-        "isolation": options.isolation or manager.isolation,
+        "manager": setup.name,
+        "system": setup.database.system_name,
+        "namespace": setup.database.engine.url.database,
+        "attempt": call.attempt,
+        "retries": call.retries,
+        "isolation": call.isolation,
         "read_only": options.read_only,
-        "elapsed": attempts.elapsed,
+        "elapsed": call.elapsed,
     }
 
 
-def _end(attempts: Attempts[Any]) -> dict[str, Any]:
-    times = attempts.times
+def _end(call: Call[Any]) -> dict[str, Any]:
+    times = call.times
     if times is None:
         return {"connection_seconds": None, "commit_at": None, "commit_seconds": None}
     return {
         "connection_seconds": times.connection_seconds,
-        "commit_at": None if times.commit_began is None else times.commit_began - attempts.started,
+        "commit_at": None if times.commit_began is None else times.commit_began - call.started,
         "commit_seconds": times.commit_seconds(),
     }
 
 
-def _tell(attempts: Attempts[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
-    """Call them, all if none are named; what they raise is shown, and changes nothing, unless it is to end the program."""
-    for observer in attempts.observers if observers is None else observers:
+def _tell(call: Call[Any], method: str, event: object, observers: Iterable[Observer] | None = None) -> None:
+    """Call the named observers, or all; what they raise is logged and changes nothing, unless it ends the program."""
+    for observer in call.observers if observers is None else observers:
         try:
             getattr(observer, method)(event)
         except (Exception, asyncio.CancelledError) as error:
-            record(
+            log(
                 logging.ERROR, "an observer of manager %r failed in %s; the transaction is not changed by it",
-                attempts.manager.name, method, exc_info=error,
-                function=attempts.options.who, manager=attempts.manager.name, error=error,
+                call.setup.name, method, exc_info=error,
+                function=call.options.who, manager=call.setup.name, error=error,
             )  # fmt: skip

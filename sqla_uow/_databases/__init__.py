@@ -1,12 +1,15 @@
 """All that differs from database to database, and from driver to driver.
 
-* `levels`: isolation levels, and how each database is told
+* `database`: one engine, its system, its driver
+* `system`: what each database has to say
+* `driver`: what each driver has to say
+* `postgresql`: PostgreSQL, asyncpg, psycopg
+* `mariadb`: MariaDB, MySQL, asyncmy, aiomysql
+* `sqlite`: SQLite, aiosqlite
+* `distributed`: CockroachDB, YugabyteDB
+* `levels`: isolation levels, and their order
 * `failures`: what an error means
-* `driver`: the driver's own connection
-* `driver_state`: what a driver knows of its transaction
 * `interrupt`: stops a statement that was cancelled
 * `self_wait`: a task that waits for itself
 * `writer_queue`: SQLite's writers, first come first served
-* `distributed`: CockroachDB, YugabyteDB
-* `poolers`: prepared statements behind PgBouncer
 """

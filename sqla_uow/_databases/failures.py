@@ -75,7 +75,7 @@ _SQLSTATES = {
     "57P02": Kind.LOST,
     "57P04": Kind.LOST,
     "25P03": Kind.LOST,  # idle_in_transaction_session_timeout: the connection is gone
-    "25P04": Kind.LOST,  # transaction_timeout: likewise
+    "25P04": Kind.LOST,  # transaction_timeout: the connection is gone
     "08007": Kind.AMBIGUOUS,
     "40003": Kind.AMBIGUOUS,
     "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, but for the DDL in it
@@ -86,7 +86,7 @@ _SQLSTATES = {
     "25006": Kind.READ_ONLY,
     "57014": Kind.SERVER_TIMEOUT,
 }
-# What was prepared before a migration: the plan gives other columns now; the type of a parameter was dropped and made anew.
+# What was prepared before a migration: the plan gives other columns now; the type of a parameter was dropped and created again.
 _STALE_IF_RAISED_BY = {
     "0A000": frozenset({"RevalidateCachedQuery"}),
     "XX000": frozenset(
@@ -239,7 +239,7 @@ def hidden_conflict(error: BaseException) -> Failure | None:
 def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and all it came from: `orig`, `__cause__`, `__context__`, the members of a group.
 
-    ``raise ... from None`` ends that branch: who wrote it said that the origin does not matter.
+    ``raise ... from None`` ends that branch: its author has said that the origin does not matter.
     """
     seen: set[int] = set()
     todo = [error]
@@ -266,7 +266,7 @@ _DONE = (AmbiguousCommitError, AfterCommitError)
 def is_retryable(error: BaseException) -> bool:
     """Say whether `sqla_uow` would retry for this error if the caller's own unit had reported it.
 
-    For code outside a unit of work: a worker that decides whether to put its job back, say.  An outcome that is unknown
+    For code outside a unit of work: a worker that decides whether to put its job back, for example.  An outcome that is unknown
     (`AmbiguousCommitError`, 40003, 08007) is never retryable, nor is work that is committed (`AfterCommitError`, whatever
     its hooks met), nor what ran out of time.  A lost connection is: outside a unit, only if you know that COMMIT was not
     sent yet.

@@ -1,7 +1,7 @@
 """A task that waits for itself: its inner unit for a lock of its outer one, or for a connection that only its kind can free.
 
 The database sees no deadlock in it, as the outer unit waits for nothing there; so it would last until some timeout.  Only
-units inside another one pay for the look: a timer, and after a second a question to the server, who blocks whom.
+units inside another one pay for the look: a timer, and after a second a question to the server which session blocks which.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import text
 from sqlalchemy.engine import Engine
@@ -18,18 +18,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._databases.driver import raw_connection
-from sqla_uow._databases.interrupt import identity_of, is_server_of
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow.errors import PropagationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.pool import Pool
 
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._databases.database import Database
+    from sqla_uow._tasks.owner import Owner
 
 __all__ = ["Watch", "connect_unless_stuck", "watch_locks"]
 
@@ -40,30 +40,20 @@ CHILD_LOOKS = 5
 
 # -- locks
 
-# Over third parties as well: the inner unit waits for somebody who waits for the outer one.
-_BLOCKERS = {
-    "postgresql": (
-        "WITH RECURSIVE blocker(pid) AS (SELECT unnest(pg_blocking_pids({inner})) UNION SELECT further.pid FROM blocker "
-        "CROSS JOIN LATERAL unnest(pg_blocking_pids(blocker.pid)) AS further(pid)) SELECT pid FROM blocker WHERE pid IN ({outer})"
-    ),
-    "mysql": (
-        "WITH RECURSIVE wait(asks, has) AS (SELECT asks.trx_mysql_thread_id, has.trx_mysql_thread_id "
-        "FROM information_schema.innodb_lock_waits JOIN information_schema.innodb_trx asks ON asks.trx_id = requesting_trx_id "
-        "JOIN information_schema.innodb_trx has ON has.trx_id = blocking_trx_id), "
-        "blocker(pid) AS (SELECT has FROM wait WHERE asks = {inner} UNION "
-        "SELECT wait.has FROM wait JOIN blocker ON wait.asks = blocker.pid) SELECT pid FROM blocker WHERE pid IN ({outer})"
-    ),
-}
-# Who has a metadata lock MariaDB does not tell.  Nobody else can, where nobody else is in a transaction or a statement.
-_METADATA = (
-    "SELECT id FROM information_schema.processlist WHERE id IN ({outer}) "
-    "AND EXISTS (SELECT 1 FROM information_schema.processlist WHERE id = {inner} AND state LIKE 'Waiting for % metadata lock') "
-    "AND NOT EXISTS (SELECT 1 FROM information_schema.processlist p LEFT JOIN information_schema.innodb_trx t "
-    "ON t.trx_mysql_thread_id = p.id WHERE p.id NOT IN ({inner}, {outer}, connection_id()) "
-    "AND (t.trx_id IS NOT NULL OR p.command = 'Query'))"
-)
-_STOP = {"postgresql": "SELECT pg_cancel_backend({inner})", "mysql": "KILL QUERY {inner}"}
 _tasks: set[asyncio.Task[None]] = set()
+
+
+class Waiter(Protocol):
+    """A unit's transaction, as far as it is looked at here."""
+
+    name: str
+    owner: Owner
+    database: Database
+    connection: Connection | None
+    self_wait: PropagationError | None
+
+    @property
+    def enclosing(self) -> Sequence[Waiter]: ...
 
 
 class Watch:
@@ -71,7 +61,7 @@ class Watch:
 
     __slots__ = ("_looks", "_outer", "_timer", "_unit")
 
-    def __init__(self, unit: Transaction, outer: list[Transaction]) -> None:
+    def __init__(self, unit: Waiter, outer: list[Waiter]) -> None:
         self._unit = unit
         self._outer = outer
         self._looks = 0
@@ -101,13 +91,13 @@ class Watch:
         if self._outer:
             self._timer = self._unit.owner.loop.call_later(LOOK_SECONDS, self._look)
 
-    async def _ask(self, outer: list[Transaction]) -> None:
+    async def _ask(self, outer: list[Waiter]) -> None:
         unit = self._unit
         try:
             async with asyncio.timeout(5 * LOOK_SECONDS):
                 await self._ask_server(outer)
         except Exception as error:
-            record(
+            log(
                 logging.WARNING, "%s has waited for %g s, and the server did not tell whether for a lock of %s around it (%s)",
                 unit.name, LOOK_SECONDS, outer[0].name, type(error).__name__, function=unit.name, error=error,
             )  # fmt: skip
@@ -115,52 +105,47 @@ class Watch:
         if unit.self_wait is None:
             self._again()
 
-    async def _ask_server(self, outer: list[Transaction]) -> None:
+    async def _ask_server(self, outer: list[Waiter]) -> None:
         unit, connection = self._unit, self._unit.connection
         if connection is None:
             return
         engine = unit.database.sync_engine
-        family = unit.database.family
-        pids = {_pid(one.connection): one for one in outer if one.connection is not None}
-        inner = _pid(connection)
+        system, driver = unit.database.system, unit.database.driver
+        pids = {
+            driver.session_number(raw_connection(one.connection)): one for one in outer if one.connection is not None
+        }
+        inner = driver.session_number(raw_connection(connection))
         # Not from the pool: units that wait, as this one does, may hold it all.
         beside = AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
         try:
             async with beside.connect() as spare:
-                if not await spare.run_sync(is_server_of, identity_of(connection)):
+                if not await spare.run_sync(driver.same_server, connection):
                     return  # behind a balancer; next time perhaps
                 who = {"inner": inner, "outer": ", ".join(map(str, pids))}
-                found = await _blocker(spare, family, who)
+                found = await _blocker(spare, system.blockers, who)
                 if found is None or unit.connection is not connection or unit.owner.busy() is None:
                     return
                 unit.self_wait = PropagationError(
                     f"{unit.name} waits for a lock that {pids[found].name} around it holds, and would for ever; join the "
                     "outer unit, or have the inner one touch no rows that the outer one has locked or written"
                 )
-                await spare.execute(text(_STOP[family].format(**who)))
+                await spare.execute(text(system.stop_session.format(**who)))
         finally:
             await beside.dispose()
 
 
-async def _blocker(spare: AsyncConnection, family: str, who: dict[str, Any]) -> int | None:
-    found = await spare.scalar(text(_BLOCKERS[family].format(**who)))
-    if found is None and family == "mysql":
-        found = await spare.scalar(text(_METADATA.format(**who)))
-    return None if found is None else int(found)
+async def _blocker(spare: AsyncConnection, queries: Sequence[str], who: dict[str, Any]) -> int | None:
+    for query in queries:
+        found = await spare.scalar(text(query.format(**who)))
+        if found is not None:
+            return int(found)
+    return None
 
 
-def _pid(connection: Connection) -> int:
-    raw: Any = raw_connection(connection)
-    driver = connection.dialect.driver
-    if driver == "asyncpg":
-        return int(raw.get_server_pid())
-    return int(raw.pgconn.backend_pid if driver == "psycopg" else raw.thread_id())
-
-
-def watch_locks(unit: Transaction) -> Watch | None:
+def watch_locks(unit: Waiter) -> Watch | None:
     """Watch a unit whose connection has just begun; None where it can wait for none around it."""
     database = unit.database
-    if database.family not in _BLOCKERS or database.server is not None:
+    if not database.system.blockers:
         return None
     url = database.sync_engine.url
     outer = [
@@ -174,10 +159,10 @@ def watch_locks(unit: Transaction) -> Watch | None:
 
 # -- connections
 
-_waiting: weakref.WeakKeyDictionary[Pool, set[Transaction]] = weakref.WeakKeyDictionary()
+_waiting: weakref.WeakKeyDictionary[Pool, set[Waiter]] = weakref.WeakKeyDictionary()
 
 
-async def connect_unless_stuck(unit: Transaction, connect: Callable[[], Connection]) -> Connection:
+async def connect_unless_stuck(unit: Waiter, connect: Callable[[], Connection]) -> Connection:
     """Connect, beside a unit that has a connection already.
 
     Raises:
@@ -215,7 +200,7 @@ async def connect_unless_stuck(unit: Transaction, connect: Callable[[], Connecti
         waiting.discard(unit)
 
 
-def _holders(waiting: set[Transaction], pool: Pool) -> set[int]:
+def _holders(waiting: set[Waiter], pool: Pool) -> set[int]:
     return {
         id(outer)
         for unit in waiting

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sqla_uow._tasks.per_loop import PerLoop
 from sqla_uow.errors import PropagationError
@@ -18,9 +18,7 @@ from sqla_uow.errors import PropagationError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqla_uow._transaction.transaction import Transaction
-
-__all__ = ["Turns"]
+__all__ = ["WriterQueue"]
 
 TURN_SECONDS = 30.0
 """How long a writer without a deadline waits, like a pool for a connection: a unit that waits for its own waiter ends."""
@@ -30,18 +28,25 @@ LOOK_SECONDS = 0.002
 """Pause between two looks whether another event loop has done with the connection."""
 
 
+class Writer(Protocol):
+    """A transaction that waits for its turn."""
+
+    @property
+    def name(self) -> str: ...
+
+
 class _Line:
-    """The line of one event loop: a fair lock, and who has it."""
+    """The line of one event loop: a fair lock, and its holder."""
 
     __slots__ = ("holder", "lock", "loop")
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.loop = asyncio.get_running_loop()
-        self.holder: Transaction | None = None
+        self.holder: Writer | None = None
 
 
-class Turns:
+class WriterQueue:
     """A fair lock with a holder, in each event loop; belongs to one pool.
 
     Args:
@@ -60,7 +65,7 @@ class Turns:
         """Say whether a unit of any event loop has the turn of its line."""
         return any(line.lock.locked() for line in self._lines.everywhere())
 
-    async def take(self, unit: Transaction, enclosing: Iterable[Transaction]) -> None:
+    async def take(self, unit: Writer, enclosing: Iterable[Writer]) -> None:
         """Wait for the turn, unless `unit` has it already: its connection may have failed, and its body tries again.
 
         Raises:
@@ -89,7 +94,7 @@ class Turns:
                 raise
         line.holder = unit
 
-    async def _wait_for_other_loops(self, unit: Transaction, line: _Line) -> None:
+    async def _wait_for_other_loops(self, unit: Writer, line: _Line) -> None:
         """Look again and again: what wakes a waiter of asyncio must not come from another thread."""
         try:
             async with asyncio.timeout(OTHER_LOOP_SECONDS):
@@ -108,7 +113,7 @@ class Turns:
             self._line_outside = line
             return True
 
-    def give_back(self, unit: Transaction) -> None:
+    def give_back(self, unit: Writer) -> None:
         """Let the next one in, if `unit` has the turn."""
         try:
             line = self._lines.here()
@@ -120,7 +125,7 @@ class Turns:
                 self._line_outside = None
             line.lock.release()
 
-    def _never(self, unit: Transaction, holder: Transaction) -> str:
+    def _never(self, unit: Writer, holder: Writer) -> str:
         if self.everyone:
             what, remedy = "in-memory SQLite database's only connection", "or end it first"
         else:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sqla_uow._api.manager import UnitOfWorkManager
+from sqla_uow._api.manager import UnitOfWorkManager, setup_of
+from sqla_uow._databases.database import driver_named
 from sqla_uow._databases.failures import classify
 from sqla_uow._doctor.mariadb import CHECKS as MARIADB
 from sqla_uow._doctor.postgresql import CHECKS as POSTGRESQL
@@ -26,11 +27,17 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from sqla_uow._doctor.subject import Check
-    from sqla_uow._session.database import Database
 
-__all__ = ["Options", "UnreachableError", "examine"]
+__all__ = ["Examination", "UnreachableError", "examine"]
 
-_CHECKS: dict[str, Sequence[Check]] = {"postgresql": POSTGRESQL, "mysql": MARIADB, "sqlite": SQLITE}
+_CHECKS: dict[str, Sequence[Check]] = {
+    "PostgreSQL": POSTGRESQL,
+    "CockroachDB": DISTRIBUTED,
+    "YugabyteDB": DISTRIBUTED,
+    "MariaDB": MARIADB,
+    "MySQL": MARIADB,
+    "SQLite": SQLITE,
+}
 _DRIVERS = {
     "postgresql": "postgresql+asyncpg or postgresql+psycopg",
     "cockroachdb": "cockroachdb+asyncpg or cockroachdb+psycopg, of sqlalchemy-cockroachdb",
@@ -38,14 +45,10 @@ _DRIVERS = {
     "mariadb": "mariadb+asyncmy or mariadb+aiomysql",
     "sqlite": "sqlite+aiosqlite",
 }
-_UNPREPARED: dict[str, dict[str, Any]] = {
-    "asyncpg": {"statement_cache_size": 0},
-    "psycopg": {"prepare_threshold": None},
-}
 
 
-class Options(NamedTuple):
-    """What the doctor was told.
+class Examination(NamedTuple):
+    """What the doctor is to look at.
 
     Attributes:
         read_only: make no table.
@@ -62,30 +65,30 @@ class Options(NamedTuple):
     seconds: float = 10
 
 
-async def examine(url: str, options: Options) -> list[Finding]:
+async def examine(url: str, wanted: Examination) -> list[Finding]:
     """Connect, and run every check that fits the database.
 
     Args:
         url: of the database.
-        options: what to look at.
+        wanted: what to look at.
 
     Raises:
         UnreachableError: it cannot be connected to; never with the password.
     """
     engine = _engine(url)
     try:
-        manager = UnitOfWorkManager(engine, timeout=options.seconds)
-        subject = Subject(engine, manager, options.pool_size * options.processes)
-        await _connect(engine, url, options.seconds, manager._database.recognise)
-        checks = [*_checks(manager._database), *([] if options.read_only else [try_levels])]
+        manager = UnitOfWorkManager(engine, timeout=wanted.seconds)
+        subject = Subject(engine, manager, wanted.pool_size * wanted.processes)
+        await _connect(engine, url, wanted.seconds, setup_of(manager).database.recognise)
+        checks = [*_CHECKS[setup_of(manager).database.system.title], *([] if wanted.read_only else [try_levels])]
         found = [
             Finding("driver", _driver(engine)),
-            *[one for check in checks for one in await _run(check, subject, options)],
+            *[one for check in checks for one in await _run(check, subject, wanted)],
         ]
-        if options.read_only:
+        if wanted.read_only:
             found.append(Finding("isolation levels", "not tried: --read-only", "note"))
-        for number, replica in enumerate(options.replicas, 1):
-            found.append(await _replica(number, replica, engine, options))
+        for number, replica in enumerate(wanted.replicas, 1):
+            found.append(await _replica(number, replica, engine, wanted))
         return found
     finally:
         await engine.dispose()
@@ -96,7 +99,7 @@ def _engine(url: str) -> AsyncEngine:
     try:
         options: dict[str, Any] = {"pool_size": 3, "max_overflow": 0} if _has_pool(read) else {}
         # Prepared statements fail behind a pooler; whether there is one is to be found out.
-        connect_args = _UNPREPARED.get(read.drivername.partition("+")[2], {})
+        connect_args = driver_named(read.drivername.partition("+")[2]).unprepared
         return create_async_engine(read, connect_args=connect_args, **options)
     except (NoSuchModuleError, ImportError, InvalidRequestError) as error:
         raise UnreachableError(_unknown_driver(read, error)) from None
@@ -114,11 +117,7 @@ def _unknown_driver(url: URL, error: Exception) -> str:
         return f"sqla_uow does not know the database {name!r}; use {', '.join(_DRIVERS)}"
     if isinstance(error, ImportError):
         return f"the driver of {url.drivername!r} is not installed ({error.name}); pip install it"
-    return f"{url.drivername!r} is no asyncio driver; use {_DRIVERS[name]}"
-
-
-def _checks(database: Database[Any]) -> Sequence[Check]:
-    return _CHECKS[database.family] if database.server is None else DISTRIBUTED
+    return f"{url.drivername!r} is not an asyncio driver; use {_DRIVERS[name]}"
 
 
 async def _connect(
@@ -147,21 +146,21 @@ def _driver(engine: AsyncEngine) -> str:
     return f"{engine.dialect.name}+{engine.dialect.driver} {getattr(module, '__version__', '')}".strip()
 
 
-async def _run(check: Check, subject: Subject, options: Options) -> list[Finding]:
+async def _run(check: Check, subject: Subject, wanted: Examination) -> list[Finding]:
     """Run one check; what it meets is a finding too."""
     try:
-        async with asyncio.timeout(options.seconds):
+        async with asyncio.timeout(wanted.seconds):
             return await check(subject)
     except Exception as error:
         name = check.__name__.strip("_").replace("_", " ")
         return [Finding(name, f"could not be looked at: {_what(error)}", "note")]
 
 
-async def _replica(number: int, url: str, primary: AsyncEngine, options: Options) -> Finding:
+async def _replica(number: int, url: str, primary: AsyncEngine, wanted: Examination) -> Finding:
     name = f"replica {number}"
     engine = _engine(url)
     try:
-        await _connect(engine, url, options.seconds)
+        await _connect(engine, url, wanted.seconds)
         manager = UnitOfWorkManager(primary, replicas=[engine])
         async with manager.scope(position=""), manager.begin(read_only=True) as unit:
             await unit.session.connection()

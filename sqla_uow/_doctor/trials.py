@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self, get_args
 
 from sqlalchemy import Column, Integer, MetaData, Table, select, update
 
+from sqla_uow._api.manager import setup_of
 from sqla_uow._doctor.report import Finding, judged
 from sqla_uow._tasks.shield import shielded
 from sqla_uow.errors import ConflictError
@@ -25,7 +26,7 @@ __all__ = ["try_levels"]
 
 _BOTH = 2
 _MEETING_SECONDS = 0.3
-"""How long one waits for the other, who may be waiting for a lock."""
+"""How long one unit waits for the other, which may be waiting for a lock."""
 
 
 class Trial:
@@ -42,7 +43,7 @@ class Trial:
         )
 
     async def __aenter__(self) -> Self:
-        # Shielded, as the end is: cut off, nobody could tell whether it is there, or about to be.
+        # Shielded, as the end is: after a cancellation the table might be there, or about to be.
         made = await shielded(partial(self._run, self.table.metadata.create_all))
         if made.cancelled is not None:
             await self.__aexit__()
@@ -58,12 +59,12 @@ class Trial:
             await connection.run_sync(ddl)
 
     async def loses_updates(self, level: IsolationLevel) -> bool:
-        """Say whether two units that add 1 to what they have read can both commit and have added 1 in all."""
+        """Return True if two units that each add 1 to what they read can both commit, and 1 is added in all."""
         committed, values = await self._both(level, writes=(1, 1))
         return committed == _BOTH and values[1] == 1
 
     async def skews_writes(self, level: IsolationLevel) -> bool:
-        """Say whether two units can both commit that change one row each because the sum of both was 0."""
+        """Return True if two units that both read the sum 0 can each change a different row and both commit."""
         committed, values = await self._both(level, writes=(1, 2))
         return committed == _BOTH and values[1] + values[2] > 1
 
@@ -102,7 +103,7 @@ async def try_levels(subject: Subject) -> list[Finding]:
     """Try what each isolation level that the database has prevents."""
     found: list[Finding] = []
     async with Trial(subject) as trial:
-        if not subject.manager._database.keeps_status():  # PostgreSQL needs no table for it
+        if not setup_of(subject.manager).database.keeps_status():  # PostgreSQL needs no table for it
             found.append(Finding("ambiguous_commit='verify'", "works: by a row in a table, which may be made"))
         for level in get_args(IsolationLevel):
             try:

@@ -19,13 +19,19 @@ _AS_READ = re.compile(r"[\w+]+://(?:[^:/]*(?::[^@]*)?@)?(?P<rest>.*)", re.DOTALL
 _ESCAPE = "write %40 for an @ in the user or the password, %2F for a / and %3F for a ?"
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _INSTEAD = {
-    "channel_binding": "leave it out",
-    "connect_timeout": "pass connect_args={'timeout': seconds}",
-    "application_name": "pass connect_args={'server_settings': {'application_name': ...}}",
-    "options": "pass connect_args={'server_settings': {...}}",
-    "sslrootcert": "pass connect_args={'ssl': an ssl.SSLContext}",
+    # Providers' URLs are often given to asyncpg as they are for libpq.
+    "asyncpg": {
+        "sslmode": "write ssl={mode}",
+        "channel_binding": "leave it out",
+        "connect_timeout": "pass connect_args={{'timeout': seconds}}",
+        "application_name": "pass connect_args={{'server_settings': {{'application_name': ...}}}}",
+        "options": "pass connect_args={{'server_settings': {{...}}}}",
+        "sslrootcert": "pass connect_args={{'ssl': an ssl.SSLContext}}",
+    },
+    "psycopg": {"ssl": "write sslmode={mode}"},
 }
-"""For asyncpg, to which providers' URLs are often given as they are for libpq."""
+"""What to do about an argument that a driver does not know, by driver and argument."""
+_ELSE = "leave it out, or pass what it is called there in connect_args"
 
 
 class UnreachableError(Exception):
@@ -36,7 +42,7 @@ def parsed(url: str) -> URL:
     """Return what SQLAlchemy reads.
 
     Raises:
-        UnreachableError: it is no URL, or one whose password SQLAlchemy has cut off at an @.
+        UnreachableError: it is not a URL, or SQLAlchemy has cut its password off at an @.
     """
     try:
         read = make_url(url)
@@ -58,7 +64,7 @@ def is_doubtful(url: str, read: URL) -> bool:
 
 
 def place_of(url: str, read: URL) -> str:
-    """Return where it is, without who and with what password."""
+    """Return where it is, without user and password."""
     if is_doubtful(url, read):
         return f"{read.drivername} (perhaps not read as it was meant: {_ESCAPE})"
     where = read.host or read.database or "memory"
@@ -81,13 +87,7 @@ def refused_arguments(url: str, engine: AsyncEngine) -> str:
 
 def _instead(driver: str, value: object, name: str) -> str:
     mode = value if value in _SSL_MODES else "require"
-    if driver == "asyncpg" and name == "sslmode":
-        return f"write ssl={mode}"
-    if driver == "asyncpg" and name in _INSTEAD:
-        return _INSTEAD[name]
-    if driver.startswith("psycopg") and name == "ssl":
-        return f"write sslmode={mode}"
-    return "leave it out, or pass what it is called there in connect_args"
+    return _INSTEAD.get(driver, {}).get(name, _ELSE).format(mode=mode)
 
 
 def _known(engine: AsyncEngine) -> set[str]:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow._databases.failures import code_of
 from sqla_uow._idempotency.statements import Statements, statements_of
-from sqla_uow._log import record
+from sqla_uow._log import log
 
 if TYPE_CHECKING:
     from sqlalchemy import Row, Table
@@ -122,7 +122,7 @@ def _code(error: DBAPIError) -> str | int | None:
 def _tell_of_missing_table(error: DBAPIError, table: Table) -> None:
     """Tell the operator what to do; the caller's error is that of the database."""
     if _code(error) in _NO_TABLE:
-        record(
+        log(
             logging.ERROR, "the table %r of IdempotencyKeys cannot be used (%s); make it by a migration, which "
             "'alembic revision --autogenerate' writes where env.py has its MetaData", table.fullname, _code(error),
             error=error,

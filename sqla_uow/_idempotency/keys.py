@@ -280,7 +280,7 @@ class _Held:
     def failed(self, error: BaseException, /) -> None:
         """Doom the unit, or its savepoint, as a transactional function does that is left by an error."""
         if (transaction := transaction_of(self._unit.session.sync_session)) is not None:
-            transaction.damage.add(error)
+            transaction.doom.mark(error)
 
 
 def check_keep(keep: object, who: str) -> timedelta:
@@ -332,5 +332,5 @@ def _in_progress(key: Key, transaction: Transaction) -> ConflictError:
         f"a key of {key.space!r} is claimed by another transaction that has not ended; try again later",
         reason=Kind.LOCK_TIMEOUT.value,
     )
-    transaction.damage.add(error, failure=Failure(Kind.LOCK_TIMEOUT, None, error), hard=True)
+    transaction.doom.mark(error, failure=Failure(Kind.LOCK_TIMEOUT, None, error), hard=True)
     return error

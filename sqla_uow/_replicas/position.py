@@ -11,8 +11,6 @@ __all__ = [
     "NOWHERE",
     "UNKNOWN",
     "Position",
-    "from_gtid",
-    "from_lsn",
     "from_text",
     "has_reached",
     "later",
@@ -42,18 +40,6 @@ def later(one: Position, other: Position) -> Position:
     if not one or one == UNKNOWN:  # what is not known where lies before what was written later
         return other
     return {**one, **{stream: max(number, one.get(stream, 0)) for stream, number in other.items()}}
-
-
-def from_lsn(text: str) -> Position:
-    """Read PostgreSQL's spelling, as in ``"0/300B040"``."""
-    high, low = text.split("/")
-    return {0: int(high, 16) << 32 | int(low, 16)}
-
-
-def from_gtid(text: str) -> Position:
-    """Read MariaDB's spelling, as in ``"0-1-123,7-1-5"``: domain, server and number."""
-    parts = (one.split("-") for one in text.split(","))
-    return {int(domain): int(number) for domain, _server, number in parts}
 
 
 def to_text(position: Position) -> str:

@@ -1,4 +1,4 @@
-"""Replicas of a manager's database: which are up, how far they have replayed, and who reads there.
+"""Replicas of a manager's database: which are up, how far they have replayed, and which one a reader gets.
 
 A server is asked for its position over the driver, outside of SQLAlchemy's transactions: one round trip and no BEGIN, on the
 very connection that a unit has used or is about to use.
@@ -10,25 +10,25 @@ import asyncio
 import logging
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_uow._databases.driver import raw_connection
 from sqla_uow._databases.failures import Kind, classify
-from sqla_uow._log import record
-from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, from_gtid, from_lsn, has_reached, later
+from sqla_uow._log import log
+from sqla_uow._replicas.position import NOWHERE, UNKNOWN, Position, has_reached, later
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection
 
+    from sqla_uow._databases.database import Database
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._session.database import Database
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow.typing import IsolationLevel
 
-__all__ = ["DRIVERS", "LastWrite", "Replica", "Replicas"]
+__all__ = ["LastWrite", "Replica", "ReplicaRouter"]
 
 
 ANSWER_SECONDS = 2.0
@@ -36,7 +36,7 @@ ANSWER_SECONDS = 2.0
 DOWN_SECONDS = 1.0, 30.0
 """How long a replica is passed over after its first failure, and at most; it doubles with each."""
 LAGGING_SECONDS = 0.5
-"""How long nobody waits for a replica that did not catch up in time."""
+"""How long no reader waits for a replica that did not catch up in time."""
 LOOK_SECONDS = 0.01
 """Pause between two looks at a replica that nobody waits for: it may have caught up."""
 POLL_SECONDS = 0.001, 0.016
@@ -45,56 +45,30 @@ POLL_SECONDS = 0.001, 0.016
 
 # -- asking servers
 
-# How far is written, not flushed: with synchronous_commit=off, COMMIT is answered before its record is.
-_PRIMARY = {
-    "postgresql": "SELECT CAST(pg_current_wal_insert_lsn() AS text)",
-    "mysql": "SELECT @@global.gtid_binlog_pos",
-}
-# One that was promoted goes on with positions of its own, which say nothing of the primary's.
-_REPLICA = {
-    "postgresql": "SELECT CASE WHEN pg_is_in_recovery() THEN CAST(pg_last_wal_replay_lsn() AS text) END",
-    "mysql": "SELECT @@global.gtid_slave_pos",
-}
-_READ = {"postgresql": from_lsn, "mysql": from_gtid}
-
 
 class NoPositionError(Exception):
     """The server takes part in no replication."""
 
 
-async def _asyncpg(raw: Any, question: str) -> Any:
-    return await raw.fetchval(question)
-
-
-async def _psycopg(raw: Any, question: str) -> Any:
-    await raw.set_autocommit(True)  # known here only: the server is told nothing
-    try:
-        cursor = await raw.execute(question)
-        return (await cursor.fetchone())[0]
-    finally:
-        await raw.set_autocommit(False)
-
-
-async def _mysql(raw: Any, question: str) -> Any:
-    async with raw.cursor() as cursor:
-        await cursor.execute(question)  # the value of a variable begins no transaction
-        return (await cursor.fetchone())[0]
-
-
-_ASK = {"asyncpg": _asyncpg, "psycopg": _psycopg, "asyncmy": _mysql, "aiomysql": _mysql}
-DRIVERS = tuple(_ASK)
-"""The drivers over which a position can be asked for."""
-
-
-async def _ask(connection: Connection, family: str, questions: dict[str, str]) -> Position:
+async def _ask(connection: Connection, database: Database, question: str) -> Position:
     async with asyncio.timeout(ANSWER_SECONDS):
-        answer = await _ASK[connection.dialect.driver](raw_connection(connection), questions[family])
+        answer = await database.driver.ask(raw_connection(connection), question)
     if not answer:
         raise NoPositionError("it takes part in no replication")
-    return _READ[family](answer)
+    return database.system.read_position(answer)
 
 
 # -- what is known
+
+
+class Reading(Protocol):
+    """What a unit that only reads asks for."""
+
+    isolation: IsolationLevel | None
+    last_write: LastWrite | None
+
+    def seconds_left(self) -> float | None: ...
+
 
 _ASKED = "sqla_uow.asked"
 
@@ -107,28 +81,28 @@ class LastWrite:
     def __init__(self, position: Position = NOWHERE) -> None:
         self.position: Position = position
 
-    async def note(self, connection: Connection, family: str) -> None:
+    async def note(self, connection: Connection, database: Database) -> None:
         """Something was committed on a connection, which is in no transaction any more.
 
         Raises:
             Exception: the server did not tell its position; then no replica is far enough.
         """
         try:
-            self.position = later(self.position, await _ask(connection, family, _PRIMARY))
+            self.position = later(self.position, await _ask(connection, database, database.system.primary_position))
         except BaseException:
             self.lose()
             raise
 
     def lose(self) -> None:
-        """Something was written, or may have been, and nobody knows where."""
+        """Something was written, or may have been, at an unknown position."""
         self.position = UNKNOWN
 
 
 class Replica:
     """One replica, and what is known of it."""
 
-    def __init__(self, number: int, database: Database[Any]) -> None:
-        self.database: Database[Any] = database
+    def __init__(self, number: int, database: Database) -> None:
+        self.database: Database = database
         self._missed = NOWHERE
         self._lagging_until = 0.0
         self._look_at = 0.0
@@ -137,9 +111,9 @@ class Replica:
         self._down_until = 0.0
         self._failures = 0
 
-    def takes(self, transaction: Transaction, now: float) -> bool:
-        """Say whether it is up, as far as is known, and can run the transaction: no standby can at SERIALIZABLE."""
-        level = transaction.isolation or self.database.default_isolation()
+    def takes(self, reading: Reading, now: float) -> bool:
+        """Say whether it is up, as far as is known, and can serve this reading: no standby can at SERIALIZABLE."""
+        level = reading.isolation or self.database.default_isolation()
         return now >= self._down_until and level != "SERIALIZABLE"
 
     def may_have(self, position: Position, now: float) -> bool:
@@ -150,7 +124,7 @@ class Replica:
         return now < self._lagging_until and not self.has(self._missed)
 
     def is_late(self, position: Position) -> None:
-        """Have nobody wait for it, for a while, or until it is seen to have this position."""
+        """Let no reader wait for it, for a while or until it is known to have this position."""
         self._missed = position
         self._lagging_until = time.monotonic() + LAGGING_SECONDS
 
@@ -193,7 +167,7 @@ class Replica:
         known = connection.info.get(_ASKED) is self and self._replayed is not None
         connection.info[_ASKED] = self
         while not (known and self.has(position)):
-            self._replayed = await _ask(connection, self.database.family, _REPLICA)
+            self._replayed = await _ask(connection, self.database, self.database.system.replica_position)
             self._failures, known = 0, True
             if not self.has(position):
                 if until is None:
@@ -205,7 +179,7 @@ class Replica:
         return True
 
     def met(self, failure: Failure) -> None:
-        """Pass it over after what another server would not do: it was cut off, or the replay was in a statement's way."""
+        """Pass it over after a failure that another server would not have: a lost connection, or a conflict with the replay."""
         if failure.kind in (Kind.CONFLICT, Kind.LOST, Kind.NOT_STARTED):
             self.failed(failure.error)
 
@@ -219,13 +193,13 @@ class Replica:
         failure = classify(error) if isinstance(error, Exception) else None
         code = "" if failure is None or failure.code is None else f" {failure.code}"
         why = str(error) if isinstance(error, NoPositionError) else f"{type(error).__name__}{code}"
-        record(
+        log(
             logging.WARNING, "replica %d is passed over for %g s (%s)", self._number, seconds, why,
             replica=self._number, wait=seconds, error=error, code=None if failure is None else failure.code,
         )  # fmt: skip
 
 
-class Replicas:
+class ReplicaRouter:
     """All replicas of one manager.
 
     Args:
@@ -234,9 +208,9 @@ class Replicas:
         wait: seconds that a read waits for one of them to catch up with its client.
     """
 
-    def __init__(self, primary: Database[Any], replicas: Sequence[Database[Any]], wait: float) -> None:
+    def __init__(self, primary: Database, replicas: Sequence[Database], wait: float) -> None:
         self.last_write: LastWrite = LastWrite()  # of everybody outside the scopes that are clients of their own
-        self.primary: Database[Any] = primary
+        self.primary: Database = primary
         self._replicas = [Replica(number, database) for number, database in enumerate(replicas, 1)]
         self._wait = wait
         self._turn = 0
@@ -245,19 +219,19 @@ class Replicas:
         return len(self._replicas)
 
     async def lend(
-        self, transaction: Transaction, connect: Callable[[Database[Any]], Connection]
+        self, reading: Reading, connect: Callable[[Database], Connection]
     ) -> tuple[Replica, Connection] | None:
         """Connect to a replica that shows what the client has written; None where the primary has to do.
 
         Args:
-            transaction: of a unit that only reads.
+            reading: what a unit that only reads asks for.
             connect: to a database; called in SQLAlchemy's greenlet.
         """
-        last_write = transaction.last_write or self.last_write
+        last_write = reading.last_write or self.last_write
         if last_write.position == UNKNOWN:
             await self._see_primary(last_write)
         wanted = last_write.position
-        candidates = self._candidates(transaction, wanted)
+        candidates = self._candidates(reading, wanted)
         late: list[Replica] = []
         for replica in candidates:
             connection = await replica.lend(partial(connect, replica.database))
@@ -265,7 +239,7 @@ class Replicas:
                 continue
             caught_up: bool | None = None
             try:
-                caught_up = await replica.catches_up(connection, wanted, self._patience(transaction) / len(candidates))
+                caught_up = await replica.catches_up(connection, wanted, self._patience(reading) / len(candidates))
             except Exception as error:
                 replica.failed(error)
                 await greenlet_spawn(connection.invalidate)
@@ -281,24 +255,23 @@ class Replicas:
             await self._too_late(late, last_write, wanted)
         return None
 
-    def _candidates(self, transaction: Transaction, wanted: Position) -> list[Replica]:
-        """Return who is up, another one first at each call; those that have to be waited for are the last."""
+    def _candidates(self, reading: Reading, wanted: Position) -> list[Replica]:
+        """Return those that are up, beginning with another one at each call; those that lag come last."""
         self._turn = (self._turn + 1) % len(self._replicas)
         now = time.monotonic()
         up = [
             replica
             for replica in self._replicas[self._turn :] + self._replicas[: self._turn]
-            if replica.takes(transaction, now) and replica.may_have(wanted, now)
+            if replica.takes(reading, now) and replica.may_have(wanted, now)
         ]
         return sorted(up, key=lambda replica: replica.is_behind(wanted))
 
-    def _patience(self, transaction: Transaction) -> float:
-        if transaction.deadline is None:
-            return self._wait
-        return max(0.0, min(self._wait, (transaction.deadline - transaction.clock()) / 2))
+    def _patience(self, reading: Reading) -> float:
+        left = reading.seconds_left()
+        return self._wait if left is None else max(0.0, min(self._wait, left / 2))
 
     async def _too_late(self, late: list[Replica], last_write: LastWrite, wanted: Position) -> None:
-        """Find out who was wrong: a position that nobody has is dropped; for replicas that lag others do not wait now."""
+        """Ask the primary: a position that it does not have is dropped; else the replicas lag, and others do not wait for them now."""
         await self._see_primary(last_write)
         if last_write.position is wanted:
             for replica in late:
@@ -311,9 +284,9 @@ class Replicas:
             async with asyncio.timeout(ANSWER_SECONDS), self.primary.engine.connect() as connection:
                 sync_connection = connection.sync_connection
                 assert sync_connection is not None
-                current = await _ask(sync_connection, self.primary.family, _PRIMARY)
+                current = await _ask(sync_connection, self.primary, self.primary.system.primary_position)
         except Exception as error:
-            record(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
+            log(logging.DEBUG, "the primary did not tell its position (%s)", type(error).__name__, error=error)
             return
         if not has_reached(current, wanted) and last_write.position is wanted:
             last_write.position = current

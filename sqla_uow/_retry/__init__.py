@@ -3,5 +3,6 @@
 * `policy`: how long to wait
 * `budget`: how many retries an outage may cause
 * `controller`: how many calls run at once
+* `gate`: where the others wait
 * `predicates`: functions of the user that must answer at once
 """

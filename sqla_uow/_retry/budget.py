@@ -1,12 +1,19 @@
 """How many retries an outage may cause.
 
 A database that is away fails every call at once; if each were run six times, it would come back to six times the load.
-Conflicts are another matter: `_contention` lets their calls take turns.
+Conflicts are another matter: their calls take turns; see `gate`.
 """
 
 from __future__ import annotations
 
-__all__ = ["Budget"]
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlalchemy.pool import Pool
+
+__all__ = ["Budget", "budget_of"]
 
 PER_CALL = 0.2
 """Retries that each call earns."""
@@ -50,3 +57,11 @@ class Budget:
             return None
         self._tokens -= 1.0
         return wait
+
+
+_budgets: weakref.WeakKeyDictionary[Pool, Budget] = weakref.WeakKeyDictionary()
+
+
+def budget_of(pool: Pool) -> Budget:
+    """Return the budget of a pool: managers share one through copies of their engine."""
+    return _budgets.setdefault(pool, Budget(time.monotonic()))

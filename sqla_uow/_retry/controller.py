@@ -8,19 +8,16 @@ again and again, for at most a tenth of the time.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqla_uow._log import record
-from sqla_uow.typing import Contention
+from sqla_uow._log import log
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
-__all__ = ["UNKNOWN", "Controller", "Gate", "Slot", "together"]
+__all__ = ["FIRST_WIDTH", "Controller"]
 
 
 FIRST_WIDTH = 2
@@ -57,20 +54,12 @@ EPOCH_SECONDS = 0.5
 """How long a width is measured at most before it is judged."""
 TRY_PATIENCE = 1.75
 """The same for a try, in the times that the best width takes for an epoch."""
-STALL_SECONDS = (0.1, 2.0)
-"""When nobody has finished for so long, more are let in: those who run may be slow, or wait for those who do not.
-
-The first is for a function of which nothing is known yet: as many again come in.  The second is for one that is held back
-for a reason: one more."""
 OPENING_LOCK_WAIT = 0.25
 """Seconds that an attempt waits for a lock while nothing is known: less than a deadlock would cost on PostgreSQL."""
 SHORTEST_LOCK_WAIT = 0.02
 """Seconds that an attempt waits at least for a lock while the width is limited, before it makes way for the others."""
 FOREIGN_LOCK_WAIT = 0.1
-"""The same for locks of other processes, of which is not known how long they are held."""
-
-UNKNOWN = Contention(FIRST_WIDTH, 0, 0, 0.0)
-"""What is known of a function that was not called yet."""
+"""The same for locks of other processes; how long those are held is not known."""
 
 
 class _Rate(NamedTuple):
@@ -107,7 +96,7 @@ class Controller:
         self._downwards = False
         self._measured = [_Rate()] * (FREE + 1)
         self._contended = False
-        self._lost = [0.0] * (FREE + 1)  # share of the time wasted at each rung, of late
+        self._lost = [0.0] * (FREE + 1)  # recent share of the time wasted at each rung
         self.crowded = False
         self._typical = 0.0  # seconds of an attempt that waits for nobody
         self._idle_since: float | None = None
@@ -121,7 +110,7 @@ class Controller:
     def lock_wait(self, attempt: int, running: int) -> float | None:
         """Return how long an attempt that begins now should wait for a lock, in seconds; None is for ever.
 
-        A retry waits longer than a first run, so that not all of those who wait for each other make way at once.
+        A retry waits longer than a first run, so that attempts that wait for each other do not all give up at once.
         """
         if (running <= 1 and not self.crowded) or (self._rung == FREE and not self.opening):
             return None
@@ -156,7 +145,9 @@ class Controller:
             self.width = max(1, self.width // 2)
         if self._belongs(began):
             self._wasted += seconds
-            self._contended = self._contended or running > 0 or waiting > 0  # who was alone is not helped by turns
+            self._contended = (
+                self._contended or running > 0 or waiting > 0
+            )  # an attempt that was alone is not helped by turns
             self._count(0, running, waiting)
 
     # -- epochs: a width is judged by what happened while it was in force
@@ -169,10 +160,10 @@ class Controller:
         self._peak = 0
 
     def _belongs(self, began: float) -> bool:
-        """Say whether an attempt belongs to this epoch; begin it anew after a pause.
+        """Say whether an attempt belongs to this epoch; after a pause, begin a new epoch with it.
 
-        Not if it began at the width before, or beside one that did and that a narrower width would have kept out.  Who waits
-        to be run again does not run either, but not for so long.
+        It does not if it began at the width before, or beside an attempt that did and that a narrower width would have kept
+        out.  A call that waits before a retry does not run either, but such a pause is shorter.
         """
         if began < self._changed_at:
             now = self._clock()
@@ -265,7 +256,8 @@ class Controller:
         if self._takes_from_others():
             brought = 0.0
         if brought >= worth > self._measured[rung].goodput and rung > best:
-            return  # it was worse, of late: a stall may be rare; stay until one comes, or what was is outweighed
+            # This width did worse recently, and stalls are rare: stay until one happens or the old measurement fades.
+            return
         if brought >= worth:
             going_up = rung > best
             self._best = rung
@@ -287,7 +279,7 @@ class Controller:
 
     def _try(self, rung: int) -> None:
         if self._rung == FREE or (self._best == 0 and rung == 0):
-            record(
+            log(
                 logging.INFO, "%s: %.0f %% of the time went into conflicts; calls take turns",
                 self._who, self.wasted_share * 100, function=self._who, width=2**rung, wasted=self.wasted_share,
             )  # fmt: skip
@@ -295,7 +287,7 @@ class Controller:
 
     def _hold(self, rung: int) -> None:
         if rung == FREE and self._rung != FREE:
-            record(
+            log(
                 logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self._who,
                 function=self._who, wasted=self.wasted_share,
             )  # fmt: skip
@@ -310,175 +302,3 @@ class Controller:
             self._first = True
         self._rung = rung
         self.width = width
-
-
-class Slot:
-    """The right of one attempt to run."""
-
-    __slots__ = ("_began", "_gate", "_seconds")
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self._began = gate.clock()
-        self._seconds: float | None = None
-
-    def free(self, *, committed: bool) -> None:
-        """Give it back; called as soon as the transaction has ended, before its hooks."""
-        if self._seconds is None:
-            self._seconds = self._gate.clock() - self._began
-            self._gate.left(self._began, self._seconds, committed=committed)
-
-    def conflicted(self) -> None:
-        """Say that a conflict had ended the attempt."""
-        self._gate.conflicted(self._began, self._seconds or 0.0)
-
-
-class Gate:
-    """Where the calls of one function wait for their turn: first come, first served, a retry before a first run.
-
-    Args:
-        who: the function, for the log.
-        clock: monotonic seconds.
-    """
-
-    __slots__ = ("_again", "_backing_off", "_controller", "_loop", "_moved", "_queue", "_running", "_timer", "clock")
-
-    def __init__(self, who: str, clock: Callable[[], float]) -> None:
-        self.clock: Callable[[], float] = clock
-        self._controller = Controller(clock, who)
-        self._loop = asyncio.get_running_loop()
-        self._queue: deque[asyncio.Future[bool]] = deque()
-        self._again: deque[asyncio.Future[bool]] = deque()
-        self._running = 0
-        self._backing_off = 0
-        self._moved = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    def state(self) -> Contention:
-        """Return what users see of it."""
-        width = self._controller.width
-        limit = None if width == math.inf else int(width)
-        return Contention(limit, self._running, self._waiting(), self._controller.wasted_share)
-
-    def lock_wait(self, attempt: int) -> float | None:
-        """Return how long the attempt that has just come in should wait for locks, in seconds; None is for ever."""
-        return self._controller.lock_wait(attempt, self._running)
-
-    def try_enter(self) -> Slot | None:
-        """Let the attempt in if nothing holds it back: one comparison where there is no contention."""
-        if self._running < self._controller.width and not (self._queue or self._again or self._backing_off):
-            self._running += 1
-            return Slot(self)
-        return None
-
-    async def enter(self, deadline: float | None, *, again: bool) -> Slot | None:
-        """Wait for a turn.
-
-        Args:
-            deadline: on `clock`, or None.
-            again: it is a retry.
-
-        Returns:
-            None if the deadline has passed.
-        """
-        queue = self._again if again else self._queue
-        turn: asyncio.Future[bool] = self._loop.create_future()
-        queue.append(turn)
-        late = None if deadline is None else self._loop.call_later(deadline - self.clock(), _too_late, turn)
-        if self._timer is None:
-            self._watch()
-        try:
-            return Slot(self) if await turn else None
-        except asyncio.CancelledError:
-            if not turn.cancelled() and turn.result():  # let in and cancelled in the same turn of the loop
-                self._running -= 1
-                self._admit()
-            raise
-        finally:
-            if turn in queue:
-                queue.remove(turn)
-            if late is not None:
-                late.cancel()
-
-    async def back_off(self, wait: Callable[[float], Awaitable[object]], seconds: float) -> None:
-        """Wait before a retry.
-
-        With other processes in the way nobody else is let in meanwhile: the process backs off, and not this call alone.
-        """
-        together = self._controller.crowded
-        self._backing_off += together
-        try:
-            await wait(seconds)
-        finally:
-            if together:
-                self._backing_off -= 1
-                self._admit_soon()
-
-    def left(self, began: float, seconds: float, *, committed: bool) -> None:
-        """Let the next one in; the one that leaves began then, and took so long."""
-        self._running -= 1
-        self._moved = True
-        if committed:
-            self._controller.committed(began, seconds, self._running, self._waiting())
-            self._admit()
-        else:
-            self._admit_soon()
-
-    def conflicted(self, began: float, seconds: float) -> None:
-        """Count what the attempt that has left took as wasted."""
-        self._controller.conflicted(began, seconds, self._running, self._waiting())
-        self._admit_soon()
-
-    def _waiting(self) -> int:
-        return len(self._queue) + len(self._again)
-
-    def _admit(self) -> None:
-        while self._queue or self._again:
-            if self._running >= self._controller.width or not self._let_in(first_runs=not self._backing_off):
-                break
-
-    def _admit_soon(self) -> None:
-        """Let others in, but where a failed attempt backs off, or begins again, at once: behind that."""
-        if self._controller.crowded:
-            self._loop.call_soon(self._admit)
-        else:
-            self._admit()
-
-    def _let_in(self, *, first_runs: bool = True) -> bool:
-        for queue in (self._again, self._queue) if first_runs else (self._again,):
-            while queue:
-                turn = queue.popleft()
-                if not turn.done():  # else cancelled, or too late
-                    self._running += 1
-                    turn.set_result(True)
-                    return True
-        return False
-
-    def _watch(self) -> None:
-        self._moved = False
-        self._timer = self._loop.call_later(STALL_SECONDS[not self._controller.opening], self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._waiting():
-            if not self._moved:
-                for _ in range(self._running if self._controller.opening else 1):
-                    self._let_in()
-            self._watch()
-
-
-def _too_late(turn: asyncio.Future[bool]) -> None:
-    if not turn.done():
-        turn.set_result(False)
-
-
-def together(states: list[Contention]) -> Contention:
-    """Return what users see of one function whose calls run in several event loops."""
-    if len(states) == 1:
-        return states[0]
-    return Contention(
-        None if any(state.width is None for state in states) else sum(state.width or 0 for state in states),
-        sum(state.running for state in states),
-        sum(state.waiting for state in states),
-        max(state.wasted for state in states),
-    )

@@ -33,7 +33,7 @@ class RetryPolicy:
         rng: returns a float between its two arguments.
 
     Raises:
-        TypeError: what is to be a function is none; or `clock` or `rng` is async.
+        TypeError: `clock`, `sleep` or `rng` is not callable; or `clock` or `rng` is async.
         ValueError: a bound is negative, not a number, or the cap is below the base; or `contention` is something else.
     """
 

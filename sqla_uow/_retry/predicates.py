@@ -1,4 +1,4 @@
-"""Functions of the user that are asked for a plain answer: a coroutine in its place would be true, whatever it would say."""
+"""Functions of the user that must return a plain answer: a coroutine in its place would always count as true."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What is open here.
 
 * `places`: an activated manager, an open unit
-* `scope`: a scope and its read session
+* `scope`: a scope
+* `read_session`: its read session, and how that gives way
 * `lookup`: finds them in this context
 """

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from greenlet import getcurrent
 
 from sqla_uow._tasks.frames import Place
-from sqla_uow._transaction.transaction import committing
+from sqla_uow._transaction.committing import being_committed
 from sqla_uow.errors import NoUnitError
 
 if TYPE_CHECKING:
-    from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._unit.setup import Setup
     from sqla_uow._unit.unit import UnitOfWork
 
 __all__ = ["ManagerPlace", "UnitPlace", "refuse_in_commit"]
@@ -20,19 +21,19 @@ __all__ = ["ManagerPlace", "UnitPlace", "refuse_in_commit"]
 class ManagerPlace(Place):
     """A manager is known here; nothing is open."""
 
-    __slots__ = ("manager", "name")
+    __slots__ = ("name", "setup")
 
-    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
-        super().__init__(manager)
-        self.manager: UnitOfWorkManager[Any] = manager
-        self.name: str = manager._name
+    def __init__(self, setup: Setup[Any]) -> None:
+        super().__init__(setup)
+        self.setup: Setup[Any] = setup
+        self.name: str = setup.name
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""
         return None
 
     def unit(self) -> UnitOfWork[Any]:
-        """Return the unit whose session is the current one, or raise why there is none."""
+        """Return the unit whose session is the current one; raise if no unit is open."""
         refuse_in_commit()
         raise NoUnitError(
             f"no unit of work is open for manager {self.name!r}; call this inside a @transactional function, "
@@ -46,7 +47,7 @@ def refuse_in_commit() -> None:
     Raises:
         NoUnitError: it is.
     """
-    transaction = committing.get(getcurrent()) if committing else None
+    transaction = being_committed.get(getcurrent()) if being_committed else None
     if transaction is not None:
         raise NoUnitError(
             f"{transaction.name} is being committed, so it is not looked up any more: in an event of COMMIT use the session that the "
@@ -57,25 +58,30 @@ def refuse_in_commit() -> None:
 class UnitPlace(ManagerPlace):
     """A unit is open here, until its end empties the place."""
 
-    __slots__ = ("_unit",)
+    __slots__ = ("_transaction", "_unit")
 
-    def __init__(self, manager: UnitOfWorkManager[Any], unit: UnitOfWork[Any]) -> None:
-        super().__init__(manager)
+    def __init__(self, setup: Setup[Any], unit: UnitOfWork[Any], transaction: Transaction) -> None:
+        super().__init__(setup)
         self._unit: UnitOfWork[Any] | None = unit
+        self._transaction: Transaction | None = transaction
 
     def empty(self) -> None:
         """Keep neither unit nor connection alive by the contexts that copied this place."""
-        self._unit = None
+        self._unit = self._transaction = None
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         return None if self.closed else self._unit
 
+    def open_transaction(self) -> Transaction | None:
+        """Return the transaction of the unit that is open here."""
+        return None if self.closed else self._transaction
+
     def unit(self) -> UnitOfWork[Any]:
-        unit = self._unit
-        if unit is None or self.closed:
+        unit, transaction = self._unit, self._transaction
+        if unit is None or transaction is None or self.closed:
             raise NoUnitError(
                 "the unit of work that was open here has ended; in a task that outlives it, or a background task, "
                 "call a @transactional function, which opens its own"
             )
-        unit._transaction.owner.check()
+        transaction.owner.check()
         return unit

@@ -1,10 +1,12 @@
-"""What SQLAlchemy is told, and tells.
+"""What we tell SQLAlchemy, and what it tells us.
 
-* `database`: one engine, and the sessions made over it
+* `maker`: makes the sessions of units over one engine
 * `session`: the session of a unit
 * `savepoint`: `begin_nested()` in a unit
-* `connection`: the connection and the engine of a unit, and their events
-* `statement_kind`: what a statement does, by its text
+* `engine`: takes the connection of a unit
+* `connection`: reports errors, sends COMMIT, hands out the driver's own connection
+* `connection_events`: what events tell of statements and savepoints
+* `pool`: what is set on a connection, and what it must be when it comes back
 * `streams`: rows that are fetched as they are read
 * `instances`: which objects may come in
 * `watched_session`: lazy loads that are counted or refused

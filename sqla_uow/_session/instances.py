@@ -1,9 +1,9 @@
-"""Which ORM objects may be put into a unit: not those of a failed attempt, nor those of the scope's read session."""
+"""Which ORM objects may be put into a unit: not those of a failed attempt, and not those of the scope's read session."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-from weakref import WeakKeyDictionary, WeakSet
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from sqlalchemy import inspect
 
@@ -13,37 +13,18 @@ from sqla_uow.errors import InstanceReuseError, ReadOnlyError
 if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, Session
 
-__all__ = ["Tainted", "check_attach", "check_merge", "describe", "taint"]
+    from sqla_uow._transaction.tainted import Reason, Tainted
 
-Reason: TypeAlias = Literal["attempt", "read"]
-
-
-class Tainted:
-    """Objects that may not be attached: of an attempt that failed, or of the read session."""
-
-    __slots__ = ("_reasons",)
-
-    def __init__(self) -> None:
-        # Made with the first: most have none.
-        self._reasons: WeakKeyDictionary[InstanceState[Any], Reason] | None = None
-
-    def get(self, state: InstanceState[Any]) -> Reason | None:
-        """Return why an object may not be attached, None if it may."""
-        return None if self._reasons is None else self._reasons.get(state)
-
-    def add(self, state: InstanceState[Any], reason: Reason) -> None:
-        if self._reasons is None:
-            self._reasons = WeakKeyDictionary()
-        self._reasons[state] = reason
-
-    def copy(self) -> Tainted:
-        copied = Tainted()
-        copied._reasons = None if self._reasons is None else self._reasons.copy()
-        return copied
+__all__ = ["check_attach", "check_merge", "describe", "taint"]
 
 
 def check_attach(transaction: Transaction, state: InstanceState[Any]) -> None:
-    """Refuse an object of a failed attempt, and one of the scope's read session."""
+    """Refuse an object of a failed attempt, and one of the scope's read session.
+
+    Raises:
+        InstanceReuseError: it is of a failed attempt.
+        ReadOnlyError: it is of the read session, or is to be put into that.
+    """
     reason = transaction.tainted.get(state) if transaction.tainted is not None else None
     if reason is not None:
         error_class = ReadOnlyError if reason == "read" else InstanceReuseError
@@ -60,7 +41,11 @@ def check_attach(transaction: Transaction, state: InstanceState[Any]) -> None:
 
 
 def check_merge(transaction: Transaction, state: InstanceState[Any]) -> None:
-    """Refuse to copy an object of the scope's read session: `merge` would write its older state over newer data."""
+    """Refuse to copy an object of the scope's read session: `merge` would write its older state over newer data.
+
+    Raises:
+        ReadOnlyError: it is one.
+    """
     theirs = transaction_of(state.session)
     tainted = transaction.tainted is not None and transaction.tainted.get(state) == "read"
     if tainted or (theirs is not None and theirs is not transaction and theirs.scope_read):
@@ -88,7 +73,7 @@ def _attach_message(transaction: Transaction, state: InstanceState[Any], reason:
 
 
 def taint(transaction: Transaction, session: Session, tainted: Tainted, reason: Reason) -> None:
-    """Remember the objects of this attempt, so that no later one reuses them."""
+    """Remember the objects of a session, so that no later unit takes them over."""
     for instance in session:
         tainted.add(inspect(instance), reason)
     for state in transaction.attached or ():
@@ -96,7 +81,7 @@ def taint(transaction: Transaction, session: Session, tainted: Tainted, reason: 
 
 
 def describe(instance: object) -> str:
-    """Name an ORM object by class and key; its attributes may be secret, or expired."""
+    """Name an ORM object by class and key, as its attributes may be secret or expired."""
     state = inspect(instance, raiseerr=False)
     key = getattr(state, "identity", None)
     return f"{type(instance).__name__}({', '.join(map(repr, key)) if key else 'new'})"

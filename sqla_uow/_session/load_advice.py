@@ -1,4 +1,4 @@
-"""What to say of a load that was not asked for, or was made again and again: what to write instead, and where."""
+"""What to say of a load that nobody asked for, or that was repeated: what to write instead, and where."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sqla_uow.errors import LazyLoadError
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["NO_WAITING", "Place", "place_of", "refusal", "repeated"]
+__all__ = ["NO_WAITING", "CodeLine", "code_line_of", "refusal", "repeated"]
 
 NO_WAITING = "an attribute cannot wait for the database"
 
 
-class Place(NamedTuple):
+class CodeLine(NamedTuple):
     """A line of the user's code, as `warnings.warn_explicit` wants it."""
 
     filename: str
@@ -26,8 +26,8 @@ class Place(NamedTuple):
     registry: dict[Any, Any]
 
 
-def place_of(frame: FrameType | None) -> Place | None:
-    """Return the first caller outside SQLAlchemy and this package; None where a task was made of SQLAlchemy's own code.
+def code_line_of(frame: FrameType | None) -> CodeLine | None:
+    """Return the first caller outside SQLAlchemy and this package; None if a task runs SQLAlchemy's own code.
 
     Args:
         frame: where to begin.  Under asyncio it may be in a greenlet; the code that awaits it is in the parent.
@@ -41,9 +41,9 @@ def place_of(frame: FrameType | None) -> Place | None:
                 return None
             if package not in ("sqlalchemy", "sqla_uow", "sqla_uow_starlette"):
                 registry = frame.f_globals.setdefault("__warningregistry__", {})
-                return Place(frame.f_code.co_filename, frame.f_lineno, module, registry)
+                return CodeLine(frame.f_code.co_filename, frame.f_lineno, module, registry)
             frame = frame.f_back
-        assert greenlet.parent is not None  # the first one has whoever runs the loop
+        assert greenlet.parent is not None  # what runs the loop is in the first one
         greenlet = greenlet.parent
         frame = greenlet.gr_frame
 
@@ -52,7 +52,7 @@ def place_of(frame: FrameType | None) -> Place | None:
 
 
 def refusal(origin: Origin, why: str) -> LazyLoadError:
-    """Return the error for an attribute that is not there.
+    """Return the error for an attribute that is not loaded.
 
     Args:
         origin: of the load.
@@ -71,8 +71,8 @@ def refusal(origin: Origin, why: str) -> LazyLoadError:
     )
 
 
-def repeated(origin: Origin, times: int, unit: str, place: Place | None) -> str:
-    """Return the warning for a SELECT that was sent again and again."""
+def repeated(origin: Origin, times: int, unit: str, place: CodeLine | None) -> str:
+    """Return the warning for a SELECT that was repeated."""
     where = "" if place is None else f", at {place.filename}:{place.lineno}"
     if origin.cause is Cause.SELECT:
         what = "the same SELECT" if origin.mapper is None else f"the same SELECT of {origin.mapper.class_.__name__}"
@@ -114,7 +114,7 @@ def _options(origin: Origin) -> str:
 
 
 def _option(origin: Origin) -> str:
-    """Return the loader option as the user would write it, from the first entity of the statement on."""
+    """Return the loader option as the user would write it, beginning at the first entity of the statement."""
     subclass = f"[{_name_of(origin.mapper)}]"
     if origin.cause is Cause.SUBCLASS and not origin.path:
         return f"selectin_polymorphic({_name_of(origin.base)}, {subclass})"
@@ -145,7 +145,7 @@ def _steps(origin: Origin) -> list[tuple[str, str]]:
 
 
 def _narrowed(attribute: Any, following: Any) -> str:
-    """Return what has to be said where the next step begins at a subclass."""
+    """Return what to add if the next step begins at a subclass."""
     if following is None or following.mapper is attribute.mapper:
         return ""
     return f".of_type({following.mapper.class_.__name__})"

@@ -1,7 +1,7 @@
 """Why the ORM sends a SELECT: a lazy load, an expired attribute, a refresh, a key, or a statement of the user.
 
 A session is told which statement to send and not why, but the frames that call it know.  SQLAlchemy's loaders have the same
-names in 2.0.58 and 2.1.9, and carry the flag by which its own ``raiseload`` spares what was asked for.
+names in 2.0.58 and 2.1.9, and the flag by which its own ``raiseload`` allows what was asked for.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Cause(Enum):
     """Why a SELECT is sent."""
 
     RELATIONSHIP = "an attribute was used that was never loaded: a relationship"
-    COLUMN = "likewise: a deferred column"
-    SUBCLASS = "likewise: a column of a subclass, which was loaded by a statement of its base"
+    COLUMN = "an attribute was used that was never loaded: a deferred column"
+    SUBCLASS = "an attribute was used that was never loaded: a column of a subclass, whose object a statement of its base has loaded"
     EXPIRED = "an attribute was used that had been loaded, and was expired"
     REFRESH = "refresh()"
     KEY = "get()"
@@ -45,10 +45,10 @@ class Origin(NamedTuple):
     Attributes:
         cause: why.
         mapper: of the object.
-        names: of its attributes, where they are what is loaded.
+        names: of the attributes that are loaded, if it is these.
         path: how SQLAlchemy came to the attribute, from the first entity of the user's statement: entity and property in
-            turn; empty where no loader option can help.
-        base: of a subclass's column, the class whose statement loaded the object.
+            turn; empty if no loader option can help.
+        base: for a column of a subclass, the class whose statement loaded the object.
     """
 
     cause: Cause
@@ -59,7 +59,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(frame: FrameType | None) -> Origin | None:
-    """Return why a SELECT is sent; None if it serves one that was asked for, as selectinload() does, or a cascade.
+    """Return why a SELECT is sent; None if it belongs to one that was asked for, as selectinload() does, or to a cascade.
 
     Args:
         frame: of `Session._execute_internal`, or what called that.
@@ -71,7 +71,7 @@ def origin_of(frame: FrameType | None) -> Origin | None:
             if name in _READ:
                 return _READ[name](frame)
             if name == "invoke" or (module == "sqlalchemy.orm.strategies" and name != "_emit_lazyload"):
-                return None  # of a statement whose rows are being fetched: selectin, subquery, immediate, polymorphic
+                return None  # for a statement whose rows are being fetched: selectin, subquery, immediate, polymorphic
         elif not module.startswith(("sqla_uow", "sqlalchemy")):
             break
         frame = frame.f_back
@@ -79,7 +79,7 @@ def origin_of(frame: FrameType | None) -> Origin | None:
 
 
 def _unloaded(frame: FrameType) -> Origin | None:
-    """Read the frame of a strategy: what loads an attribute that is not there."""
+    """Read the frame of a loader strategy, which loads an attribute that is not there."""
     called = frame.f_locals
     if called["passive"] & PassiveFlag.NO_RAISE:  # immediateload, refresh(names), cascades, merge, history
         return None
@@ -94,7 +94,7 @@ def _expired(frame: FrameType) -> Origin:
     assert caller is not None  # the attribute
     state, name = frame.f_locals["self"], caller.f_locals["key"]
     asked_for = frame.f_locals["passive"] & PassiveFlag.NO_RAISE  # as above
-    made_here = state.runid is None  # no statement has loaded it; what the INSERT made up is expired
+    made_here = state.runid is None  # it was not loaded by a statement; values that the INSERT has made are expired
     base = None if asked_for or made_here or state.expired else _base_of(state, name)
     if base is None:
         return Origin(Cause.EXPIRED, state.mapper, (name,))
@@ -102,9 +102,9 @@ def _expired(frame: FrameType) -> Origin:
 
 
 def _base_of(state: InstanceState[Any], name: str) -> Mapper[Any] | None:
-    """Return the class by whose statement an object was loaded without this column of its own class, None for others.
+    """Return the base class whose statement has loaded an object without this column of its own class; None for other columns.
 
-    SQLAlchemy marks such columns as expired, all that a class adds to its base at once.
+    SQLAlchemy marks all columns that a class adds to its base as expired.
     """
     owner: Mapper[Any] = state.mapper
     while owner.inherits is not None and name in owner.inherits.attrs:
@@ -122,7 +122,7 @@ def _is_left_out(state: InstanceState[Any], mapper: Mapper[Any]) -> bool:
 
 
 def _is_kept(loaded: ColumnProperty[Any]) -> bool:
-    """Say whether an UPDATE leaves the attribute as it is: others are expired by a flush, too."""
+    """Say whether an UPDATE leaves the attribute as it is: a flush expires the others, too."""
     column: Any = loaded.columns[0]
     return isinstance(column, Column) and not (loaded.deferred or column.onupdate or column.server_onupdate)
 
@@ -136,7 +136,7 @@ def _refresh(frame: FrameType) -> Origin:
 
 
 def _path(state: InstanceState[Any], loaded: MapperProperty[Any]) -> tuple[Any, ...]:
-    # An object that was not loaded but made has come by no path.
+    # An object that was made and not loaded has no path.
     registry: Any = state.load_path or state.mapper._path_registry
     path: tuple[Any, ...] = registry[loaded].path
     return path

@@ -16,7 +16,7 @@ __all__ = ["UnitSavepoint"]
 
 
 class UnitSavepoint(SessionTransaction):
-    """The transaction of a ``begin_nested()`` block: left normally, but damaged, it is rolled back and says so.
+    """The transaction of a ``begin_nested()`` block: if an error inside it was swallowed, it is rolled back, and raises.
 
     SQLAlchemy would release it with half of its work, or, where a flush has failed, end it without a word.
     """
@@ -29,10 +29,10 @@ class UnitSavepoint(SessionTransaction):
         Raises:
             RollbackOnlyError: an error inside the block was swallowed.
         """
-        unit = transaction_of(self.session)
-        if kind is None and unit is not None:
+        transaction = transaction_of(self.session)
+        if kind is None and transaction is not None:
             try:
-                unit.check_sound()
+                transaction.check_sound()
             except UnitOfWorkError as refused:
                 super().__exit__(type(refused), refused, refused.__traceback__)
                 raise

@@ -1,4 +1,4 @@
-"""The session of a unit, and what SQLAlchemy tells of it.
+"""The session of a unit, and its events.
 
 `UnitSession` overrides public methods of `Session` and six private ones.
 """
@@ -18,19 +18,20 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import await_only
 
-from sqla_uow._databases.driver_state import watch
 from sqla_uow._databases.failures import classify
-from sqla_uow._databases.interrupt import remember
-from sqla_uow._databases.levels import opening
 from sqla_uow._databases.self_wait import watch_locks
-from sqla_uow._log import record
-from sqla_uow._session.connection import UnitConnection, UnitEngine, lift
+from sqla_uow._log import log
+from sqla_uow._session.connection import UnitConnection
+from sqla_uow._session.connection_events import lift
+from sqla_uow._session.engine import UnitEngine
 from sqla_uow._session.instances import check_attach, check_merge, describe
 from sqla_uow._session.load_advice import NO_WAITING, refusal
 from sqla_uow._session.load_origin import UNASKED, origin_of
 from sqla_uow._session.savepoint import UnitSavepoint
+from sqla_uow._transaction.committing import before_commit, being_committed
+from sqla_uow._transaction.failing import begin_again, can_begin_again
 from sqla_uow._transaction.phase import Phase
-from sqla_uow._transaction.transaction import Transaction, committing
+from sqla_uow._transaction.reports import session_rolled_back, transaction_begun
 from sqla_uow.errors import PropagationError, ReadOnlyError, UnitOfWorkError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState
 
     from sqla_uow._replicas.router import LastWrite
+    from sqla_uow._transaction.transaction import Transaction
 
 
 __all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class", "wait_for_locks"]
@@ -50,7 +52,7 @@ class UnitSession(Session):
 
     transaction_of_unit: Transaction | None = None
     on_dml: ClassVar[Callable[..., Any] | None] = None
-    """What `mixins` does to INSERT, UPDATE and DELETE; see `sqla_uow._versions.bulk`."""
+    """What `mixins` does to INSERT, UPDATE and DELETE: `sqla_uow._versions.bulk`."""
     on_expire: ClassVar[Callable[..., None] | None] = None
     """What `mixins` does before attributes are expired; see `sqla_uow._versions.reading`, and for the next."""
     on_refresh: ClassVar[Callable[..., Iterable[str] | None] | None] = None
@@ -58,7 +60,7 @@ class UnitSession(Session):
     """What `mixins` does around `merge`; see `sqla_uow._versions.events`."""
 
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
-        # execute(), scalars() and scalar() come by here.  A do_orm_execute listener would be paid for by each SELECT.
+        # execute(), scalars() and scalar() all call this.  A do_orm_execute listener would make each SELECT slower.
         if getattr(statement, "is_dml", False):
             return self._execute_dml(super()._execute_internal, statement, params, options)
         try:
@@ -82,14 +84,14 @@ class UnitSession(Session):
             raise
 
     def _is_stale(self, error: StaleDataError) -> None:
-        """Have an error that came out of no flush count as one that did: it dooms the unit, and is retried."""
+        """Treat an error outside a flush as one inside: it dooms the unit, and is retried."""
         transaction = self.transaction_of_unit
         if transaction is not None:
             transaction.stale = classify(error)
-            transaction.damage.add(error, failure=transaction.stale)
+            transaction.doom.mark(error, failure=transaction.stale)
 
     def _get_impl(self, *args: Any, **kwargs: Any) -> Any:
-        # get() with a lock compares the version of an object that is in memory.
+        # get() with a lock compares the version in memory.
         try:
             return super()._get_impl(*args, **kwargs)
         except StaleDataError as error:
@@ -97,21 +99,21 @@ class UnitSession(Session):
             raise
 
     def _begins_again(self, error: Exception) -> bool:
-        """Say whether the first statement of a read session is to be sent again, on another connection than a dead one."""
+        """Say whether the first statement of a read session must be sent again, as its connection was dead."""
         transaction = self.transaction_of_unit
-        if transaction is None or not transaction.can_begin_again() or has_changes(self) or len(self.identity_map):
+        if transaction is None or not can_begin_again(transaction) or has_changes(self) or len(self.identity_map):
             return False
         transaction.end_here(Phase.ENDING)
         super().rollback()
-        transaction.begin_again()
-        record(
+        begin_again(transaction)
+        log(
             logging.INFO, "%s met a dead connection (%s) and begins again on another", transaction.name, type(error).__name__,
             function=transaction.name, error=error,
         )  # fmt: skip
         return True
 
     def get_bind(self, *args: Any, bind: Engine | Connection | None = None, **kwargs: Any) -> Engine | Connection:
-        """Return the unit's engine.  Every statement and every flush comes by here before anything is sent."""
+        """Return the unit's engine.  Every statement and every flush calls this before anything is sent."""
         transaction = self.transaction_of_unit
         if transaction is None:
             return super().get_bind(*args, bind=bind, **kwargs)
@@ -120,8 +122,8 @@ class UnitSession(Session):
                 f"a statement in {transaction.name} was sent to another bind, but a unit is one transaction on one engine; "
                 "begin a unit of the other engine's manager"
             )
-        # Whose turn it is, the connection asks again just before it sends; what SQLAlchemy does until then harms nobody
-        # once the unit has its connection and nothing is in flight on it.
+        # The connection checks the task again just before it sends.  If the unit has its connection and nothing is in flight,
+        # what SQLAlchemy does until then harms nobody.
         if not transaction.is_calm():
             transaction.check_usable()
         if transaction.engine is None:
@@ -145,7 +147,7 @@ class UnitSession(Session):
             if transaction.read_only:
                 refuse_changes(self, transaction)
         except UnitOfWorkError as error:
-            transaction.damage.add(error)
+            transaction.doom.mark(error)
             raise
         before = transaction.owner.hold()
         try:
@@ -154,7 +156,7 @@ class UnitSession(Session):
             self._is_stale(error)
             raise
         except Exception as error:
-            transaction.damage.add(error, failure=classify(error))
+            transaction.doom.mark(error, failure=classify(error))
             raise
         finally:
             transaction.owner.let_go(before)
@@ -166,18 +168,18 @@ class UnitSession(Session):
         transaction = self.transaction_of_unit
         if transaction is None or not transaction.is_ending_here():
             if transaction is not None:
-                transaction.before_commit()
+                before_commit(transaction)
             super().commit()
             return
         here = getcurrent()
-        committing[here] = transaction
+        being_committed[here] = transaction
         try:
             super().commit()
         finally:
-            del committing[here]
+            del being_committed[here]
 
     def rollback(self) -> None:
-        """Roll back; the unit is doomed by it, and not under another task's statement."""
+        """Roll back, and doom the unit; refuse it while another task's statement is in flight."""
         transaction = self.transaction_of_unit
         if transaction is None or transaction.is_ending_here() or transaction.phase.is_over:
             super().rollback()
@@ -189,7 +191,7 @@ class UnitSession(Session):
             transaction.owner.let_go(before)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
-        """Refuse, but for a savepoint: the unit has begun."""
+        """Begin a savepoint; refuse anything else, as the unit has begun."""
         if not nested:
             self._refuse("begin", "has begun already; remove the begin(), or use begin_nested() for a savepoint")
         return super().begin(nested)
@@ -214,11 +216,11 @@ class UnitSession(Session):
         if transaction is None or transaction.is_ending_here() or transaction.phase is Phase.ENDED:
             return
         error = PropagationError(f"{method}() was called on the session of {transaction.name}, which {why}")
-        transaction.damage.add(error, hard=True)
+        transaction.doom.mark(error, hard=True)
         raise error
 
     def _merge(self, state: InstanceState[Any], *args: Any, **kwargs: Any) -> Any:
-        # merge(), merge_all() and the cascades of both come by here.
+        # merge(), merge_all() and the cascades of both call this.
         if self.transaction_of_unit is not None:
             check_merge(self.transaction_of_unit, state)
         if self.on_merge is None:
@@ -232,7 +234,7 @@ class UnitSession(Session):
     def refresh(
         self, instance: object, attribute_names: Iterable[str] | None = None, with_for_update: Any = None
     ) -> None:
-        """Refresh an object; the version of one that has it stands for all of it."""
+        """Refresh an object; a versioned one with all its attributes, as its version is for the whole row."""
         if attribute_names is not None and self.on_refresh is not None:
             attribute_names = self.on_refresh(self, instance, attribute_names)
         super().refresh(instance, attribute_names, with_for_update)
@@ -245,7 +247,7 @@ class UnitSession(Session):
         super().expire_all()
 
     def _expire_state(self, state: InstanceState[Any], attribute_names: Iterable[str] | None) -> None:
-        # expire() and refresh() come by here, for whole objects and what hangs on them also by the one below.
+        # expire() and refresh() call this; for whole objects and their cascades they also call the method below.
         if self.on_expire is not None and attribute_names:
             attribute_names = list(attribute_names)
             self.on_expire(state, attribute_names)
@@ -257,14 +259,14 @@ class UnitSession(Session):
         super()._conditional_expire(state, autoflush)
 
     def _before_attach(self, state: InstanceState[Any], obj: object) -> bool:
-        # The before_attach event comes too late: after SQLAlchemy's own "already attached to session".
+        # The before_attach event is too late: SQLAlchemy raises "already attached to session" before it.
         if self.transaction_of_unit is not None and state.session_id != self.hash_key:
             check_attach(self.transaction_of_unit, state)
         return super()._before_attach(state, obj)
 
 
 def wait_for_locks(session: Session) -> None:
-    """Have an attempt that has become the last wait for locks, also in its COMMIT."""
+    """Let an attempt that has become the last wait for locks, also in its COMMIT."""
     connection = session.connection()
     if isinstance(connection, UnitConnection):
         lift(connection)
@@ -272,7 +274,7 @@ def wait_for_locks(session: Session) -> None:
 
 def has_changes(session: Session) -> bool:
     """Say whether a flush might write something."""
-    # The public `new`, `dirty` and `deleted` build a set at each look, and each statement's autoflush looks.
+    # The public `new`, `dirty` and `deleted` build a set each time, and each statement's autoflush asks.
     return not session._is_clean()
 
 
@@ -309,85 +311,86 @@ def unit_session_class(base: type[Session]) -> type[Session]:
 # -- the events
 
 
-# First, whatever the user's listeners on Session do: those registered before this module was imported would precede it.
+# insert: before the user's listeners on Session, some of which were registered before this module was imported.
 @event.listens_for(UnitSession, "after_begin", insert=True)
-def _after_begin(session: UnitSession, transaction: SessionTransaction, connection: Connection) -> None:
-    unit = session.transaction_of_unit
-    if unit is None or transaction.nested or unit.connection is connection:
+def _after_begin(session: UnitSession, session_transaction: SessionTransaction, connection: UnitConnection) -> None:
+    transaction = session.transaction_of_unit
+    if transaction is None or session_transaction.nested or transaction.connection is connection:
         return
-    unit.begun(connection)
+    transaction_begun(transaction, connection)
+    database = transaction.database
     try:
-        remember(connection)
-    except asyncio.CancelledError as error:  # SQLAlchemy knows nothing of what was cut off
+        database.driver.keep_cancel_request(connection)
+    except asyncio.CancelledError as error:  # SQLAlchemy does not know what was cut off
         connection.invalidate(error)
         raise
-    database = unit.database
     database.recognise(connection)
-    seconds = None if unit.deadline is None else max(0.001, unit.deadline - unit.clock())
-    beginnings = unit.beginnings
-    opening(
+    seconds = None if transaction.deadline is None else max(0.001, transaction.deadline - transaction.clock())
+    beginnings = transaction.beginnings
+    database.system.open(
         connection,
-        database.family,
-        unit.isolation,
-        read_only=unit.read_only,
+        database.driver,
+        transaction.isolation,
+        read_only=transaction.read_only,
         seconds=seconds,
-        lock_wait=unit.lock_wait,
+        lock_wait=transaction.lock_wait,
         keeps_snapshot=database.keeps_snapshot,
-        server=database.server,
     )
-    unit.beginnings = beginnings  # what we have sent has read nothing
-    unit.watch = watch(connection) if unit.phase.is_active else None
-    if unit.enclosing:
-        unit.lock_watch = watch_locks(unit)
+    transaction.beginnings = beginnings  # what we have sent reads nothing
+    transaction.watch = database.driver.watch(connection.raw) if transaction.phase.is_active else None
+    if transaction.enclosing:
+        transaction.lock_watch = watch_locks(transaction)
     try:
-        database.check_honoured(connection, unit.isolation, who=unit.name)
-    except ValueError as error:  # else a body that catches it would go on at the other level
-        unit.damage.add(error, hard=True)
+        database.check_honoured(connection, transaction.isolation, who=transaction.name)
+    except ValueError as error:  # or a body that catches it could go on at the other level
+        transaction.doom.mark(error, hard=True)
         raise
 
 
 @event.listens_for(UnitSession, "after_commit", insert=True)
 def _after_commit(session: UnitSession) -> None:
-    unit = session.transaction_of_unit
-    if unit is not None and unit.phase is Phase.SENT:  # else it is the release of a savepoint
-        unit.phase = Phase.ENDING  # answered: what listeners of the user raise now is no trouble of COMMIT
-        if unit.last_write is not None and unit.wrote and unit.connection is not None:
-            _note_position(unit, unit.last_write, unit.connection)
+    transaction = session.transaction_of_unit
+    if transaction is not None and transaction.phase is Phase.SENT:  # else it is the release of a savepoint
+        transaction.phase = (
+            Phase.ENDING
+        )  # answered: an error of the user's listeners is not an error of COMMIT from now on
+        if transaction.last_write is not None and transaction.wrote and transaction.connection is not None:
+            _note_position(transaction, transaction.last_write, transaction.connection)
 
 
-def _note_position(unit: Transaction, last_write: LastWrite, connection: Connection) -> None:
-    """Ask how far a replica must be to show what was committed."""
+def _note_position(transaction: Transaction, last_write: LastWrite, connection: Connection) -> None:
+    """Ask how far a replica must have replayed to show what was committed."""
     try:
-        await_only(last_write.note(connection, unit.database.family))
+        await_only(last_write.note(connection, transaction.database))
     except Exception as error:
-        record(
+        log(
             logging.WARNING,
             "%s is committed, but the primary did not tell its position (%s); its client will read from the primary",
-            unit.name, type(error).__name__, function=unit.name, error=error,
+            transaction.name, type(error).__name__, function=transaction.name, error=error,
         )  # fmt: skip
         connection.invalidate()
 
 
 @event.listens_for(UnitSession, "after_transaction_create")
-def _transaction_created(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.nested and session.transaction_of_unit is not None:
-        transaction.__class__ = UnitSavepoint
-        session.transaction_of_unit.damage.savepoint(transaction)
+def _transaction_created(session: UnitSession, session_transaction: SessionTransaction) -> None:
+    if session_transaction.nested and session.transaction_of_unit is not None:
+        session_transaction.__class__ = UnitSavepoint
+        session.transaction_of_unit.doom.begin_savepoint(session_transaction)
 
 
 @event.listens_for(UnitSession, "after_transaction_end")
-def _transaction_ended(session: UnitSession, transaction: SessionTransaction) -> None:
-    if transaction.nested and session.transaction_of_unit is not None:
-        session.transaction_of_unit.damage.leave(transaction)
+def _transaction_ended(session: UnitSession, session_transaction: SessionTransaction) -> None:
+    if session_transaction.nested and session.transaction_of_unit is not None:
+        session.transaction_of_unit.doom.end_savepoint(session_transaction)
 
 
 @event.listens_for(UnitSession, "after_rollback")
 def _rolled_back(session: UnitSession) -> None:
-    unit = session.transaction_of_unit
-    if unit is None:
+    transaction = session.transaction_of_unit
+    if transaction is None:
         return
-    savepoint = unit.damage.top_of(SessionTransaction)
+    savepoint = transaction.doom.top_of(SessionTransaction)
     if savepoint is not None:
-        unit.damage.roll_back(savepoint)
+        transaction.doom.roll_back_savepoint(savepoint)
     else:
-        unit.rolled_back_outside(sys.exception())
+        session_rolled_back(transaction, sys.exception())

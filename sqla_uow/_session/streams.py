@@ -1,7 +1,7 @@
-"""Rows that are fetched as they are read: an operation in flight, until the last of them.
+"""Rows that are fetched as they are read.
 
-SQLAlchemy tells nobody of a fetch.  Another task's statement under one breaks asyncpg's connection; on MariaDB any other
-statement drops the rows that are left, without an error.  So the unit is asked at each fetch, and knows the stream.
+SQLAlchemy tells nobody of a fetch.  A statement of another task meanwhile breaks asyncpg's connection; on MariaDB any other
+statement drops the rows that are left, without an error.  So each fetch asks the unit, and the unit knows the stream.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from greenlet import getcurrent
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 
+from sqla_uow._databases.failures import classify
 from sqla_uow._tasks.frames import running_task
-from sqla_uow.errors import NoUnitError
+from sqla_uow.errors import NoUnitError, PropagationError
 
 if TYPE_CHECKING:
     import asyncio
@@ -22,82 +23,131 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction.transaction import Transaction
 
-__all__ = ["Stream", "open_stream"]
+__all__ = ["open_stream"]
 
 
 class Stream:
     """The result of a unit whose rows are being read.
 
     Args:
-        unit: whose it is.
-        context: of its statement.
+        transaction: of the unit.
+        context: of the stream's statement.
     """
 
-    __slots__ = ("_cursor", "_greenlet", "_reader", "_rows", "_unit", "is_over", "name")
+    __slots__ = ("_cursor", "_greenlet", "_is_over", "_name", "_reader", "_rows", "_transaction")
 
-    def __init__(self, unit: Transaction, context: Any) -> None:
-        self._unit = unit
+    def __init__(self, transaction: Transaction, context: Any) -> None:
+        self._transaction = transaction
         self._cursor: Any = context.cursor
         self._rows: weakref.ref[StreamedRows] | None = None
-        self.is_over: bool = False
-        self.name: str = _named(context)
+        self._is_over = False
+        self._name = _named(context)
         self._note_reader()
 
     def rows(self, context: Any) -> StreamedRows:
         """Return how its rows are fetched.
 
-        It does not keep that alive: of a result that nobody holds any more no row can be missed.
+        The reference is weak: from a result that nobody holds any more, nobody can read.
         """
         rows = StreamedRows(self, context)
         self._rows = weakref.ref(rows)
         return rows
 
-    def is_left(self) -> bool:
-        """Say whether nobody can read on."""
-        return self.is_over or self._rows is None or self._rows() is None
+    def check_unread(self, what: str) -> None:
+        """Refuse what would cut off the rows that are still being read: MariaDB's drivers drop them without an error.
 
-    def is_reading_here(self, family: str) -> bool:
-        """Say whether what is sent now belongs to the step that reads the rows, as ``selectinload()`` with them does.
+        Raises:
+            PropagationError: this task reads them.
+            TaskBoundaryError: another task reads them.
+        """
+        if self._is_left() or self._is_reading_here():
+            return
+        transaction = self._transaction
+        reader = self._other_reader()
+        by = "" if reader is None else f" by task {reader.get_name()!r}"
+        message = (
+            f"{what} in {transaction.name} while the rows of {self._name} are still being read{by}; read it to its end or close "
+            "it first, or read by pages"
+        )
+        if reader is not None:
+            raise transaction.owner.refuse(message)
+        error = PropagationError(message)
+        if not transaction.scope_read:  # it has nothing to lose
+            transaction.doom.mark(error)
+        raise error
+
+    def close_if_left(self) -> None:
+        """Close a stream that nobody can read on, before something else is sent; in SQLAlchemy's greenlet."""
+        if not self._is_left():
+            return
+        try:
+            self.finish()
+            self._cursor.close()
+        except Exception as error:
+            connection = self._transaction.connection
+            if connection is None or connection.invalidated:
+                return  # nothing is left to close but the driver's own object, which would warn that it was not
+            self._transaction.doom.mark(error, failure=classify(error), hard=True)
+            raise
+
+    def end(self) -> None:
+        """Let nobody read on: the end of its savepoint, or of the transaction, cuts the rows off."""
+        self._is_over = True
+
+    def body_returned(self) -> None:
+        """The body has returned: let nobody read on.
+
+        Raises:
+            TaskBoundaryError: another task still reads.
+        """
+        if self._other_reader() is not None:
+            self.check_unread("the end was reached")
+        self.end()
+
+    def _is_left(self) -> bool:
+        """Say whether nobody can read on."""
+        return self._is_over or self._rows is None or self._rows() is None
+
+    def _is_reading_here(self) -> bool:
+        """Say whether what is sent now belongs to the step that reads the rows, as that of ``selectinload()`` does.
 
         Not on MariaDB, whose connection has room for one result.
         """
-        return family != "mysql" and self._greenlet() is getcurrent()
+        return not self._transaction.database.system.one_result and self._greenlet() is getcurrent()
 
-    def other_reader(self) -> asyncio.Task[Any] | None:
+    def _other_reader(self) -> asyncio.Task[Any] | None:
         """Return the task that reads it, if that is another one and goes on."""
         reader = None if self._reader is None else self._reader()
         return None if reader is None or reader.done() or reader is running_task() else reader
 
     def begin_fetch(self) -> asyncio.Task[Any] | None:
-        """Make one operation of a fetch.
+        """Begin to fetch, as one operation of the unit.
+
+        Returns:
+            what `end_fetch` needs.
 
         Raises:
-            NoUnitError: nothing can be fetched any more.
+            NoUnitError: no row can be fetched any more.
             TaskBoundaryError: another task uses the unit.
         """
-        unit = self._unit
-        if self.is_over or not unit.phase.is_open:
+        transaction = self._transaction
+        if self._is_over or not transaction.phase.is_open:
             raise NoUnitError(
-                f"the rows of {self.name} were read on when its part of {unit.name} had ended; read them to their end inside "
+                f"the rows of {self._name} were read on when its part of {transaction.name} had ended; read them to their end inside "
                 "it, or read by pages"
             )
-        before = unit.owner.hold()
+        before = transaction.owner.hold()
         self._note_reader()
         return before
 
     def end_fetch(self, before: asyncio.Task[Any] | None) -> None:
-        self._unit.owner.let_go(before)
+        self._transaction.owner.let_go(before)
 
     def finish(self) -> None:
-        """Its last row was read, or it was closed; SQLAlchemy closes the cursor."""
-        self.is_over = True
-        if self._unit.stream is self:
-            self._unit.stream = None
-
-    def close(self) -> None:
-        """Close the cursor of a stream that was left in the middle; called in SQLAlchemy's greenlet."""
-        self.finish()
-        self._cursor.close()
+        """Its last row was read, or it is being closed."""
+        self._is_over = True
+        if self._transaction.stream is self:
+            self._transaction.stream = None
 
     def _note_reader(self) -> None:
         task = running_task()
@@ -106,7 +156,7 @@ class Stream:
 
 
 class StreamedRows(BufferedRowCursorFetchStrategy):
-    """SQLAlchemy's way to fetch the rows of a stream, with the unit asked before each."""
+    """SQLAlchemy's way to fetch the rows of a stream; asks the unit before each fetch."""
 
     __slots__ = ("__weakref__", "_stream")
 
@@ -150,14 +200,14 @@ class StreamedRows(BufferedRowCursorFetchStrategy):
         super().hard_close(result, dbapi_cursor)
 
 
-def open_stream(unit: Transaction, context: Any) -> StreamedRows:
-    """Have the unit know the stream that a statement has just opened, and return how its rows are fetched."""
-    unit.stream = stream = Stream(unit, context)
+def open_stream(transaction: Transaction, context: Any) -> StreamedRows:
+    """Tell the unit of the stream that a statement has just opened, and return how its rows are fetched."""
+    transaction.stream = stream = Stream(transaction, context)
     return stream.rows(context)
 
 
 def _named(context: Any) -> str:
-    """Return what messages call it: the tables, not the SQL, which may have values in it."""
+    """Return what messages call the stream: its tables, not its SQL, which may have values in it."""
     compiled = context.compiled
     froms = [] if compiled is None else getattr(compiled.statement, "columns_clause_froms", [])
     tables = [name for name in (getattr(one, "name", None) for one in froms) if isinstance(name, str)]

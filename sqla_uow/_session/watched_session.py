@@ -1,6 +1,6 @@
 """Units whose lazy loads are counted or refused: ``lazy_loads="warn"`` and ``"raise"`` of a manager.
 
-A class of session of their own, so that the others pay nothing.
+They have session classes of their own, so that other units pay nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 
-from sqla_uow._session.load_advice import NO_WAITING, place_of, refusal, repeated
+from sqla_uow._session.load_advice import NO_WAITING, code_line_of, refusal, repeated
 from sqla_uow._session.load_origin import NEVER_LOADED, UNASKED, Cause, Origin, origin_of
 from sqla_uow._session.session import UnitSession
 from sqla_uow.errors import NPlusOneWarning
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["watching"]
 
 REPEATS = 10
-"""How often one unit may send the same SELECT; the next one is told of."""
+"""How often one unit may send the same SELECT without a warning."""
 
 
 class WatchedSession(UnitSession):
@@ -38,7 +38,7 @@ class WatchedSession(UnitSession):
 
     def _execute_internal(self, statement: Any, params: Any = None, **options: Any) -> Any:
         origin = None
-        # A do_orm_execute listener that goes on with a statement comes by here a second time.
+        # A statement that a do_orm_execute listener goes on with comes here a second time.
         if getattr(statement, "is_select", False) and options.get("_parent_execute_state") is None:
             origin = self._origin(statement)
         if origin is None or self._flushing or self.transaction_of_unit is None:
@@ -52,10 +52,10 @@ class WatchedSession(UnitSession):
         return result
 
     def _origin(self, statement: Any) -> Origin | None:
-        # What called execute() or its like: the ORM for a load of its own, else the user, who may be in another greenlet.
+        # The caller of execute() and the like: the ORM, for a load of its own, or the user, maybe in another greenlet.
         frame = sys._getframe(2).f_back
         while frame is not None and not _is_orm(frame) and self._was_given_to(frame):
-            frame = frame.f_back  # an execute() of the user's class of session, or what a tracer puts around it
+            frame = frame.f_back  # an execute() of the user's session class, or a tracer's wrapper of it
         if frame is not None and _is_orm(frame):
             return origin_of(frame)
         return Origin(Cause.SELECT, statement._propagate_attrs.get("plugin_subject"))
@@ -67,11 +67,11 @@ class WatchedSession(UnitSession):
         return any(value is self or (type(value) is tuple and any(one is self for one in value)) for value in values)
 
     def _count(self, origin: Origin, statement: Any) -> None:
-        # A load of the ORM is known by what it loads, a statement by the key under which it is compiled.
+        # A load of the ORM is identified by what it loads, a statement by the key of its compiled form.
         key: object = origin[:3]
         if origin.cause is Cause.SELECT:
             compiled = statement._generate_cache_key()
-            if compiled is None:  # it is never the same
+            if compiled is None:  # such a statement is never the same
                 return
             key = compiled.key
         if self._counts is None:
@@ -82,7 +82,7 @@ class WatchedSession(UnitSession):
 
     def _warn(self, origin: Origin, times: int) -> None:
         assert self.transaction_of_unit is not None
-        place = place_of(sys._getframe(1))
+        place = code_line_of(sys._getframe(1))
         message = repeated(origin, times, self.transaction_of_unit.name, place)
         if place is None:
             warnings.warn(message, NPlusOneWarning, stacklevel=2)
@@ -106,7 +106,7 @@ _classes: dict[tuple[type[Session], LazyLoads], type[Session]] = {}
 
 
 def watching(unit_class: type[Session], lazy_loads: LazyLoads) -> type[Session]:
-    """Return a unit's class of session, with what is to become of its lazy loads; one class for each pair."""
+    """Return a unit's session class that treats lazy loads like this; one class for each pair."""
     if lazy_loads == "allow":
         return unit_class
     key = unit_class, lazy_loads

@@ -1,4 +1,4 @@
-"""Tasks of asyncio.
+"""asyncio's tasks and event loops.
 
 * `frames`: the only ContextVar; which task descends from which
 * `owner`: which task may use a unit

@@ -24,10 +24,10 @@ Task = asyncio.Task[Any]
 
 
 class Place:
-    """Where a unit is looked up.  `closed` is set at its end, so that a copied context cannot use it any more.
+    """Where a unit is looked up.  Its end sets `closed`, so that a copied context cannot use it any more.
 
     Args:
-        key: what it belongs to; an ended place hides those of the same key around it.
+        key: the manager that it belongs to; an ended place hides those of the same key around it.
     """
 
     __slots__ = ("closed", "key")
@@ -83,7 +83,7 @@ def check_loop(name: str, loop: asyncio.AbstractEventLoop) -> Task:
 
 
 def current_places() -> tuple[Place, ...]:
-    """Return the places of this context, innermost first; ended ones too, so that nobody falls through them."""
+    """Return the places of this context, innermost first, with the ended ones: these hide what is around them."""
     frame = _frame.get()
     return () if frame is None else frame.places
 
@@ -96,7 +96,7 @@ def here(task: Task | None) -> Frame:
     ref = None if task is None else weakref.ref(task)
     if frame is None:
         return Frame((), ref, None)
-    # Ended parents are left out, else a task that starts its successor for ever would grow the chain for ever.
+    # Ended parents are left out: if each task starts its successor, the chain would grow for ever.
     up: Frame | None = frame
     while up is not None and (up.task is None or (parent := up.task()) is None or parent.done()):
         up = up.up
@@ -120,9 +120,9 @@ def push(place: Place) -> None:
 
 
 def _without_hidden(places: tuple[Place, ...]) -> tuple[Place, ...]:
-    """Leave out ended places behind an ended one of the same key.
+    """Leave out ended places that an ended one of the same key hides.
 
-    A task that starts its successor inside its own scope for ever would pile them up for ever.
+    If each task starts its successor inside its own scope, they would pile up for ever.
     """
     ended: set[int] = set()
     kept: list[Place] = []
@@ -138,8 +138,8 @@ def _without_hidden(places: tuple[Place, ...]) -> tuple[Place, ...]:
 def pop(place: Place) -> None:
     """End `place`, and take it off this context if it is here.
 
-    It may not be: an async generator can be closed in another context than the one it was begun in.  There nothing is
-    touched, and whoever still sees the place sees that it has ended.
+    It may not be here: an async generator can be closed in another context than the one it was begun in.  Then this context stays
+    as it is, and code that still sees the place sees that it has ended.
     """
     place.closed = True
     frame = _frame.get()
@@ -153,9 +153,9 @@ def pop(place: Place) -> None:
 
 
 def _anyio_ancestors(task: Task) -> Iterator[int]:
-    """Yield the ids of the tasks that anyio started `task` from; it records parents that never looked at our variable.
+    """Yield the ids of the tasks from which anyio started `task`, also of those that never looked at our variable.
 
-    Two stacked `BaseHTTPMiddleware` where only the inner one uses the session after `call_next` need this.
+    Needed for two `BaseHTTPMiddleware`, one in the other, if only the inner one uses the session after `call_next`.
     """
     anyio = sys.modules.get("anyio")
     if anyio is None:

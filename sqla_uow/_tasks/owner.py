@@ -1,28 +1,31 @@
-"""Who uses one unit: one task at a time."""
+"""Which task may use a unit: one at a time."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sqla_uow._tasks.frames import check_loop, descends, here, running_task
 from sqla_uow.errors import TaskBoundaryError
-
-if TYPE_CHECKING:
-    from sqla_uow._transaction.doom import Damage
 
 __all__ = ["Owner"]
 
 Task = asyncio.Task[Any]
 
 
+class Doom(Protocol):
+    """What an owner tells of tasks that have used the unit at once."""
+
+    def mark(self, cause: BaseException | None, *, hard: bool) -> None: ...
+
+
 class Owner:
-    """Who uses one unit: one task at a time, handed down to children and back, never shared by siblings."""
+    """Which task uses a unit: one at a time.  It is handed down to child tasks and back, and never shared by siblings."""
 
-    __slots__ = ("_damage", "_frame", "_held", "_lost", "idle", "in_flight", "last", "loop", "name")
+    __slots__ = ("_doom", "_frame", "_held", "_lost", "idle", "in_flight", "last", "loop", "name")
 
-    def __init__(self, name: str, damage: Damage) -> None:
+    def __init__(self, name: str, doom: Doom) -> None:
         task = running_task()
         if task is None:
             raise TaskBoundaryError(f"{name} was begun outside any task; begin it in a coroutine that a task runs")
@@ -31,7 +34,7 @@ class Owner:
         self.last: Task | None = task
         self._frame = here(task)
         self._lost: weakref.WeakSet[Task] | None = None
-        self._damage = damage
+        self._doom = doom
         self._held: Task | None = None
         self.in_flight: Task | None = None
         self.idle: asyncio.Future[None] | None = None
@@ -47,24 +50,24 @@ class Owner:
         except RuntimeError:  # a thread without an event loop
             return self._admit()
         if task is not None and task is self.last and (self.in_flight is None or self.in_flight is task):
-            return task  # who holds is the last one, too
+            return task  # the one that holds is always the last one
         return self._admit()
 
-    def enter(self) -> None:
+    def begin_operation(self) -> None:
         """Begin an operation on the connection."""
         self.in_flight = self.check()
 
-    def leave(self) -> None:
-        """End the operation, and wake the end of the unit if it waits for that."""
+    def end_operation(self) -> None:
+        """End the operation, and wake the end of the unit if that waits for it."""
         self.in_flight = None
         if self.idle is not None and self._held is None and not self.idle.done():
             self.idle.set_result(None)
 
     def hold(self) -> Task | None:
-        """Make one operation of all that follows: a flush with the ROLLBACK that SQLAlchemy sends when it fails.
+        """Begin an operation of several steps, such as a flush with the ROLLBACK that SQLAlchemy sends when the flush fails.
 
         Returns:
-            what `let_go` wants to be given.
+            what `let_go` needs.
         """
         before, self._held = self._held, self.check()
         return before
@@ -72,7 +75,7 @@ class Owner:
     def let_go(self, before: Task | None) -> None:
         """End what `hold` began."""
         self._held = before
-        self.leave()
+        self.end_operation()
 
     def busy(self) -> Task | None:
         """Return the task whose operation is in flight."""
@@ -80,7 +83,7 @@ class Owner:
         return None if busy is None or busy.done() else busy
 
     def busy_elsewhere(self) -> asyncio.Future[None] | None:
-        """Return what to wait for while another task's operation is in flight."""
+        """Return what to wait for if another task's operation is in flight, else None."""
         busy = self.busy()
         if busy is None or busy is running_task():
             return None
@@ -88,22 +91,22 @@ class Owner:
         return self.idle
 
     def is_free(self) -> bool:
-        """Say whether the running task could use the unit, and would take it from nobody."""
+        """Say whether the running task could use the unit without taking it from another task."""
         task, last = running_task(), self.last
         busy = self.busy()
         if task is None or (busy is not None and busy is not task):
             return False
         return last is None or last is task or last.done() or descends(task, here(task), last)
 
-    def release(self) -> None:
-        """Keep no task alive."""
+    def forget_task(self) -> None:
+        """Keep no task alive: the unit has ended."""
         self.last = None
 
     def _admit(self) -> Task:
         try:
             task = check_loop(self.name, self.loop)
         except TaskBoundaryError as error:
-            self._damage.add(error, hard=True)
+            self._doom.mark(error, hard=True)
             raise
         busy = self.busy()
         if busy is not None and busy is not task:
@@ -133,9 +136,9 @@ class Owner:
         )
 
     def refuse(self, message: str) -> TaskBoundaryError:
-        """Doom the unit, because two tasks use it, and return the error to raise."""
+        """Doom the unit because two tasks use it, and return the error to raise."""
         error = TaskBoundaryError(message)
-        self._damage.add(error, hard=True)
+        self._doom.mark(error, hard=True)
         return error
 
 

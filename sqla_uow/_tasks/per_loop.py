@@ -30,12 +30,11 @@ class PerLoop(Generic[T]):
         self._make = make
         # Not weak: an asyncio.Lock holds its loop, and so would keep itself alive.
         self._of: dict[asyncio.AbstractEventLoop, T] = {}
-        self._latest: tuple[asyncio.AbstractEventLoop, T] | None = (
-            None  # one attribute, so that threads see both or none
-        )
+        # One attribute for both, so that threads see both or none.
+        self._latest: tuple[asyncio.AbstractEventLoop, T] | None = None
 
     def here(self) -> T:
-        """Return that of the running loop."""
+        """Return what the running loop has."""
         loop = asyncio.get_running_loop()
         latest = self._latest
         if latest is not None and latest[0] is loop:
@@ -50,5 +49,5 @@ class PerLoop(Generic[T]):
         return mine
 
     def everywhere(self) -> list[T]:
-        """Return those of all loops that are not known to be closed."""
+        """Return what the loops have, except those that are known to be closed."""
         return list(self._of.values())

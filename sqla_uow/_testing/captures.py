@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqla_uow._transaction.hooks import Hook, takers
+from sqla_uow._transaction.hooks import Hook, capturers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -44,14 +44,14 @@ def capture_after_commit(*, execute: bool = False) -> Generator[list[CapturedHoo
     captured: list[CapturedHook] = []
 
     def take(hooks: list[Hook]) -> None:
-        if takers[-1] is not take:  # those of a block within this one are that block's
+        if capturers[-1] is not take:  # those of a block within this one are that block's
             return
         captured.extend(CapturedHook(hook.function, hook.args, hook.kwargs) for hook in hooks)
         if not execute:
             hooks.clear()
 
-    takers.append(take)
+    capturers.append(take)
     try:
         yield captured
     finally:
-        takers.remove(take)
+        capturers.remove(take)

@@ -7,7 +7,7 @@ import importlib
 import sqlite3
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.database import family_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect

@@ -169,7 +169,7 @@ class FaultPlan:
         context = rest[-1]
         connection = getattr(context, "root_connection", None)
         if isinstance(connection, UnitConnection):
-            unit, dbapi_connection = connection.unit, connection.connection.dbapi_connection
+            unit, dbapi_connection = connection.transaction, connection.connection.dbapi_connection
             self._of[dbapi_connection] = unit
             if is_work(statement) and self._is_due(unit):
                 self._strike(unit, dbapi_connection)
@@ -200,10 +200,10 @@ class FaultPlan:
         self._flushing = None
 
     def _checkout(self, dbapi_connection: Any, *_details: object) -> None:
-        units = [place.open_unit() for place in current_places() if isinstance(place, UnitPlace)]
-        unit = next((unit for unit in units if unit is not None), None)
-        if unit is not None and self._at == "connect" and self._count_unit():
-            self._strike(unit._transaction, dbapi_connection)
+        open_here = [place.open_transaction() for place in current_places() if isinstance(place, UnitPlace)]
+        transaction = next((one for one in open_here if one is not None), None)
+        if transaction is not None and self._at == "connect" and self._count_unit():
+            self._strike(transaction, dbapi_connection)
 
     def _commit(self, original: Callable[..., Any], connection: Any) -> None:
         unit = self._of.get(getattr(connection, "dbapi_connection", connection))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from greenlet import getcurrent
 from sqlalchemy import event
 
-from sqla_uow._session.database import WITHIN
+from sqla_uow._databases.database import WITHIN
 from sqla_uow._tasks.frames import running_task
 from sqla_uow._testing.statements import engine_of
 

@@ -13,10 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from sqla_uow._api.manager import UnitOfWorkManager
-from sqla_uow._databases.distributed import family_of
-from sqla_uow._databases.interrupt import remember, settle
-from sqla_uow._databases.levels import check_level
-from sqla_uow._session.database import WITHIN
+from sqla_uow._databases.database import WITHIN, driver_of, family_of, system_of
+from sqla_uow._databases.interrupt import stop_statement
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._testing.savepoints import Outer, check_loop, dialect_within
 from sqla_uow._testing.statements import engine_of
@@ -92,7 +90,7 @@ async def _manager_rolled_back(
 
 @asynccontextmanager
 async def _engine_rolled_back(engine: AsyncEngine, isolation: IsolationLevel | None) -> AsyncGenerator[AsyncEngine]:
-    check_level(engine.dialect.name, isolation, who="rolled_back()")
+    system_of(engine.dialect).check_level(isolation, who="rolled_back()")
     # In tasks of their own: cut off half-way, they would leave the connection with its locks to the next test.
     taken = await shielded(partial(_take, engine, isolation))
     if taken.cancelled is not None:
@@ -155,7 +153,7 @@ def _roll_back(connection: Connection, outer: Outer, cut_off: bool) -> None:  # 
     """Roll back, or throw away what a statement may still be going on in, as a unit does that is cut off."""
     in_memory = outer.family == "sqlite" and ":memory:" in (connection.engine.url.database or ":memory:")
     if cut_off and not in_memory:  # which is gone with its connection
-        settle(connection, None)
+        stop_statement(connection, None)
         connection.invalidate()
         return
     transaction = connection.get_transaction()
@@ -189,7 +187,7 @@ def _begin(connection: Connection, family: str) -> Outer:
                 raise
     else:
         connection.exec_driver_sql("SELECT 1")
-    remember(connection)
+    driver_of(connection.dialect).keep_cancel_request(connection)
     return Outer(dbapi_connection, family, connection.get_isolation_level())
 
 

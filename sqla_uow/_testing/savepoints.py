@@ -94,7 +94,7 @@ class Outer:
 
     def note(self, error: BaseException) -> None:
         """Remember an error by which MariaDB ends all of a transaction, savepoints or not."""
-        if self.family == "mysql" and (code := code_of(error)) in _ENDING:
+        if self.family == "mariadb" and (code := code_of(error)) in _ENDING:
             self._ended_by, self._lost = int(code), error
 
     def begin(self) -> None:
@@ -121,7 +121,7 @@ class Outer:
 
     def _end(self) -> None:
         self._open = False
-        if self.family == "mysql":  # told by SET TRANSACTION, which holds for one
+        if self.family == "mariadb":  # told by SET TRANSACTION, which holds for one
             self.read_only = False
 
     def check_level(self, level: str) -> None:
@@ -140,7 +140,7 @@ class Outer:
         """Say whether a statement is for the beginning of a transaction, and done with here."""
         if self.family == "sqlite":
             return _BEGIN.match(statement) is not None
-        if self.family != "mysql":
+        if self.family != "mariadb":
             return False
         if _OPENING.match(statement) is None:
             if self.read_only and _WRITES.match(statement) is not None:

@@ -11,12 +11,13 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from sqla_uow._attempts.arguments import Called, named, renew
-from sqla_uow._attempts.call import rehearsals
+from sqla_uow._attempts.attempt import Attempt
+from sqla_uow._attempts.call import before_first_attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from sqla_uow._attempts.call import Attempts
+    from sqla_uow._attempts.call import Call
     from sqla_uow._unit.unit import UnitOfWork
 
 __all__ = ["run_twice"]
@@ -56,25 +57,25 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
     async def twice(*args: P.args, **kwargs: P.kwargs) -> R:
         names: list[str] = []
 
-        async def in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, Any, object]]) -> None:
-            names.append(attempts.options.who)
-            assert attempts.called is not None
-            called = Called._make(attempts.called)
+        async def in_vain(call: Call[Any], run: Callable[[], Coroutine[Any, Any, object]]) -> None:
+            names.append(call.options.who)
+            assert call.called is not None
+            called = Called._make(call.called)
             before = list(_copies(called))
-            await _in_vain(attempts, call)
+            await _in_vain(call, run)
             for name, value, as_it_was in before:
                 if value != as_it_was:
                     raise AssertionError(
-                        f"{attempts.options.who} changed its argument {name!r} in the run in vain, and another attempt would "
+                        f"{call.options.who} changed its argument {name!r} in the run in vain, and another attempt would "
                         "be given what it left of it; let it change a copy"
                     )
             await renew(called, 1)
 
-        rehearsals.append(in_vain)
+        before_first_attempt.append(in_vain)
         try:
             result = await function(*args, **kwargs)
         finally:
-            rehearsals.remove(in_vain)
+            before_first_attempt.remove(in_vain)
         if not names:
             raise AssertionError(
                 f"no transactional function was run in {function.__qualname__}(); nothing was run twice"
@@ -100,17 +101,17 @@ def _copies(called: Called) -> Iterator[tuple[str, Any, Any]]:
                 yield name, value, as_it_was
 
 
-async def _in_vain(attempts: Attempts[Any], call: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    attempt = attempts.next()
-    attempts.retries += 1  # for this run is not the last
+async def _in_vain(call: Call[Any], run: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    attempt = Attempt(call)
+    call.retries += 1  # for this run is not the last
     try:
         with contextlib.suppress(Exception):
             async with attempt as unit:
-                await call()
+                await run()
                 unit.before_commit(_stop, unit)
     finally:
-        attempts.retries -= 1
-        attempts.attempt, attempts.more = 0, True
+        call.retries -= 1
+        call.attempt, call.more = 0, True
 
 
 async def _stop(unit: UnitOfWork[Any]) -> None:

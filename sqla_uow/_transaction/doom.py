@@ -1,8 +1,9 @@
-"""What happened inside a unit that forbids its COMMIT, and which savepoints bring it back.
+"""Why a unit may not commit, and which savepoints take that back.
 
-A *mark* is (savepoint depth, hard).  A failed statement or an inner frame that left by an exception is a soft mark:
-rolling back a savepoint of its depth or above clears it.  A conflict, a lock timeout or a lost connection is a hard
-mark: MariaDB has already rolled back everything (1213, 1020) or half (1205), and the caller must not go on.
+A *mark* has a savepoint depth and is soft or hard.  A failed statement makes a soft mark, and so does a joined function that
+raises: rolling back a savepoint that was begun before the mark clears it.  A conflict, a lock timeout or a lost connection
+makes a hard mark, which stays: MariaDB has already rolled back everything (1213, 1020) or half of it (1205), and the caller
+must not go on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow._transaction.hooks import Hooks
 
-__all__ = ["Damage"]
+__all__ = ["Doom"]
 
 
 class Mark(NamedTuple):
@@ -37,21 +38,21 @@ class _Savepoint:
         self.kept = False  # the server released it, or was not asked to: what came after it is in the transaction
 
 
-class Damage:
-    """The stack of savepoints of one unit, and the mark that stands."""
+class Doom:
+    """The savepoints of one unit, innermost last, and the mark if there is one."""
 
-    __slots__ = ("_hooks", "_savepoints", "mark")
+    __slots__ = ("_hooks", "_savepoints", "marked")
 
     def __init__(self, hooks: Hooks) -> None:
         self._hooks = hooks
         self._savepoints: list[_Savepoint] = []
-        self.mark: Mark | None = None
+        self.marked: Mark | None = None
 
     @property
     def depth(self) -> int:
         return len(self._savepoints)
 
-    def add(
+    def mark(
         self,
         cause: BaseException | None,
         *,
@@ -60,27 +61,27 @@ class Damage:
         reason: str | None = None,
         quiet: bool = False,
     ) -> None:
-        """Mark; the first cause stays, unless the new one is hard and it was not."""
-        if self.mark is None or (hard and not self.mark.hard):
-            self.mark = Mark(self.depth, hard, cause, failure, reason, quiet)
+        """Forbid COMMIT.  The first cause stays, unless the new one is hard and the first was soft."""
+        if self.marked is None or (hard and not self.marked.hard):
+            self.marked = Mark(self.depth, hard, cause, failure, reason, quiet)
 
-    def savepoint(self, key: object) -> None:
-        """Enter a savepoint, known by its name or by its ORM transaction."""
-        self._savepoints.append(_Savepoint(key, self._hooks.mark()))
+    def begin_savepoint(self, key: object) -> None:
+        """A savepoint begins.  Its key is its name on the server, or its `SessionTransaction`."""
+        self._savepoints.append(_Savepoint(key, self._hooks.counts()))
 
-    def roll_back(self, key: object) -> None:
-        """The savepoint is being rolled back; it stays until `leave`, which takes along all that is inside it."""
+    def roll_back_savepoint(self, key: object) -> None:
+        """The savepoint is being rolled back; `end_savepoint` follows, and ends those inside it as well."""
         index = self._index(key)
         if index is None:
             return
         if self._savepoints[index].kept:
             # SQLAlchemy sends no ROLLBACK TO after a RELEASE that was refused or failed, though it says it rolled back.
-            self.add(None, reason="a savepoint in it could not be rolled back")
+            self.mark(None, reason="a savepoint in it could not be rolled back")
         else:
             self._savepoints[index].undone = True
 
-    def leave(self, key: object) -> None:
-        """The savepoint has ended; what it was released with is carried up, unless it was rolled back."""
+    def end_savepoint(self, key: object) -> None:
+        """The savepoint has ended.  If it was not rolled back, its mark and its hooks now belong to what is around it."""
         index = self._index(key)
         if index is None:
             return
@@ -99,7 +100,7 @@ class Damage:
         return next((entry.key for entry in reversed(self._savepoints) if isinstance(entry.key, kind)), None)
 
     def _tell_owner(self, *, kept: bool) -> None:
-        """Tell the ORM transaction that a savepoint on the server, known by name, belonged to."""
+        """Tell the `SessionTransaction` that the server's savepoint belonged to, how that ended."""
         owner = next((entry for entry in reversed(self._savepoints) if not isinstance(entry.key, str)), None)
         if owner is not None:
             owner.kept = kept
@@ -111,9 +112,9 @@ class Damage:
         return None
 
     def _carry(self, depth: int) -> None:
-        if self.mark is not None and self.mark.depth > depth:
-            self.mark = self.mark._replace(depth=depth)
+        if self.marked is not None and self.marked.depth > depth:
+            self.marked = self.marked._replace(depth=depth)
 
     def _clear(self, depth: int) -> None:
-        if self.mark is not None and not self.mark.hard and self.mark.depth > depth:
-            self.mark = None
+        if self.marked is not None and not self.marked.hard and self.marked.depth > depth:
+            self.marked = None

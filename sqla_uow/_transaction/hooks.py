@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._tasks.frames import running_task
 from sqla_uow._tasks.shield import shielded
 from sqla_uow.errors import UnitOfWorkError
@@ -19,19 +19,19 @@ from sqla_uow.errors import UnitOfWorkError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ROUNDS", "Hook", "HookOutcome", "Hooks", "being_run", "run_after_commit", "run_after_rollback", "takers"]
+__all__ = ["ROUNDS", "Hook", "HookOutcome", "Hooks", "being_run", "capturers", "run_after_commit", "run_after_rollback"]
 
 HOOK_SECONDS = 10.0
 """How long the hooks may still take after their caller was cancelled."""
 
 ROUNDS = 100
-"""How often hooks may make more hooks, or work for the next flush: as often as SQLAlchemy flushes before it gives up."""
+"""How often hooks may make more hooks, or more to flush.  SQLAlchemy itself gives up after as many flushes."""
 
 _numbers = itertools.count()
 
 
 class Hook(NamedTuple):
-    """A function, sync or async, what to call it with, and its place in the order of registration."""
+    """A function, sync or async, its arguments, and its number in the order of registration."""
 
     function: Callable[..., object]
     args: tuple[Any, ...]
@@ -40,7 +40,7 @@ class Hook(NamedTuple):
 
     @classmethod
     def of(cls, function: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hook:
-        if not callable(function):  # a coroutine, say: it would be found out only behind COMMIT
+        if not callable(function):  # a coroutine, for example, which would be noticed only after COMMIT
             raise TypeError(
                 f"a hook is of type {type(function).__name__}, which cannot be called; pass the function, and its arguments "
                 "behind it: after_commit(send, address)"
@@ -49,7 +49,7 @@ class Hook(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What messages call it: not its repr, which would show the arguments of a partial, or the object of a method."""
+        """What messages call it.  Its repr would show the arguments of a partial, or the object of a method."""
         function: Any = self.function
         while isinstance(function, functools.partial):
             function = function.func
@@ -61,15 +61,15 @@ class Hook(NamedTuple):
             await result
 
 
-takers: list[Callable[[list[Hook]], None]] = []
-"""Called with the `after_commit` hooks of each unit that has committed with some; what they take out does not run."""
+capturers: list[Callable[[list[Hook]], None]] = []
+"""Each is called with the `after_commit` hooks of every unit that commits; a hook it removes is not run."""
 
 
 class Hooks:
     """The hooks of one unit.
 
-    A savepoint remembers how many hooks there were when it began (`mark`); rolling it back drops those that came later,
-    so that nesting needs no tree.  `undone` keeps the rollback hooks of rolled-back savepoints until they can run.
+    A savepoint remembers how many hooks there were when it began (`counts`).  Rolling it back drops those that came later, so
+    nesting needs no tree.  `undone` keeps the rollback hooks of rolled-back savepoints until they can run.
     """
 
     __slots__ = ("after_commit", "after_rollback", "before_commit", "undone")
@@ -80,7 +80,7 @@ class Hooks:
         self.after_rollback: list[Hook] = []
         self.undone: list[Hook] = []
 
-    def mark(self) -> tuple[int, int, int]:
+    def counts(self) -> tuple[int, int, int]:
         return len(self.after_commit), len(self.before_commit), len(self.after_rollback)
 
     def due_after_rollback(self) -> list[Hook]:
@@ -88,12 +88,12 @@ class Hooks:
         # A savepoint on the server may begin later than the session's own, and is undone first.
         return sorted(self.undone + self.after_rollback, key=lambda hook: hook.number)
 
-    def drop(self, mark: tuple[int, int, int]) -> None:
-        """Forget what was registered since `mark`; its rollback hooks are due."""
-        del self.after_commit[mark[0] :]
-        del self.before_commit[mark[1] :]
-        self.undone.extend(self.after_rollback[mark[2] :])
-        del self.after_rollback[mark[2] :]
+    def drop(self, counts: tuple[int, int, int]) -> None:
+        """Forget the hooks that were registered since `counts`; their rollback hooks are to run."""
+        del self.after_commit[counts[0] :]
+        del self.before_commit[counts[1] :]
+        self.undone.extend(self.after_rollback[counts[2] :])
+        del self.after_rollback[counts[2] :]
 
 
 _Kind: TypeAlias = Literal["after_commit", "after_rollback"]
@@ -102,7 +102,7 @@ _running: WeakKeyDictionary[asyncio.Task[Any], tuple[_Kind, list[Hook]]] = WeakK
 
 
 def being_run(kind: _Kind) -> list[Hook] | None:
-    """Return the hooks of this kind that this task is running, to which a hook may add."""
+    """Return the hooks of this kind that this task is running; a hook may add to them."""
     task = running_task()
     running = None if task is None else _running.get(task)
     return running[1] if running is not None and running[0] == kind else None
@@ -116,8 +116,8 @@ class HookOutcome(NamedTuple):
     """What came of hooks.
 
     Attributes:
-        fatal: what one raised to end the program, or the test: no `Exception`, and no cancellation.
-        cancelled: the cancellation of the caller, before or meanwhile.
+        fatal: what a hook raised to end the program or the test: neither an `Exception` nor a cancellation.
+        cancelled: the cancellation of the caller, before the hooks or meanwhile.
     """
 
     fatal: BaseException | None
@@ -125,9 +125,9 @@ class HookOutcome(NamedTuple):
 
 
 async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tuple[list[Exception], HookOutcome]:
-    """Run the hooks of a commit; return what they raised, too."""
-    for take in takers:
-        take(hooks.after_commit)
+    """Run the hooks of a commit; return what they raised, and the outcome."""
+    for capture in capturers:
+        capture(hooks.after_commit)
     failures: list[Exception] = []
     return failures, await _bounded(
         ("after_commit", hooks.after_commit), who, lambda _, error: failures.append(error), cancelled
@@ -135,9 +135,9 @@ async def run_after_commit(hooks: Hooks, who: str, cancelled: _Cancelled) -> tup
 
 
 async def run_after_rollback(hooks: Hooks, who: str, cancelled: _Cancelled) -> HookOutcome:
-    """Run the hooks of what was rolled back, and log what they raise: why it was is what the caller must see."""
+    """Run the hooks of a rollback.  What they raise is logged, as the caller must see why the unit was rolled back."""
     due, hooks.undone = hooks.due_after_rollback(), []
-    hooks.after_rollback[:] = due  # where further ones are added
+    hooks.after_rollback[:] = due  # further hooks are added here
     if not due:
         return HookOutcome(None, cancelled)
     return await _bounded(("after_rollback", hooks.after_rollback), who, _log, cancelled)
@@ -147,7 +147,7 @@ async def _bounded(running: tuple[_Kind, list[Hook]], who: str, note: _Note, can
     work = functools.partial(_run, running, who, note)
     outcome = await shielded(work, grace=HOOK_SECONDS, limit=math.inf if cancelled is None else HOOK_SECONDS)
     if outcome.stop():
-        record(
+        log(
             logging.ERROR, "hooks of %s took more than %s s after a cancellation; stopped", who, HOOK_SECONDS,
             function=who,
         )  # fmt: skip
@@ -155,7 +155,7 @@ async def _bounded(running: tuple[_Kind, list[Hook]], who: str, note: _Note, can
 
 
 async def _run(running: tuple[_Kind, list[Hook]], who: str, note: _Note) -> BaseException | None:
-    """Run all, also those that are registered meanwhile, in a task of its own; return what is to end the program."""
+    """Run all hooks, also those registered meanwhile, in a task of their own; return what is to end the program."""
     task = asyncio.current_task()
     assert task is not None
     _running[task] = running
@@ -179,13 +179,13 @@ async def _run(running: tuple[_Kind, list[Hook]], who: str, note: _Note) -> Base
                 raise
             note(hook, _cancelled(hook, error))
         except BaseException as error:
-            # Raised on when all have run: let out of this task here, SystemExit would end the loop and forget the rest.
+            # Raised again when all hooks have run: if it left this task now, SystemExit would end the loop before the rest.
             fatal = fatal or error
     return fatal
 
 
 def _log(hook: Hook, error: Exception) -> None:
-    record(
+    log(
         logging.ERROR, "after_rollback hook %s failed; the rollback itself is done", hook.name,
         exc_info=error, hook=hook.name, error=error,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def _endless(hook: Hook, who: str) -> Exception:
 
 
 def _cancelled(hook: Hook, error: asyncio.CancelledError) -> Exception:
-    """Make an exception of a cancellation that is the hook's own, such as that of a task it awaited."""
+    """Turn a cancellation that is the hook's own, such as that of a task it awaited, into an exception."""
     failure = UnitOfWorkError(f"hook {hook.name} awaited what was cancelled; let it catch that")
     failure.__cause__ = error
     return failure

@@ -6,7 +6,6 @@ because a cancellation there would leave an outcome that nobody knows.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from functools import partial
@@ -16,26 +15,26 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow._databases.failures import Failure, Kind, classify
-from sqla_uow._databases.interrupt import cut
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._session.session import has_changes, wait_for_locks
 from sqla_uow._tasks.shield import Shielded, shielded
 from sqla_uow._transaction.hooks import ROUNDS, Hook, HookOutcome, run_after_commit, run_after_rollback
 from sqla_uow._transaction.phase import Phase
-from sqla_uow._unit.rollback import (
+from sqla_uow._unit.ending import (
     Ended,
     close_unused,
     discard_connection,
+    failure_of,
     noted,
     release,
     remember_objects,
-    roll_back,
-    wait_briefly,
 )
+from sqla_uow._unit.rollback import roll_back
 from sqla_uow.errors import AfterCommitError, AmbiguousCommitError, RollbackOnlyError
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -43,9 +42,9 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.unit import UnitOfWork
-    from sqla_uow._unit.verify import Witness
+    from sqla_uow._unit.verify import Verification
 
-__all__ = ["COMMIT_SECONDS", "commit", "failure_of", "prepare"]
+__all__ = ["COMMIT_SECONDS", "commit", "prepare"]
 
 
 COMMIT_SECONDS = 10.0
@@ -54,26 +53,29 @@ COMMIT_SECONDS = 10.0
 _ENDED_BEFORE = frozenset({"25P03", "25P04"})
 
 
-async def prepare(unit: UnitOfWork[Any], guard: Callable[[], None] | None) -> None:
+async def prepare(transaction: Transaction, guard: Callable[[], None] | None) -> None:
     """Do what may still fail before COMMIT: hooks, checks, flush; and again, for each may make work for the others.
+
+    Args:
+        transaction: not ended yet.
+        guard: called with the other checks; None where there is nothing to guard.
 
     Raises:
         RollbackOnlyError: they never come to an end.
     """
-    transaction = unit._transaction
     if transaction.stream is not None:
-        transaction.leave_stream()
+        transaction.stream.body_returned()
     hooks = transaction.hooks.before_commit
     for _ in range(ROUNDS):
         for _ in range(len(hooks)):
             await hooks.pop(0).run()
         if hooks:
             continue
-        if transaction.damage.mark is not None:
+        if transaction.doom.marked is not None:
             transaction.check_sound()
         if guard is not None:
             guard()
-        if unit._session is not None and not await _is_settled(unit._session, transaction):
+        if transaction.session is not None and not await _is_settled(transaction.session, transaction):
             continue
         transaction.owner.check()
         # In the same step of the loop: from here on another task's statement would run under COMMIT.
@@ -105,55 +107,40 @@ def _unfinished(hooks: list[Hook]) -> str:
     return f"the before_commit hook {hooks[0].name} is due again" if hooks else "objects are changed in each flush"
 
 
-async def commit(unit: UnitOfWork[Any], witness: Witness | None) -> Ended:
+async def commit(transaction: Transaction, unit: UnitOfWork[Any], verification: Verification | None) -> Ended:
     """Commit and close; never raises.
 
     Args:
-        unit: prepared; its place is closed.
-        witness: settles an unknown outcome, or None to raise it.
+        transaction: prepared; its place is closed.
+        unit: what its user sees of it, for an error that names it.
+        verification: learns an unknown outcome; None lets the caller do that.
     """
-    transaction, session = unit._transaction, unit._session
+    session = transaction.session
     if session is None or transaction.connection is None:
-        close_unused(unit)
-        return await _committed(unit, None)
+        close_unused(transaction)
+        return await _committed(transaction, None)
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
-    work = partial(session.run_sync, _commit_and_close, transaction, witness)
+    work = partial(session.run_sync, _commit_and_close, transaction, verification)
     limit = math.inf if transaction.deadline is None else transaction.deadline - transaction.clock()
     if limit <= 0:  # of a body that held up the loop, so that no timer came
-        return await roll_back(unit, TimeoutError("the deadline passed before COMMIT was sent"))
+        return await roll_back(transaction, TimeoutError("the deadline passed before COMMIT was sent"))
     outcome = await shielded(work, grace=COMMIT_SECONDS, limit=limit)
     error = await failure_of(outcome.task, transaction)
     if error is not None and transaction.phase is Phase.ENDING:  # COMMIT was answered; what was cut off is closing
-        await discard_connection(unit)
+        await discard_connection(transaction)
         error = None
     failure = None if error is None else _failure_at_commit(transaction, error)
     if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
-        return await _ambiguous(unit, error, witness, outcome.cancelled)
+        return await _ambiguous(transaction, unit, error, verification, outcome.cancelled)
     if error is None:
-        return await _committed(unit, outcome.cancelled)
-    return await roll_back(unit, outcome.cancelled or error, failure)
+        return await _committed(transaction, outcome.cancelled)
+    return await roll_back(transaction, outcome.cancelled or error, failure)
 
 
-async def failure_of(task: asyncio.Task[None], transaction: Transaction) -> BaseException | None:
-    """Return what the task raised; stop it first if its time was up."""
-    if task.cancelled():  # by somebody who cancels every task, as at the end of a loop
-        return asyncio.CancelledError()
-    if task.done():
-        return task.exception()
-    if not cut(transaction.connection):
-        task.cancel("the time for COMMIT is up")
-    await wait_briefly(task)
-    if not task.done():
-        return TimeoutError("COMMIT was not answered in time, and could not be stopped either")
-    if not task.cancelled() and task.exception() is None:
-        return None
-    return TimeoutError("COMMIT was not answered in time")
-
-
-def _commit_and_close(session: Session, transaction: Transaction, witness: Witness | None) -> None:
+def _commit_and_close(session: Session, transaction: Transaction, verification: Verification | None) -> None:
     transaction.end_here(Phase.COMMITTING)
-    if witness is not None and transaction.wrote and transaction.connection is not None:
-        witness.sign(transaction.connection)
+    if verification is not None and transaction.wrote and transaction.connection is not None:
+        verification.mark(transaction.connection)
     times = transaction.times
     if times is not None:
         times.commit_began = times.clock()
@@ -171,7 +158,7 @@ def _commit_and_close(session: Session, transaction: Transaction, witness: Witne
     try:
         session.close()
     except Exception as error:  # committed: trouble with the connection must not look like trouble with the data
-        record(
+        log(
             logging.WARNING, "closing a session after its COMMIT failed (%s); the work is committed", type(error).__name__,
             function=transaction.name, error=error,
         )  # fmt: skip
@@ -200,31 +187,34 @@ def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failur
 
 
 async def _ambiguous(
-    unit: UnitOfWork[Any], error: BaseException, witness: Witness | None, cancelled: asyncio.CancelledError | None
+    transaction: Transaction,
+    unit: UnitOfWork[Any],
+    error: BaseException,
+    verification: Verification | None,
+    cancelled: asyncio.CancelledError | None,
 ) -> Ended:
-    transaction = unit._transaction
-    verdict: bool | None = None
+    committed: bool | None = None
     if transaction.last_write is not None:
         transaction.last_write.lose()
-    remember_objects(unit)
-    await discard_connection(unit)
-    if witness is not None and witness.signed and cancelled is None:
-        asked = await shielded(partial(witness.verdict, transaction), grace=COMMIT_SECONDS)
+    remember_objects(transaction)
+    await discard_connection(transaction)
+    if verification is not None and verification.marked and cancelled is None:
+        asked = await shielded(partial(verification.ask, transaction), grace=COMMIT_SECONDS)
         cancelled = asked.cancelled
-        verdict = _verdict(asked, transaction.name)
-    if verdict is True:
-        return await _committed(unit, cancelled)
-    if verdict is False:
-        ended = await roll_back(unit, cancelled or error, Failure(Kind.LOST, None, error))
+        committed = _answer(asked, transaction.name)
+    if committed is True:
+        return await _committed(transaction, cancelled)
+    if committed is False:
+        ended = await roll_back(transaction, cancelled or error, Failure(Kind.LOST, None, error))
         return ended if cancelled is None else Ended(cancelled)
-    unit._final = Status.AMBIGUOUS
+    transaction.final = Status.AMBIGUOUS
     release(transaction)
-    record(
+    log(
         logging.ERROR, "COMMIT of %s was sent and its answer is unknown", transaction.name,
-        function=transaction.name, status=unit.status.value, attempt=unit.attempt, error=error,
+        function=transaction.name, status=Status.AMBIGUOUS.value, attempt=unit.attempt, error=error,
     )  # fmt: skip
     if cancelled is not None:
-        return Ended(noted(cancelled, unit))
+        return Ended(noted(cancelled, transaction.name, Status.AMBIGUOUS))
     ambiguous = AmbiguousCommitError(
         f"COMMIT of {transaction.name} was sent and its answer is unknown; look in the database whether the work is there "
         "before doing it again, or let ambiguous_commit='verify' look",
@@ -234,10 +224,10 @@ async def _ambiguous(
     return Ended(ambiguous)
 
 
-def _verdict(asked: Shielded[bool | None], who: str) -> bool | None:
+def _answer(asked: Shielded[bool | None], who: str) -> bool | None:
     asked.stop()
     if (trouble := asked.trouble) is not None:
-        record(
+        log(
             logging.WARNING, "the outcome of a COMMIT could not be verified (%s)", type(trouble).__name__,
             function=who, error=trouble,
         )  # fmt: skip
@@ -245,10 +235,9 @@ def _verdict(asked: Shielded[bool | None], who: str) -> bool | None:
     return asked.task.result() if asked.finished else None
 
 
-async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | None) -> Ended:
+async def _committed(transaction: Transaction, cancelled: asyncio.CancelledError | None) -> Ended:
     """Note the outcome, free everything, run the hooks."""
-    transaction = unit._transaction
-    unit._final = Status.COMMITTED
+    transaction.final = Status.COMMITTED
     release(transaction, committed=True)
     failures: list[Exception] = []
     hooks = transaction.hooks
@@ -263,11 +252,11 @@ async def _committed(unit: UnitOfWork[Any], cancelled: asyncio.CancelledError | 
     ends = ends or ran.cancelled
     if ends is not None:
         for failure in failures:
-            record(
+            log(
                 logging.ERROR, "after_commit hook of %s failed; it is committed", transaction.name, exc_info=failure,
                 function=transaction.name, error=failure,
             )  # fmt: skip
-        return Ended(noted(ends, unit))
+        return Ended(noted(ends, transaction.name, Status.COMMITTED))
     if failures:
         plural = "hook" if len(failures) == 1 else "hooks"
         return Ended(

@@ -1,4 +1,4 @@
-"""What a transactional function or block was told, checked where it is written."""
+"""The options of a transactional function or block, checked where they are written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from sqla_uow._databases.levels import check_level
+from sqla_uow._databases.levels import check_exists
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._retry.predicates import check_sync
 from sqla_uow.typing import IsolationLevel, Propagation
@@ -24,7 +24,7 @@ class Options:
     """The options of one call site; None leaves the choice to the manager.
 
     Raises:
-        ValueError, TypeError: an option that cannot be, with what could.
+        ValueError, TypeError: an option cannot work; the message says what would.
     """
 
     who: str
@@ -43,7 +43,7 @@ class Options:
         return options
 
     def __post_init__(self) -> None:
-        check_level("any", self.isolation, who=self.who)
+        check_exists(self.isolation, who=self.who)
         if self.propagation not in get_args(Propagation):
             known = ", ".join(map(repr, get_args(Propagation)))
             raise ValueError(f"{self.who} has propagation={self.propagation!r}, which is unknown; use one of {known}")
@@ -82,21 +82,21 @@ class LateName(str):
 
 
 def block_options(**options: Any) -> Options:
-    """Return the options of a block, checked only once for all blocks that were told the same: that costs 4 us."""
+    """Return the options of a block; equal options are checked only once, because a check costs 4 us."""
     try:
         return _checked(**options)
-    except TypeError:  # what cannot be hashed cannot be an option either: let it be refused
+    except TypeError:  # what cannot be hashed cannot be an option either, and is refused
         return Options(**options)
 
 
 _checked = functools.lru_cache(maxsize=128, typed=True)(Options)
 
 
-# What a type checker would have told the caller is told to the others here: the arguments are `object` on purpose.
+# For callers without a type checker; so the arguments are `object` on purpose.
 
 
 def check_name(name: object, who: str) -> None:
-    """Refuse what is no name."""
+    """Refuse what is not a name."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"{who} got {name!r}; use a string that is not empty")
 
@@ -108,13 +108,13 @@ def check_bool(read_only: object, who: str) -> None:
 
 
 def check_policy(policy: object, who: str, *, optional: bool = True) -> None:
-    """Refuse what is no policy."""
+    """Refuse what is not a policy."""
     if not isinstance(policy, RetryPolicy) and not (optional and policy is None):
         raise TypeError(f"{who} has retry={policy!r}; pass a RetryPolicy, and the number as retries=")
 
 
 def check_retries(retries: object, who: str, *, optional: bool = True) -> None:
-    """Refuse what is no number of retries."""
+    """Refuse what is not a number of retries."""
     if retries is None and optional:
         return
     if isinstance(retries, bool) or not isinstance(retries, int):
@@ -124,7 +124,7 @@ def check_retries(retries: object, who: str, *, optional: bool = True) -> None:
 
 
 def check_timeout(timeout: object, who: str) -> None:
-    """Refuse what is no number of seconds."""
+    """Refuse what is not a number of seconds."""
     if timeout is None:
         return
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):

@@ -15,6 +15,7 @@ from sqla_uow.typing import IsolationLevel, Status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqla_uow._session.maker import SessionMaker
     from sqla_uow._transaction.hooks import Hooks
     from sqla_uow._transaction.transaction import Transaction
 
@@ -33,12 +34,14 @@ class UnitOfWork(Generic[S]):
         attempt: which run of the body this is, from 1.
     """
 
-    __slots__ = ("__weakref__", "_final", "_is_last", "_session", "_transaction", "attempt")
+    __slots__ = ("__weakref__", "_is_last", "_maker", "_session", "_transaction", "attempt")
 
-    def __init__(self, transaction: Transaction, *, attempt: int = 1, is_last_attempt: bool = True) -> None:
+    def __init__(
+        self, transaction: Transaction, maker: SessionMaker[S], *, attempt: int = 1, is_last_attempt: bool = True
+    ) -> None:
         self._transaction = transaction
+        self._maker = maker
         self._session: S | None = None
-        self._final: Status | None = None
         self.attempt: int = attempt
         self._is_last: bool = is_last_attempt
 
@@ -61,17 +64,18 @@ class UnitOfWork(Generic[S]):
         """The unit's session.  It takes a connection with its first SQL, not before."""
         session = self._session
         if session is None:
-            if self._final is not None:
-                raise NoUnitError(f"{self._transaction.name} has ended without a session; open a new unit for SQL")
-            session = self._session = self._transaction.database.session(self._transaction)
+            transaction = self._transaction
+            if transaction.final is not None:
+                raise NoUnitError(f"{transaction.name} has ended without a session; open a new unit for SQL")
+            session = self._session = transaction.session = self._maker.session(transaction)
         return session
 
     @property
     def status(self) -> Status:
         """Where the unit stands; once it has ended, what became of it, reliably."""
-        if self._final is not None:
-            return self._final
-        if self._transaction.damage.mark is not None:
+        if self._transaction.final is not None:
+            return self._transaction.final
+        if self._transaction.doom.marked is not None:
             return Status.DOOMED
         return Status.NEW if self._transaction.phase is Phase.NEW else Status.ACTIVE
 
@@ -154,8 +158,8 @@ class UnitOfWork(Generic[S]):
     def doom(self, reason: str | None = None) -> None:
         """Roll back at the end; SQL is refused from now on.
 
-        Called in the function that owns the unit this is its own wish, and the function returns normally.  Called in a
-        joined function it is news to the owner, who gets `RollbackOnlyError`.
+        If the function that owns the unit calls it, the function returns normally.  If a joined function calls it, the
+        owner did not ask for the rollback and gets `RollbackOnlyError`.
 
         Args:
             reason: said in the errors that follow.
@@ -164,7 +168,7 @@ class UnitOfWork(Generic[S]):
             NoUnitError: the unit has ended.
         """
         self._check_open("call doom()")
-        self._transaction.damage.add(
+        self._transaction.doom.mark(
             None, hard=True, reason=f"doom() was called: {reason}" if reason else "doom() was called",
             quiet=self._transaction.joined == 0,
         )  # fmt: skip
@@ -176,7 +180,7 @@ class UnitOfWork(Generic[S]):
         return self._transaction.hooks
 
     def _check_open(self, what: str) -> None:
-        if self._final is not None:
+        if self._transaction.final is not None:
             raise NoUnitError(f"{self._transaction.name} has ended; {what} while it is open")
 
     def __repr__(self) -> str:

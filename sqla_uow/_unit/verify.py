@@ -1,57 +1,41 @@
-"""Settle an unknown COMMIT.
+"""What became of a COMMIT whose answer was lost.
 
-PostgreSQL keeps the status of a transaction id.  Elsewhere a marker row is written in the same transaction, and probed by
-an INSERT of the same token: it waits while the old transaction lives, where a SELECT would answer too early.  On another node
-of a Galera cluster it would not wait either, and CockroachDB and YugabyteDB may lose the old one's lock before its COMMIT, so
-there the INSERT is committed: one of the two transactions then fails.
+PostgreSQL keeps the status of a transaction id.  Elsewhere a row tells; see `markers`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import Column, MetaData, String, Table, insert, text, update
-from sqlalchemy.engine import Engine
-from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
-from sqlalchemy.exc import OperationalError as SAOperationalError
-from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
-from sqla_uow._databases.failures import Kind, classify, code_of
-from sqla_uow._log import record
-from sqla_uow._tasks.per_loop import PerLoop
+from sqla_uow._databases.failures import classify
+from sqla_uow._log import log
+from sqla_uow._unit.markers import Markers
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from sqlalchemy.engine import Connection
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-    from sqla_uow._session.database import Database
+    from sqla_uow._databases.database import Database
     from sqla_uow._transaction.transaction import Transaction
 
-__all__ = ["Notary", "Witness"]
+__all__ = ["Verification", "Verifier"]
 
 
 VERIFY_SECONDS = 30.0
 """How long an outcome without a deadline is asked for, while the server may be restarting."""
 POLL_SECONDS = 0.05
 
-MARKERS = Table("sqla_uow_commits", MetaData(), Column("token", String(36), primary_key=True))
-"""The marker rows.  Made on first need; each transaction takes over a free one, so there are as many as units at a time."""
-# In the connection's own schema: a map that leads each tenant to another would ask for as many tables.
-_UNTRANSLATED = {"schema_translate_map": None}
-
-
-_TABLE_EXISTS = frozenset({1050, "42P07"})
-
 # PostgreSQL: an id is not durable before something of its transaction is. After a crash it can be given again, and the
 # status is somebody else's (seen on 18.6). Statistics are reset by a crash, so the time of their reset tells one.
-_SIGN = "SELECT pg_current_xact_id()::text, stats_reset::text FROM pg_stat_bgwriter"
+_MARK = "SELECT pg_current_xact_id()::text, stats_reset::text FROM pg_stat_bgwriter"
 _LIFE = text("SELECT pg_is_in_recovery(), stats_reset::text FROM pg_stat_bgwriter")
 _STATUS = text("SELECT pg_xact_status(CAST(:xid AS text)::xid8)")
 _FUTURE = "22023"
@@ -63,110 +47,83 @@ _SURVIVED = text(
 )
 
 
-class Notary:
-    """What verification needs per manager: whether the marker table is there, and which markers are free."""
+class Verifier:
+    """Verifies the COMMITs of one manager.
 
-    __slots__ = ("_database", "_locks", "free", "ready")
+    Args:
+        database: of the manager.
 
-    def __init__(self, database: Database[Any]) -> None:
+    Attributes:
+        markers: the rows that tell, where the server does not.
+    """
+
+    __slots__ = ("_database", "markers")
+
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._locks = PerLoop(asyncio.Lock)
-        self.ready = False
-        self.free: list[str] = []
+        self.markers: Markers = Markers(database)
 
-    def witness(self) -> Witness:
-        """Return a witness for a unit that begins."""
-        return Witness(self, self._database)
-
-    async def make_table(self) -> None:
-        """Make the marker table where it is needed and missing."""
-        if self.ready or not self._database.makes_tables_apart():
-            return
-        async with self._locks.here():
-            if not self.ready:
-                # On a connection of its own, as MariaDB's DDL commits whatever is open, say; and not one of the pool, where
-                # units that wait for this table may hold them all.
-                engine = self._database.sync_engine
-                beside = AsyncEngine(Engine(engine.pool.recreate(), engine.dialect, engine.url))
-                try:
-                    async with beside.begin() as connection:
-                        await connection.run_sync(MARKERS.metadata.create_all)
-                except DBAPIError as error:
-                    if (
-                        error.orig is None or code_of(error.orig) not in _TABLE_EXISTS
-                    ):  # made by another process meanwhile
-                        raise
-                finally:
-                    await beside.dispose()
-                self.ready = True
+    def verification(self) -> Verification:
+        """Return the verification of a unit that begins."""
+        return Verification(self.markers, self._database)
 
 
-class Witness:
-    """Signs one transaction before its COMMIT, and says afterwards whether it is there."""
+class Verification:
+    """Marks one transaction before its COMMIT, and says afterwards whether it is there."""
 
-    __slots__ = ("_database", "_life", "_notary", "_old", "_outlawed", "_token", "signed")
+    __slots__ = ("_database", "_forced", "_life", "_markers", "_old", "_token", "marked")
 
-    def __init__(self, notary: Notary, database: Database[Any]) -> None:
-        self._notary = notary
+    def __init__(self, markers: Markers, database: Database) -> None:
+        self._markers = markers
         self._database = database
         # Before the transaction's snapshot: a row that is younger would be a conflict (innodb_snapshot_isolation).
-        self._old = notary.free.pop() if notary.free else None
+        self._old = markers.free.pop() if markers.free else None
         self._token: str | None = None
         self._life: str | None = None
-        self._outlawed = False  # the token is in a row of ours, so the transaction can never bring it
-        self.signed = False
+        self._forced = False  # the token is in a row of ours, so the transaction can never bring it
+        self.marked: bool = False
 
     async def get_ready(self, transaction: Transaction) -> None:
-        """See that `sign` will work; not in SQLAlchemy's greenlet."""
+        """See that `mark` will work; not in SQLAlchemy's greenlet."""
         try:
-            await self._notary.make_table()
+            await self._markers.make_table()
         except Exception as error:  # on a connection of its own: the transaction is sound, and may be run again
             transaction.connect_failure = classify(error, connecting=True)
             raise
 
-    def sign(self, connection: Connection) -> None:
+    def mark(self, connection: Connection) -> None:
         """Make the transaction recognisable; in SQLAlchemy's greenlet, just before COMMIT."""
         if self._database.keeps_status():
-            self._token, self._life = connection.exec_driver_sql(_SIGN).one()
+            self._token, self._life = connection.exec_driver_sql(_MARK).one()
         else:
-            self._mark(connection)
-        self.signed = True
+            self._token = self._markers.write(connection, self._old)
+        self.marked = True
 
-    def _mark(self, connection: Connection) -> None:
-        if not self._notary.ready:  # the one writer is this transaction, SQLite's or a test's; its DDL is part of it
-            connection.execute(CreateTable(MARKERS, if_not_exists=True), execution_options=_UNTRANSLATED)
-        self._token = str(uuid.uuid4())
-        if self._old is not None:
-            taken_over = update(MARKERS).where(MARKERS.c.token == self._old).values(token=self._token)
-            if connection.execute(taken_over, execution_options=_UNTRANSLATED).rowcount:
-                return
-        connection.execute(insert(MARKERS).values(token=self._token), execution_options=_UNTRANSLATED)
-
-    def settle(self, status: Status) -> None:
+    def conclude(self, status: Status) -> None:
         """Take note of the outcome: the marker that is there now is free for another transaction."""
         if status is Status.AMBIGUOUS or self._database.keeps_status():
             return
-        committed = self.signed and status is Status.COMMITTED
-        there = [self._token] if committed else [self._old, *([self._token] if self._outlawed else [])]
-        self._notary.free.extend(marker for marker in there if marker is not None)
-        self._notary.ready = self._notary.ready or committed
+        committed = self.marked and status is Status.COMMITTED
+        there = [self._token] if committed else [self._old, *([self._token] if self._forced else [])]
+        self._markers.free.extend(marker for marker in there if marker is not None)
+        self._markers.ready = self._markers.ready or committed
 
-    async def verdict(self, transaction: Transaction) -> bool | None:
+    async def ask(self, transaction: Transaction) -> bool | None:
         """Ask until there is an answer.
 
         Returns:
             True: committed.  False: not, and it never will be.  None: not known within the deadline, or ever.
         """
         until = transaction.deadline if transaction.deadline is not None else transaction.clock() + VERIFY_SECONDS
-        ask = self._ask_status if self._database.keeps_status() else self._ask_marker
+        question = self._ask_status if self._database.keeps_status() else self._ask_marker
         while transaction.clock() < until:
             try:
                 async with asyncio.timeout(max(0.01, until - transaction.clock())):
-                    answer = await _on_fresh_connection(self._database.engine, ask)
+                    answer = await _on_fresh_connection(self._database.engine, question)
             except ProgrammingError:
                 raise
             except Exception as error:  # of the server, the network, or a pool that others hold: not for ever
-                record(
+                log(
                     logging.DEBUG, "asking for the outcome of a COMMIT failed (%s); asking again", type(error).__name__,
                     function=transaction.name, error=error,
                 )  # fmt: skip
@@ -191,42 +148,11 @@ class Witness:
         return "again" if status == "in progress" else str(status)  # None is an id too old to be known: undecidable
 
     async def _ask_marker(self, connection: AsyncConnection) -> str:
-        try:
-            if not self._database.makes_tables_apart():  # by the transaction in question, if there was none before
-                await connection.execute(CreateTable(MARKERS, if_not_exists=True), execution_options=_UNTRANSLATED)
-            await connection.execute(insert(MARKERS).values(token=self._token), execution_options=_UNTRANSLATED)
-            if self._database.server is not None or (
-                self._database.family == "mysql" and await _is_cluster(connection)
-            ):
-                return await self._outlaw(connection)
-        except IntegrityError:
-            return "committed"
-        except SAOperationalError as error:
-            record(
-                logging.DEBUG, "probing a commit marker failed (%s); probing again", type(error).__name__, error=error
-            )
-            return "again"
-        finally:
-            await connection.rollback()
+        answer = await self._markers.ask(connection, self._token)
+        if answer != "forced":
+            return answer
+        self._forced = True
         return "aborted"
-
-    async def _outlaw(self, connection: AsyncConnection) -> str:
-        """Let the cluster decide between the transaction, which may still be under way on its node, and this one."""
-        try:
-            await connection.commit()
-        except DBAPIError as error:
-            # Lost: whose row it is then, nobody could tell.  Refused: the transaction may be there.
-            failure = classify(error)
-            known = failure is None or failure.kind not in (Kind.LOST, Kind.AMBIGUOUS)
-            return "again" if known else "undecidable"
-        self._outlawed = True
-        return "aborted"
-
-
-async def _is_cluster(connection: AsyncConnection) -> bool:
-    """Say whether the server certifies its transactions with other nodes; MySQL knows no such variable."""
-    row = (await connection.execute(text("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'"))).first()
-    return row is not None and row[1] == "ON"
 
 
 async def _on_fresh_connection(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[str]]) -> str:

@@ -1,4 +1,4 @@
-"""ORM statements on versioned models: an UPDATE counts for each row, and versions in memory stay those of the rows."""
+"""ORM statements on versioned models: an UPDATE gives each row a new version, and memory follows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Table, Update
     from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState
 
+    from sqla_uow._databases.system import System
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._versions.expectations import Versions
-    from sqla_uow._versions.kinds import Kind
+    from sqla_uow._versions.kinds import VersionKind
     from sqla_uow._versions.mapping import VersionMixin
 
 __all__ = ["next_version"]
@@ -43,7 +44,7 @@ _Row: TypeAlias = tuple[_Key, dict[str, Any]]
 
 
 def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
-    """Return what an upsert has to set so that it counts, by the column's name.
+    """Return what an upsert has to set, by the column's name, so that the row gets a new version.
 
     ::
 
@@ -55,7 +56,7 @@ def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
         model: a model with a version mixin.
 
     Returns:
-        The column's name, and an expression that counts.
+        The column's name, and an expression for the next version.
 
     Raises:
         TypeError: the model has no version.
@@ -69,7 +70,7 @@ def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
 
 
 class _Bulk:
-    """One ORM UPDATE of a versioned model, and how it is executed in the end."""
+    """One ORM UPDATE of a versioned model, while it is being changed and executed."""
 
     def __init__(
         self,
@@ -90,16 +91,16 @@ class _Bulk:
         self._options = options
         given: Any = options.get("execution_options") or {}
         self.settings: dict[str, Any] = {**self.statement.get_execution_options(), **given}
-        self.kind: Kind = kind
+        self.kind: VersionKind = kind
         self.attribute = attribute_of(mapper)
         self.versions: Versions = versions_of(self.transaction)
 
     @property
-    def family(self) -> str:
-        return self.transaction.database.family
+    def system(self) -> System:
+        return self.transaction.database.system
 
     def run(self, params: Any) -> Any:
-        """Execute the statement as it is by now."""
+        """Execute the statement, with the changes made to it."""
         return self._run(self.statement, params, **self._options)
 
     def affected(self) -> list[InstanceState[Any]]:
@@ -107,15 +108,15 @@ class _Bulk:
         states = [state for state in self.session.identity_map.all_states() if state.mapper.isa(self.mapper)]
         return [state for state in states if seen(state) is not None or state in self.versions.expectations]
 
-    def remember(self, now: _Found, *, seen: _Found, before: _Found) -> None:
-        """Put the rows' versions into memory, as loaded ones.
+    def put_into_memory(self, now: _Found, *, seen: _Found, before: _Found) -> None:
+        """Set the versions in memory to those of the rows, as if they had been loaded.
 
-        An object that was stale before the statement stays so: it was read before somebody else's change.
+        An object that was stale before the statement stays stale: it was read before somebody else's change.
 
         Args:
-            now: the rows' versions.
-            seen: those in memory, before the statement.
-            before: the rows', before the statement.
+            now: the versions of the rows.
+            seen: the versions in memory before the statement.
+            before: the versions of the rows before the statement.
         """
         for state, version in now.items():
             if seen[state] is not None:
@@ -124,13 +125,13 @@ class _Bulk:
                 self.versions.move_on(state, version)
 
     def read(self, states: Iterable[InstanceState[Any]], *, lock: bool = False) -> _Found:
-        """Return the rows' versions, None for one that is gone."""
+        """Return the versions of the rows, None for a row that is gone."""
         keys = {state: state.key[1] for state in states if state.key is not None}
         found = read_versions(self.session.connection(), self.mapper, list(keys.values()), lock=lock)
         return {state: found.get(key) for state, key in keys.items()}
 
     def prepare(self) -> list[InstanceState[Any]]:
-        """Flush, check what is expected, and keep the versions in memory for a savepoint's rollback."""
+        """Flush, check expected versions, and keep the versions in memory in case a savepoint is rolled back."""
         self.session._autoflush()
         self.versions.check_before_bulk(self.session, self.mapper)
         states = self.affected()
@@ -147,14 +148,14 @@ def execute(session: UnitSession, run: Any, statement: Any, params: Any, options
         run: executes the statement that comes out of this.
         statement: as the body wrote it.
         params: with it; a list is an UPDATE by primary key.
-        options: SQLAlchemy's own, handed through.
+        options: SQLAlchemy's own, passed on.
     """
     if session.transaction_of_unit is None or _versioned(statement) is None:
         return run(statement, params, **options)
     if session.dispatch.do_orm_execute:
-        if options.get("_parent_execute_state") is not None:  # a listener goes on with it; ours is behind all of them
+        if options.get("_parent_execute_state") is not None:  # from a listener; we come after all of them
             return run(statement, params, **options)
-        # Behind the listeners of the user, who may add criteria, and see the statement as it was written.
+        # After the user's listeners: they see the statement as it was written, and may add criteria.
         options = {**options, "_add_event": partial(_execute_behind_listeners, run)}
         return run(statement, params, **options)
     return _execute_now(session, run, statement, params, options)
@@ -195,7 +196,7 @@ UnitSession.on_dml = staticmethod(execute)
 
 
 def _versioned(statement: Any) -> Mapper[Any] | None:
-    """Return the versioned model that a statement of the ORM is about."""
+    """Return the mapper of the versioned model that an ORM statement writes, None for other statements."""
     subject = statement._propagate_attrs.get("plugin_subject")
     if subject is None or "parententity" not in statement.table._annotations:
         return None
@@ -227,17 +228,17 @@ def _where(bulk: _Bulk, params: Any) -> Any:
         bulk.statement = count_by_itself(bulk.statement, mapper)
         return _execute(bulk, states, lambda: bulk.run(params))
     if bulk.statement._propagate_attrs["plugin_subject"].is_aliased_class:
-        return bulk.run(params)  # SQLAlchemy has no UPDATE of two tables under another name, and says so
-    if bulk.family == "mysql":
+        return bulk.run(params)  # SQLAlchemy cannot UPDATE two tables under aliases, and raises
+    if bulk.system.updates_two_tables:
         _take_limit(bulk, params)
         bulk.statement = count_by_join(bulk.statement, mapper)
         result = _execute(bulk, states, lambda: bulk.run(params))
         result.context._rowcount = result.context.rowcount // 2  # MariaDB counts the rows of both tables
         return result
     beside = counting_beside(bulk.statement, mapper)
-    if bulk.family == "postgresql":
-        # By the same statement, or a row that begins to match in between would not be counted.  The rows are looked up in
-        # what was counted, so that the parents are locked first, as a flush does: the other way round the two deadlock.
+    if bulk.system.writes_in_with:
+        # One statement, or a row that begins to match in between would not be counted.  It takes its rows from those that were
+        # counted, so it locks the parents first, as a flush does: in another order the two could deadlock.
         counted = beside.returning(*key_columns(mapper)).cte("counted")
         bulk.statement = only_rows(bulk.statement, mapper, select(*counted.columns))
         return _execute(bulk, states, lambda: bulk.run(params))
@@ -245,13 +246,13 @@ def _where(bulk: _Bulk, params: Any) -> Any:
 
 
 def _execute_both(bulk: _Bulk, beside: Any, params: Any) -> Any:
-    """Count in the parent's table first: afterwards other rows might match.  Nobody else writes meanwhile (SQLite)."""
+    """Count in the parent's table first: afterwards other rows might match.  On SQLite nobody else writes meanwhile."""
     bulk.session.connection().execute(beside, params or {})
     return bulk.run(params)
 
 
 def _take_limit(bulk: _Bulk, params: Any) -> None:
-    """Choose the rows of an UPDATE ... LIMIT first: MariaDB has none of two tables."""
+    """Choose the rows of an UPDATE ... LIMIT first: MariaDB does not allow LIMIT with two tables."""
     connection = bulk.session.connection()
     limit, bulk.statement = limit_of(bulk.statement, connection.dialect.name)
     if limit is not None:
@@ -261,16 +262,16 @@ def _take_limit(bulk: _Bulk, params: Any) -> None:
 
 
 def _execute(bulk: _Bulk, states: list[InstanceState[Any]], run: Callable[[], Any]) -> Any:
-    """Execute, and put into memory what became of the versions there: two more statements, if there are any.
+    """Execute, and bring the versions in memory up to date; that takes two more statements if there are any.
 
-    Never what SQLAlchemy has evaluated in Python: which rows match, collations, types and limits decide in the database.
+    Which rows match is read from the database and never evaluated in Python: collations, types and limits decide it.
     """
     if not states:
         return run()
     before = {state: seen(state) for state in states}
     locked = bulk.read(states, lock=True)
     result = run()
-    bulk.remember(bulk.read(states), seen=before, before=locked)
+    bulk.put_into_memory(bulk.read(states), seen=before, before=locked)
     return result
 
 
@@ -278,11 +279,11 @@ def _execute(bulk: _Bulk, states: list[InstanceState[Any]], run: Callable[[], An
 
 
 def _by_key(bulk: _Bulk, params: list[dict[str, Any]]) -> Any:
-    """Compare rows that come with a version, count those that come without, after one SELECT that locks them all."""
+    """Lock all rows by one SELECT; compare those that come with a version, and count those that come without."""
     states = {state.key[1]: state for state in bulk.prepare() if state.key is not None}
     rows, result = _rows(bulk, params), None
     if not rows:
-        return null_result()  # as SQLAlchemy's of a model without version
+        return null_result()  # as SQLAlchemy does for a model without a version
     while rows:
         several, rows = _once_each(rows)
         found = find_rows(bulk.session.connection(), bulk.mapper, [key for key, _ in several], lock=True)
@@ -292,14 +293,14 @@ def _by_key(bulk: _Bulk, params: list[dict[str, Any]]) -> Any:
         before = {states[key]: version for key, version in found.values() if key in states}
         noted = {state: seen(state) for state in before}
         result = _run_rows(bulk, [row for _, row in several])
-        bulk.remember(bulk.read(before), seen=noted, before=before)
+        bulk.put_into_memory(bulk.read(before), seen=noted, before=before)
     return result
 
 
 def _leave_parents(bulk: _Bulk, rows: Sequence[_Row]) -> None:
-    """Have a row that sets nothing in the version's table change nothing there but the version.
+    """If a row sets nothing in the version's table, change only the version there.
 
-    SQLAlchemy writes that table for the version's sake, and with it what its columns' ``onupdate`` says.
+    SQLAlchemy writes that table because of the version, and applies the ``onupdate`` of its columns.
     """
     mapper, table = bulk.mapper, version_table(bulk.mapper)
     names = {column: mapper.get_property_by_column(column).key for column in table.columns}
@@ -317,7 +318,7 @@ def _leave_parents(bulk: _Bulk, rows: Sequence[_Row]) -> None:
 
 
 def _once_each(rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
-    """Return rows up to the first whose key was there before, and the others: that one is of the version made by then."""
+    """Return the rows before the first repeated key, and the rest, which must be compared with the versions made by then."""
     keys: set[_Key] = set()
     for index, (key, _) in enumerate(rows):
         if key in keys:
@@ -329,7 +330,7 @@ def _once_each(rows: Sequence[_Row]) -> tuple[list[_Row], list[_Row]]:
 def _run_rows(bulk: _Bulk, rows: list[dict[str, Any]]) -> Any:
     if bulk.kind.following is not None:
         return bulk.run(rows)
-    # SQLAlchemy would write xmin too.  The rows are locked and compared, so each is an UPDATE of its own.
+    # SQLAlchemy would write xmin too.  The rows are locked and compared by now, so each can be an UPDATE of its own.
     mapper, statement = bulk.mapper, bulk.statement
     names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
     for row in rows:
@@ -346,7 +347,7 @@ def _run_rows(bulk: _Bulk, rows: list[dict[str, Any]]) -> Any:
 
 
 def _write_tables(bulk: _Bulk, key: Sequence[Any], values: Mapping[str, Any]) -> None:
-    """Write a row of joined inheritance, whose version the database makes when its table is written."""
+    """Write a row of joined inheritance with xmin: a write to the version's table makes the version."""
     mapper = bulk.mapper
     for table in cast("Sequence[Table]", mapper.tables):
         here: dict[Any, Any] = {}
@@ -366,11 +367,11 @@ def _write_tables(bulk: _Bulk, key: Sequence[Any], values: Mapping[str, Any]) ->
 
 
 def _rows(bulk: _Bulk, params: list[dict[str, Any]]) -> list[_Row]:
-    """Return a copy of each row with its key, its version under the name that it is mapped by."""
+    """Return each row's key, and a copy of the row that has the version under its mapped name."""
     names = [bulk.mapper.get_property_by_column(column).key for column in bulk.mapper.primary_key]
     column = bulk.mapper.version_id_col
     assert column is not None
-    # The column's name too: SQLAlchemy ignores what is no attribute, and a version that is ignored is not compared.
+    # The column's name too: SQLAlchemy ignores a name that is not an attribute, so the version would not be compared.
     synonyms = ["version"] + [column.name] * (not bulk.mapper.has_property(column.name))
     rows = [dict(given) for given in params]
     for row in rows:
@@ -381,7 +382,7 @@ def _rows(bulk: _Bulk, params: list[dict[str, Any]]) -> list[_Row]:
 
 
 def _compare(bulk: _Bulk, key: _Key, row: dict[str, Any], found: Any) -> None:
-    """Raise for a row that is at another version than the list says; put the version in where the list says none."""
+    """Raise if a row is at another version than the list says; if the list says none, put the version in."""
     if bulk.attribute in row:
         check_type(bulk.mapper, row[bulk.attribute])
         if found != row[bulk.attribute]:

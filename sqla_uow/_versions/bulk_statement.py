@@ -1,7 +1,7 @@
-"""How an ORM UPDATE is made to count: by itself, by a join (MariaDB), or by an UPDATE of the parent's table beside it.
+"""Three ways to give the rows of an ORM UPDATE new versions: in the UPDATE itself, by a join (MariaDB), by another UPDATE.
 
-What an UPDATE is about and sets is in no public place.  The private names of statements that are read here are alike in
-SQLAlchemy 2.0.58 and 2.1.9, but for `_ordered_values`, and the tests of each form run on both.
+Nothing public tells which rows an UPDATE changes and what it sets.  The private names of statements that are read here are the
+same in SQLAlchemy 2.0.58 and 2.1.9, except `_ordered_values`; the tests of each form run on both.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["count_by_itself", "count_by_join", "counting_beside", "limit_of", "o
 
 
 class _Given(Grouping[bool]):
-    """A condition that holds for each row that the statement is about, as far as Python can tell.
+    """A condition that ``synchronize_session="evaluate"`` takes for true: it is ours, and true for each row of the statement.
 
-    ``synchronize_session="evaluate"`` looks at ours no more than at one that is always true, which is what its name says.
+    The name by which it is visited says so.
     """
 
     __visit_name__ = "true"
@@ -45,13 +45,13 @@ class _Beside(Update):
     inherit_cache = True
 
 
-# What SQLAlchemy 2.0.58 and 2.1.9 keep of the last UPDATE that they have compiled.
+# What the compiler of SQLAlchemy 2.0.58 and 2.1.9 keeps of the last UPDATE.
 _OF_ONE_UPDATE = ("postfetch", "insert_prefetch", "update_prefetch", "implicit_returning", "_get_bind_name_for_col")
 
 
 @compiles(_Beside)
 def _compile_beside(beside: _Beside, compiler: SQLCompiler, **options: Any) -> str:
-    """Leave the compiler what it knew of the UPDATE around: which columns Python fills in, and what is returned."""
+    """Compile, but keep what the compiler knows of the outer UPDATE: the columns that Python fills in, and what is returned."""
     state: dict[str, Any] = compiler.__dict__
     kept = {name: state[name] for name in _OF_ONE_UPDATE if name in state}
     text = compiler.visit_update(beside, **options)
@@ -60,7 +60,7 @@ def _compile_beside(beside: _Beside, compiler: SQLCompiler, **options: Any) -> s
 
 
 def count_by_itself(statement: Any, mapper: Mapper[Any]) -> Any:
-    """Return an UPDATE that sets the version too, which stands in the table it is about."""
+    """Return an UPDATE that sets the version as well; the version is in the table of the UPDATE."""
     kind = kind_of(mapper)
     assert kind is not None
     if kind.bumped is None:
@@ -70,9 +70,9 @@ def count_by_itself(statement: Any, mapper: Mapper[Any]) -> Any:
 
 
 def count_by_join(statement: Any, mapper: Mapper[Any]) -> Any:
-    """Return an UPDATE of MariaDB that sets the version in a parent's table too.
+    """Return an UPDATE for MariaDB that also sets the version in a parent's table.
 
-    Under a name of its own, or subqueries of the user on that table would take it for theirs.
+    The parent has an alias; else the user's subqueries on that table would be correlated with it.
     """
     kind, table = kind_of(mapper), version_table(mapper)
     assert kind is not None
@@ -91,7 +91,7 @@ def count_by_join(statement: Any, mapper: Mapper[Any]) -> Any:
 
 
 def counting_beside(statement: Any, mapper: Mapper[Any]) -> Update:
-    """Return the UPDATE of the parent's table that counts for the rows that a statement is about."""
+    """Return the UPDATE of the parent's table that gives the rows of a statement new versions."""
     table = version_table(mapper)
     matching = select_keys(statement, mapper).correlate(None)
     values = {**unchanged(table), **counting(mapper)}
@@ -99,7 +99,7 @@ def counting_beside(statement: Any, mapper: Mapper[Any]) -> Update:
 
 
 def select_keys(statement: Any, mapper: Mapper[Any]) -> Select[Any]:
-    """Return what selects the keys of the rows that a statement is about."""
+    """Return a SELECT of the keys of the rows that a statement changes."""
     criteria = _criteria(statement, mapper)
     rows: Any = mapper.local_table
     if _links(mapper, _tables(rows, criteria)):
@@ -110,12 +110,12 @@ def select_keys(statement: Any, mapper: Mapper[Any]) -> Select[Any]:
 
 
 def only_rows(statement: Any, mapper: Mapper[Any], keys: Any) -> Any:
-    """Return a statement that is about rows of these keys only."""
+    """Return the statement, limited to the rows with these keys."""
     return statement.where(_Given(tuple_(*key_columns(mapper, mapper.local_table)).in_(keys)))
 
 
 def limit_of(statement: Any, name: str) -> tuple[int | None, Any]:
-    """Return how many rows an UPDATE of MariaDB may change, and the statement without that limit.
+    """Return the LIMIT of an UPDATE for MariaDB, and the statement without it.
 
     Args:
         statement: as the body wrote it.
@@ -140,14 +140,14 @@ def _criteria(statement: Any, mapper: Mapper[Any]) -> list[Any]:
 
 
 def _tables(own: Any, criteria: list[Any]) -> set[Any]:
-    """Return the tables besides its own that a WHERE is about, outside its subqueries."""
+    """Return the tables that a WHERE names outside its subqueries, except the statement's own."""
     return {table for each in criteria for table in each._from_objects} - {own}
 
 
 def _links(mapper: Mapper[Any], wanted: set[Any]) -> list[ColumnElement[bool]]:
-    """Return what joins a model's table with those of its parents, where one of these is wanted.
+    """Return the conditions that join a model's table with its parents', if one of the parents is wanted.
 
-    SQLAlchemy joins nothing here, and so a WHERE on a parent's column would choose all rows or none.
+    SQLAlchemy does not join them here, so a WHERE on a parent's column would choose all rows or none.
     """
     levels = [each for each in mapper.iterate_to_root() if each.inherits is not None]
     parents = {each.inherits.local_table for each in levels if each.inherits is not None} - {mapper.local_table}
@@ -156,7 +156,7 @@ def _links(mapper: Mapper[Any], wanted: set[Any]) -> list[ColumnElement[bool]]:
 
 
 def unchanged(table: Table, named: Any = None) -> dict[Any, Any]:
-    """Return what keeps a parent's columns as they are: it is counted there, and nothing else was asked for."""
+    """Return values that keep a parent's ``onupdate`` columns as they are, as only its version is to change."""
     columns = (table if named is None else named).c
     named = [columns[column.key] for column in table.columns if column.onupdate is not None]
     return {column: column for column in named}

@@ -1,4 +1,4 @@
-"""What SQLAlchemy tells of versioned objects and their sessions: the only place where the mixins listen to a flush."""
+"""What SQLAlchemy's events tell of versioned objects and their sessions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from sqla_uow._session.instances import describe
 from sqla_uow._session.session import UnitSession
 from sqla_uow._transaction.transaction import transaction_of
-from sqla_uow._versions.expectations import versions_of
+from sqla_uow._versions.expectations import Versions, versions_of
 from sqla_uow._versions.mapping import INFO_KEY, VersionMixin, attribute_of, kind_of
 from sqla_uow._versions.reading import seen, settle
 from sqla_uow._versions.rows import stale_version, version_table
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.orm import InstanceState, Mapper, Session, SessionTransaction
-
-    from sqla_uow._versions.expectations import Versions
 
 __all__: list[str] = []
 
@@ -39,10 +37,10 @@ def _before_update(mapper: Mapper[Any], connection: Connection, instance: object
 
 
 def _writing(mapper: Mapper[Any], connection: Connection, instance: object) -> Versions | None:
-    """Tell the unit's versions what a flush is about to write; None for a session of nobody's unit.
+    """Tell the unit's versions what a flush is about to write; None if the session does not belong to a unit.
 
     Raises:
-        TypeError: SQLAlchemy would not look at how many rows were found, and only warn of it.
+        TypeError: SQLAlchemy would not check how many rows were found, and only warn.
     """
     session = object_session(instance)
     transaction = transaction_of(session)
@@ -65,20 +63,22 @@ def _writing(mapper: Mapper[Any], connection: Connection, instance: object) -> V
 
 
 def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: object) -> None:
-    """Have the flush send an UPDATE of an object without any change.
+    """Make the flush send an UPDATE for an object without any change.
 
-    A key that is flagged as modified, but has no old value, is in no SET clause: the version alone is.  A key that is
-    changed makes an UPDATE anyway.  Where the database makes the version something has to be set, so it is another column to its own value.
+    A key that is flagged as modified but has no old value is not set, so only the version is.  If the key is really changed, there
+    is an UPDATE anyway.  If the database makes the version, something must be set: another column, to its own value.
     """
     kind, table = kind_of(mapper), version_table(mapper)
     keys = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
     if any(key in state.committed_state and state.committed_state[key] != state.dict.get(key) for key in keys):
-        return  # flagged, a key that is changed would lose its old value, by which the row is found
+        return  # if it were flagged, the key would lose its old value, by which the row is found
     attribute = mapper.get_property_by_column(mapper.primary_key[0]).key
     if kind is not None and kind.following is None:
         plain = [column for column in table.columns if not (column.primary_key or column.system)]
         if not plain:
-            raise TypeError(f"{describe(instance)} has no column but its key, so that xmin cannot be made to change")
+            raise TypeError(
+                f"{describe(instance)} has no column except its key, so nothing can be written to change xmin"
+            )
         attribute = mapper.get_property_by_column(plain[0]).key
     if attribute not in state.dict:
         getattr(instance, attribute)  # in a flush, where SQL is allowed
@@ -87,9 +87,9 @@ def _make_update(mapper: Mapper[Any], state: InstanceState[Any], instance: objec
 
 @event.listens_for(VersionMixin, "refresh_flush", propagate=True)
 def _written(instance: VersionMixin, _flush: Any, names: Collection[str]) -> None:
-    """Move an expectation on with the unit's own write of that row, and with nothing else."""
+    """The unit itself has written the row: expect the new version from now on."""
     transaction = transaction_of(object_session(instance))
-    if transaction is not None and transaction.versions is not None and transaction.versions.expectations:
+    if transaction is not None and isinstance(transaction.versions, Versions) and transaction.versions.expectations:
         state: InstanceState[Any] = inspect(instance)
         if attribute_of(state.mapper) in names:
             transaction.versions.move_on(state, state.dict[attribute_of(state.mapper)])
@@ -104,10 +104,10 @@ def _before_delete(mapper: Mapper[Any], connection: Connection, instance: object
 def _check_deleted(
     _connection: Connection, statement: Any, _many: Any, _parameters: Any, options: Any, result: Any
 ) -> None:
-    """Compare the count of a flush's DELETE of one row.
+    """Check that a flush's DELETE of one row has found it.
 
-    SQLAlchemy 2.1.9 deletes versioned rows one by one where a driver counts no batches (asyncpg), and then drops the sum
-    of the counts if there were two rows or more.
+    With a driver that cannot count the rows of a batch (asyncpg), SQLAlchemy 2.1.9 deletes versioned rows one by one, and ignores
+    the counts if there were two rows or more.
     """
     if not getattr(statement, "is_delete", False) or "compiled_cache" not in options:
         return
@@ -119,7 +119,7 @@ def _check_deleted(
 
 
 def _merge(session: Session, state: InstanceState[Any], merge: Callable[[], Any]) -> Any:
-    """Name what a merged object's version is compared with, where the two differ.
+    """Merge; if the versions differ, say which two.
 
     Raises:
         StaleVersionError: the row, or the object of this session, is at another version.
@@ -133,7 +133,7 @@ def _merge(session: Session, state: InstanceState[Any], merge: Callable[[], Any]
         getattr(there, attribute)  # expired: SQLAlchemy would not compare, but assign
     try:
         return merge()
-    except StaleVersionError:  # of a merged object that hangs on this one
+    except StaleVersionError:  # of an object that was merged with this one, by a cascade
         raise
     except StaleDataError as error:
         there = session.identity_map.get(key)
@@ -160,11 +160,11 @@ def _rolled_back(session: UnitSession) -> None:
     versions = versions_of(transaction)
     for instance in changed:  # not flushed yet; its version is expired with the change
         versions.save(session, inspect(instance))
-    versions.undo(savepoint)
+    versions.roll_back_savepoint(savepoint)
 
 
 @event.listens_for(UnitSession, "after_transaction_end")
 def _transaction_ended(session: UnitSession, ended: SessionTransaction) -> None:
     transaction = session.transaction_of_unit
-    if ended.nested and transaction is not None and transaction.versions is not None:
-        transaction.versions.leave(session, ended)
+    if ended.nested and transaction is not None and isinstance(transaction.versions, Versions):
+        transaction.versions.end_savepoint(session, ended)

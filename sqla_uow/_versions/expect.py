@@ -1,4 +1,4 @@
-"""What a body says about versions: the one a client has seen, and that a change counts."""
+"""What a body says about versions: which one a client has seen, and that an object needs a new one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def expect_version(instance: VersionMixin, version: Any, /) -> None:
 
     It is compared at once, again before the object is written and by the UPDATE itself; where the body changes nothing,
     by one locking SELECT before COMMIT.  A unit that expects a version never retries a stale one, whatever its
-    `retries` say: running the body again cannot make fresh what the client has seen.
+    `retries`: running the body again does not change what the client has seen.
 
     Args:
         instance: an object with a version mixin, of the session of an open unit.
@@ -39,14 +39,14 @@ def expect_version(instance: VersionMixin, version: Any, /) -> None:
         StaleVersionError: the object is at another version.
         NoUnitError: the object is in no open unit.
         ReadOnlyError: it is in the read session of a scope, which ends before anything is written.
-        TypeError: not a version of this model.
+        TypeError: `version` is not of the type of this model's versions.
         ValueError: the object has no row yet.
     """
     transaction, state = _unit_of(instance, "expect_version()")
     if transaction.scope_read:
         raise ReadOnlyError(transaction.read_only_message(f"expect_version() was called for {describe(instance)}"))
     if state.key is None:
-        raise ValueError(f"{describe(instance)} has no row yet, and so no version that anybody could have seen")
+        raise ValueError(f"{describe(instance)} has no row yet, so nobody can have seen a version of it")
     check_type(state.mapper, version)
     found = state.dict.get(attribute_of(state.mapper))
     if found is not None and found != version:
@@ -76,7 +76,7 @@ async def get_versioned(
 
 
 def touch(instance: VersionMixin, /) -> None:
-    """Count a change of an object that is in none of its own columns: its version rises with the next flush, by one.
+    """Give an object a new version with the next flush, though none of its own columns has changed.
 
     A change of its columns in the same flush counts with it, once.  A new object has its first version anyway.
 

@@ -1,4 +1,4 @@
-"""What one unit knows about versions: those that a client expects, objects to be touched, and what savepoints bring back."""
+"""What one unit knows about versions: those a client expects, objects to touch, and versions to restore after a savepoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Expectation", "Versions", "versions_of"]
 
 
 class Expectation:
-    """A version that a client has seen, and the unit's work stands on.
+    """A version that a client has seen, and that the unit's work depends on.
 
     Attributes:
         state: of the object.
         instance: kept, because the session's references are weak.
         expected: what the client said.
-        now: that, moved on by the unit's own changes.
-        checked: the database has compared it, and holds the row's lock for us.
+        now: what the row must be at by now, after the unit's own changes.
+        checked: it was compared in the database, and the unit has the row's lock.
     """
 
     __slots__ = ("checked", "expected", "instance", "now", "state")
@@ -48,7 +48,10 @@ class Expectation:
         return self.state.key[1]
 
     def compare(self, found: Any) -> None:
-        """Raise if the row is at another version than expected, or gone, which is None.
+        """Raise if the row is not at the expected version.
+
+        Args:
+            found: the row's version, None if the row is gone.
 
         Raises:
             StaleVersionError: with both versions.
@@ -57,12 +60,12 @@ class Expectation:
             raise self.stale(found)
 
     def stale(self, found: Any) -> StaleVersionError:
-        """Return the error for a version that was found instead."""
+        """Return the error for another version that was found."""
         return stale_version(type(self.instance), self.key, self.expected, found)
 
 
 class _Saved(NamedTuple):
-    """A version as it was before a savepoint's first change of it; with the object, as the session's are weak."""
+    """A version before a savepoint first changed it, with its object, as the session's references are weak."""
 
     instance: object
     version: Any
@@ -83,14 +86,14 @@ class Versions:
         self._undone: set[SessionTransaction] = set()
 
     def expect(self, instance: object, version: Any) -> Expectation:
-        """Remember what is expected of an object from now on; what was expected before still is."""
+        """Expect this version of an object from now on; if another was expected before, that one counts."""
         expectation = Expectation(instance, version)
         return self.expectations.setdefault(expectation.state, expectation)
 
     # -- around the flush
 
     def writing(self, session: Session, state: InstanceState[Any], version: Any) -> None:
-        """Compare once more, before SQL is made of an object: it may have been refreshed since."""
+        """An object is about to be written: compare once more, as it may have been refreshed."""
         expectation = self.expectations.get(state)
         if expectation is not None:
             expectation.compare(version)
@@ -98,21 +101,21 @@ class Versions:
         self.save(session, state)
 
     def move_on(self, state: InstanceState[Any], version: Any) -> None:
-        """Take note that the unit has written a row itself: that version is expected from now on."""
+        """The unit itself has written a row: expect the new version from now on."""
         expectation = self.expectations.get(state)
         if expectation is not None:
             expectation.now = version
             expectation.checked = True
 
     def flushed(self) -> None:
-        """Take note that a flush has written all it had to."""
+        """A flush has written all it had to."""
         self.being_written.clear()
         for state, expectation in self.expectations.items():
             if state.deleted:
                 expectation.checked = True
 
     def check_unwritten(self, session: Session) -> None:
-        """Compare in the database, under its lock, what the body has not written.
+        """Lock and compare the rows that the body has not written.
 
         Raises:
             StaleVersionError: a row was changed or deleted since the client saw it.
@@ -120,11 +123,13 @@ class Versions:
         self._compare_in_database(session, [each for each in self.expectations.values() if not each.checked])
 
     def check_before_bulk(self, session: Session, mapper: Mapper[Any]) -> None:
-        """Compare before a statement whose WHERE says nothing about versions; the locks last until the unit's end."""
+        """Compare before a statement whose WHERE does not compare versions; the locks last until the unit's end."""
         unchecked = [each for each in self.expectations.values() if not each.checked and each.state.mapper.isa(mapper)]
         self._compare_in_database(session, unchecked)
         for expectation in unchecked:
-            self.save(session, expectation.state)  # with a savepoint the lock goes, and the check with it
+            self.save(
+                session, expectation.state
+            )  # if a savepoint is rolled back, the lock is gone and the check is void
             expectation.checked = True
 
     def _compare_in_database(self, session: Session, expectations: Sequence[Expectation]) -> None:
@@ -136,7 +141,7 @@ class Versions:
     # -- around savepoints
 
     def save(self, session: Session, state: InstanceState[Any]) -> None:
-        """Keep an object's version for the innermost savepoint's rollback, which expires all that changed in it."""
+        """Keep an object's version: rolling back the innermost savepoint expires all that changed in it."""
         savepoint = session.get_nested_transaction()
         if savepoint is None:
             return
@@ -147,12 +152,12 @@ class Versions:
             now, checked = (None, False) if expectation is None else (expectation.now, expectation.checked)
             saved[state] = _Saved(state.obj(), version, now, checked)
 
-    def undo(self, savepoint: SessionTransaction) -> None:
-        """Take note that a savepoint is being rolled back."""
+    def roll_back_savepoint(self, savepoint: SessionTransaction) -> None:
+        """A savepoint is being rolled back."""
         self._undone.add(savepoint)
 
-    def leave(self, session: Session, savepoint: SessionTransaction) -> None:
-        """Bring back the versions of a savepoint that was rolled back; hand those of a released one to the next."""
+    def end_savepoint(self, session: Session, savepoint: SessionTransaction) -> None:
+        """A savepoint has ended: restore its versions if it was rolled back, else hand them to the savepoint around it."""
         saved = self._saved.pop(savepoint, {})
         if savepoint in self._undone:
             self._undone.discard(savepoint)
@@ -176,9 +181,9 @@ class Versions:
     # -- after the end
 
     def find_stale(self, connection: Connection) -> StaleVersionError | None:
-        """Read afresh, after the rollback, and return the error for a row that is not as it was.
+        """Read the versions again, after the rollback, and return the error for a row that has changed.
 
-        Looked at are the expectations; where there are none, what the flush that failed was writing.
+        The expected versions are compared; if there are none, those that the failed flush was writing.
         """
         looked_at = list(self.expectations.values()) or [
             Expectation(*each) for each in self.being_written if each[1] is not None
@@ -191,7 +196,7 @@ class Versions:
         return None
 
     def stale(self, who: str) -> StaleVersionError:
-        """Return the error for a write that found another version, where no row tells which one any more."""
+        """Return the error for a write that found another version, when no row tells any more which version."""
         one = next(iter(self.expectations.values())) if len(self.expectations) == 1 else None
         return StaleVersionError(
             f"{who} wrote a row that was changed since it was read, in a unit that expects a version; read it again, and let "
@@ -203,14 +208,14 @@ class Versions:
 
 
 def _by_mapper(expectations: Iterable[Expectation]) -> list[tuple[Mapper[Any], list[Expectation]]]:
-    # By the version's table, so that one statement asks for all classes of an inheritance.
+    # By the version's table, so one statement asks for all classes of an inheritance.
     ordered = sorted(expectations, key=lambda each: str(version_table(each.state.mapper)))
     groups = groupby(ordered, key=lambda each: version_table(each.state.mapper))
     return [(members[0].state.mapper, members) for members in (list(group) for _, group in groups)]
 
 
 def versions_of(transaction: Transaction) -> Versions:
-    """Return the unit's versions, from now on there."""
-    if transaction.versions is None:
+    """Return what the unit knows of versions; make it if it is not there yet."""
+    if not isinstance(transaction.versions, Versions):
         transaction.versions = Versions()
     return transaction.versions

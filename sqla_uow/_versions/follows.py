@@ -1,7 +1,7 @@
-"""``__version_follows__``: a change of a part counts as a change of the whole it belongs to.
+"""``__version_follows__``: a change of a part gives the whole it belongs to a new version.
 
-Before each flush the wholes of what it will write are looked up: by foreign keys and relationships, the old one and the
-new one of a part that moves.  Those in memory are touched, the others are counted by one UPDATE.
+Before each flush the wholes of all that it will write are looked up, by foreign keys and relationships; a part that moves has an
+old whole and a new one.  A whole in memory is touched; the others get new versions by one UPDATE.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Following:
             not isinstance(relationship, RelationshipProperty)
             or relationship.direction is not RelationshipDirection.ONETOMANY
         ):
-            raise TypeError(f"{who} is no one-to-many relationship; name one, whose objects have a foreign key to it")
+            raise TypeError(
+                f"{who} is not a one-to-many relationship; name one, whose objects have a foreign key to it"
+            )
         self.whole = whole
         self.name = name
         self.part: Mapper[Any] = cast("Any", relationship).mapper
@@ -72,7 +74,7 @@ class Following:
 
 _followings: list[Following] = []
 _undefined: list[tuple[Mapper[Any], str]] = []
-"""Relationships that another model's backref has still to make."""
+"""Relationships that the backref of another model will make later."""
 
 
 @event.listens_for(VersionMixin, "after_mapper_constructed", propagate=True)
@@ -94,7 +96,7 @@ def _configured(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
     for name in model.__version_follows__:
         if name in getattr(parent, "__version_follows__", ()):
             continue  # it is the parent's, and followed for all its children
-        if not _followings and not _undefined:  # once: a class takes the same listener again and again
+        if not _followings and not _undefined:  # once: a class accepts the same listener repeatedly
             event.listen(UnitSession, "before_flush", _before_flush)
         if mapper.has_property(name):
             _followings.append(Following(mapper, name))
@@ -107,7 +109,7 @@ def _all_followings() -> list[Following]:
         mapper, name = _undefined[-1]
         if not mapper.has_property(name):
             raise TypeError(
-                f"{mapper.class_.__name__}.__version_follows__ names {name!r}, which is no relationship of it; name one"
+                f"{mapper.class_.__name__}.__version_follows__ names {name!r}, which is not a relationship of it; name one"
             )
         _followings.append(Following(mapper, name))
         _undefined.pop()
@@ -119,7 +121,7 @@ def _all_followings() -> list[Following]:
 
 def _before_flush(session: UnitSession, *_: Any) -> None:
     transaction = session.transaction_of_unit
-    if transaction is None:  # made by hand, of the units' class
+    if transaction is None:  # a session that somebody has made of the units' class
         return
     search = _Search(session, _all_followings(), versions_of(transaction))
     search.run()
@@ -128,7 +130,7 @@ def _before_flush(session: UnitSession, *_: Any) -> None:
 
 
 class _Search:
-    """The wholes of all that a flush will write, and theirs."""
+    """The wholes of all that a flush will write, and the wholes of these."""
 
     def __init__(self, session: Session, followings: list[Following], versions: Versions) -> None:
         self.session = session
@@ -145,12 +147,12 @@ class _Search:
             self._look_into_collections(inspect(instance))
 
     def by_mapper(self) -> Iterator[tuple[Mapper[Any], list[Key]]]:
-        """Return what was found by model, those above first, as a flush writes them."""
+        """Yield each model and the keys found, wholes before their parts, as a flush writes them."""
         for mapper in sorted({mapper for mapper, _ in self.found}, key=lambda each: len(self._above(each, set()))):
             yield mapper, [key for other, key in self.found if other is mapper]
 
     def _above(self, mapper: Mapper[Any], seen: set[Mapper[Any]]) -> set[Mapper[Any]]:
-        """Return the models that a change of this one counts for."""
+        """Return the models that get a new version when this one is changed."""
         for following in self.followings:
             if mapper.isa(following.part) and following.whole not in seen:
                 seen.add(following.whole)
@@ -167,7 +169,7 @@ class _Search:
                 parts = [part for part in (*(history.added or ()), *(history.deleted or ())) if part is not None]
                 if parts:
                     self._add(following.whole, state.key[1] if state.key is not None else None)
-                for part in parts:  # without a backref nothing else tells where it was
+                for part in parts:  # without a backref nothing else tells which whole it had
                     self._add_all(inspect(part))
 
     def _add_all(self, state: InstanceState[Any]) -> None:
@@ -212,7 +214,7 @@ class _Search:
 
 
 def _count(session: Session, versions: Versions, mapper: Mapper[Any], keys: Iterable[Key]) -> None:
-    """Count a change of each whole: of one in memory by the flush, which checks it, of others unchecked and now."""
+    """Give each whole a new version: in memory by the flush, which checks the old one, the others at once and unchecked."""
     loaded: dict[Key, object] = {}
     for key in keys:
         instance = session.identity_map.get(mapper.identity_key_from_primary_key(key))
@@ -225,7 +227,7 @@ def _count(session: Session, versions: Versions, mapper: Mapper[Any], keys: Iter
             flag_dirty(instance)
     if not others:
         return  # the flush writes in the order of the keys
-    # Locked in the order of the keys, all of them, or two units that change parts of the same wholes could deadlock.
+    # All are locked in the order of the keys, or two units that change parts of the same wholes could deadlock.
     read_versions(session.connection(), mapper, [*loaded, *others], lock=True)
     where = tuple_(*key_columns(mapper)).in_(others)
     session.connection().execute(update(version_table(mapper)).where(where).values(counting(mapper)))

@@ -1,4 +1,4 @@
-"""The kinds of version: their column types, how they count in Python, and how the database counts them in an UPDATE."""
+"""The kinds of version: the type of the column, and the next version in Python and in the SQL of an UPDATE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import mapped_column
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import UserDefinedType
 
-from sqla_uow._databases.distributed import family_of
+from sqla_uow._databases.database import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
 
-__all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "Kind", "UtcTimestamp"]
+__all__ = ["INTEGER", "TIMESTAMP", "UUID", "XMIN", "UtcTimestamp", "VersionKind"]
 
 T_co = TypeVar("T_co", covariant=True)
 _MICROSECOND = timedelta(microseconds=1)
 
 
 class UtcTimestamp(TypeDecorator[datetime]):
-    """An aware UTC timestamp in microseconds on every database; MariaDB and SQLite keep it without its zone."""
+    """An aware UTC timestamp in microseconds on every database; MariaDB and SQLite store it without its zone."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = DateTime
     cache_ok: bool | None = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the database's type: MariaDB's DATETIME alone would cut off the fraction of the second."""
-        if family_of(dialect) == "mysql":
+        if family_of(dialect) == "mariadb":
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=family_of(dialect) == "postgresql"))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Refuse a timestamp without a zone, which nobody could compare."""
+        """Refuse a timestamp without a zone, as it cannot be compared."""
         if value is None:
             return None
         if value.tzinfo is None:
@@ -73,23 +73,23 @@ class Xid(UserDefinedType[int]):
 
     @property
     def python_type(self) -> type[int]:
-        """Return int: factories of test data ask."""
+        """Return int, for factories of test data."""
         return int
 
     def get_col_spec(self, **_: Any) -> str:
-        """Return PostgreSQL's name of it."""
+        """Return PostgreSQL's name of the type."""
         return "xid"
 
     def bind_expression(self, bindvalue: BindParameter[int]) -> ColumnElement[int]:
-        """Cast what is bound: text to xid is the only way in."""
+        """Cast the bound value: only text can be cast to xid."""
         return cast(cast(bindvalue, Text), self)
 
-    def bind_processor(self, dialect: Dialect) -> _Processor[str]:  # noqa: ARG002  # likewise
-        """Return what makes text of the number."""
+    def bind_processor(self, dialect: Dialect) -> _Processor[str]:  # noqa: ARG002  # SQLAlchemy's signature
+        """Return a function from int to text."""
         return _text
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> _Processor[int]:  # noqa: ARG002  # likewise
-        """Return what makes a number of the answer: asyncpg gives an int, psycopg a str."""
+    def result_processor(self, dialect: Dialect, coltype: object) -> _Processor[int]:  # noqa: ARG002  # SQLAlchemy's signature
+        """Return a function from the driver's value to int: asyncpg gives an int, psycopg a str."""
         return _number
 
 
@@ -101,8 +101,8 @@ def _number(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-class a_microsecond_later(GenericFunction[datetime]):  # noqa: N801  # SQL functions are spelled so
-    """One microsecond after the timestamp in a column, counted by the database."""
+class a_microsecond_later(GenericFunction[datetime]):  # noqa: N801  # SQL functions are named like this
+    """One microsecond after the timestamp in a column, computed by the database."""
 
     type = UtcTimestamp()
     inherit_cache = True
@@ -120,23 +120,23 @@ def _later_mysql(element: a_microsecond_later, compiler: SQLCompiler, **kw: Any)
 
 @compiles(a_microsecond_later, "sqlite")
 def _later_sqlite(element: a_microsecond_later, compiler: SQLCompiler, **kw: Any) -> str:
-    # SQLite counts in milliseconds, so the six digits that SQLAlchemy writes are counted apart.
+    # SQLite computes in milliseconds, so the six digits that SQLAlchemy writes are handled apart.
     column = compiler.process(element.clauses, **kw)
     digits = f"(CAST(substr({column}, 21) AS INTEGER) + 1)"
     second = f"datetime(substr({column}, 1, 19), '+' || ({digits} / 1000000) || ' seconds')"
     return f"({second} || '.' || printf('%06d', {digits} % 1000000))"
 
 
-class Kind(NamedTuple):
+class VersionKind(NamedTuple):
     """One kind of version.
 
     Attributes:
         name: what ``column.info["sqla_uow.version"]`` says.
         python_type: of its values.
-        following: makes a version from the one before, or from None; None where the database makes it.
-        type_: its column's.
-        server_default: a constant, so that a column can be added to a table without touching its rows.
-        bumped: makes the SQL of the next version from that of the present one; None where the database makes it.
+        following: makes the next version from the one before, or from None; None if the database makes versions.
+        type_: makes the type of the column.
+        server_default: a constant, as then a column can be added to a table without rewriting its rows.
+        bumped: makes the SQL of the next version from that of the present one; None if the database makes versions.
     """
 
     name: str
@@ -166,7 +166,7 @@ def _next_uuid(old: uuid.UUID | None) -> uuid.UUID:  # noqa: ARG001  # SQLAlchem
 
 
 def _next_timestamp(old: datetime | None) -> datetime:
-    # A clock that was set back, or that ticks more slowly than we write, must not repeat a version.
+    # A clock that is set back, or that ticks more slowly than we write, must not repeat a version.
     now = datetime.now(UTC)
     return now if old is None or old < now else old + _MICROSECOND
 
@@ -184,16 +184,16 @@ def _bumped_timestamp(column: ColumnElement[Any]) -> ColumnElement[Any]:
     return case((column < now, now), else_=a_microsecond_later(column))
 
 
-INTEGER = Kind("integer", int, _next_integer, Integer, "1", _bumped_integer)
-UUID = Kind(
+INTEGER = VersionKind("integer", int, _next_integer, Integer, "1", _bumped_integer)
+UUID = VersionKind(
     "uuid",
     uuid.UUID,
     _next_uuid,
     Uuid,
-    "0" * 32,  # PostgreSQL and MariaDB read it as a UUID, and it is what SQLAlchemy writes where it is CHAR(32)
+    "0" * 32,  # a UUID for PostgreSQL and MariaDB, and what SQLAlchemy writes into CHAR(32)
     _bumped_uuid,
 )
-TIMESTAMP = Kind(
+TIMESTAMP = VersionKind(
     "timestamp",
     datetime,
     _next_timestamp,
@@ -201,4 +201,4 @@ TIMESTAMP = Kind(
     "1970-01-01 00:00:00.000000",  # with its fraction: SQLite compares texts
     _bumped_timestamp,
 )
-XMIN = Kind("xmin", int, None, Xid, None, None)
+XMIN = VersionKind("xmin", int, None, Xid, None, None)

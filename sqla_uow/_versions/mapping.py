@@ -1,7 +1,7 @@
-"""The version mixins, and what makes the check of their models one that no spelling of a mapping loses.
+"""The version mixins, and how their check survives every way to write a mapping.
 
-SQLAlchemy's ``version_id_col`` does the counting and the checking.  It is filled in when a mapper has been constructed,
-because a mixin's ``__mapper_args__`` are lost where a model has its own, and none are read in an imperative mapping.
+SQLAlchemy's ``version_id_col`` counts and checks.  It is set when a mapper has been constructed: the ``__mapper_args__`` of a mixin
+are lost if a model has its own, and an imperative mapping reads none.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from sqlalchemy import ColumnDefault, DateTime, DefaultClause, Table, event, ins
 from sqlalchemy.orm import ColumnProperty, Mapped, Mapper, MapperProperty, declared_attr, mapped_column, synonym
 from sqlalchemy.util import get_annotations
 
-from sqla_uow._databases.distributed import distributed
+from sqla_uow._databases.database import recognised
 from sqla_uow._session.instances import describe
-from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, XMIN, Kind, UtcTimestamp
+from sqla_uow._versions.kinds import INTEGER, TIMESTAMP, UUID, XMIN, UtcTimestamp, VersionKind
 
 if TYPE_CHECKING:
     import uuid
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 INFO_KEY = "sqla_uow.version"
-"""Each version column's ``column.info`` has it: "integer", "uuid" or "timestamp" (or "xmin", which is no column of ours).
+"""Each version column's ``column.info`` has it: "integer", "uuid" or "timestamp" (or "xmin", which is PostgreSQL's own column).
 
-Autogenerate of migrations recognises version columns by it.
+The autogenerate of migrations finds version columns by it.
 """
 
 
@@ -47,16 +47,16 @@ class VersionMixin:
     """What the four mixins share.
 
     Attributes:
-        __version_attr__: the attribute that is mapped to the version; where it is another one, ``version`` is its synonym.
+        __version_attr__: the attribute that is mapped to the version; if it is not ``version``, that is its synonym.
         __version_follows__: relationships whose objects count as parts of this one: see `touch`.
     """
 
     __version_attr__: ClassVar[str] = "version"
     __version_follows__: ClassVar[tuple[str, ...]] = ()
-    __version_kind__: ClassVar[Kind]
+    __version_kind__: ClassVar[VersionKind]
 
     if not TYPE_CHECKING:
-        # Without an annotation: a mixin that has one breaks MappedAsDataclass, whose models would take it for a field.
+        # Without an annotation: a model with MappedAsDataclass would take it for a field.
         @declared_attr
         def version(cls):  # noqa: ANN202, N805  # SQLAlchemy calls it with the class, and reads its annotation
             if cls.__version_attr__ != "version":
@@ -64,7 +64,7 @@ class VersionMixin:
             if cls.__version_kind__ in (INTEGER, UUID) and any(
                 "version" in get_annotations(base) for base in cls.__mro__
             ):
-                # The model's own annotation says what type, which may be Annotated.
+                # The model's own annotation says the type, and may be Annotated.
                 return mapped_column(nullable=False)
             return cls.__version_kind__.column()
 
@@ -76,7 +76,7 @@ class Versioned(VersionMixin):
     before the base: ``class Order(Versioned, Base)``.  For another column name say
     ``version: Mapped[int] = mapped_column("lock_version")``, for another attribute ``__version_attr__ = "rev"``.
 
-    A constructor argument ``version=`` is ignored: what the first version is, is not a caller's to say.
+    A constructor argument ``version=`` is ignored: no caller can choose the first version.
     """
 
     __version_kind__ = INTEGER
@@ -85,7 +85,7 @@ class Versioned(VersionMixin):
 
 
 class VersionedByUUID(VersionMixin):
-    """As `Versioned`, with a random UUID for each version: it tells nothing of how often a row has changed."""
+    """As `Versioned`, with a random UUID for each version: it does not tell how often a row has changed."""
 
     __version_kind__ = UUID
     if TYPE_CHECKING:
@@ -111,9 +111,9 @@ class VersionedByXmin(VersionMixin):
         version: Mapped[int]
 
 
-def kind_of(mapper: Mapper[Any]) -> Kind | None:
-    """Return the kind of a model's version, None where it has no version mixin."""
-    kind: Kind | None = getattr(mapper.class_, "__version_kind__", None)
+def kind_of(mapper: Mapper[Any]) -> VersionKind | None:
+    """Return the kind of a model's version, None if the model has no version mixin."""
+    kind: VersionKind | None = getattr(mapper.class_, "__version_kind__", None)
     return kind
 
 
@@ -124,7 +124,7 @@ def attribute_of(mapper: Mapper[Any]) -> str:
 
 
 def check_type(mapper: Mapper[Any], version: Any) -> None:
-    """Refuse what can be no version of a model: it would equal none, and look like a conflict.
+    """Refuse a value that cannot be a version of a model: it would equal no version, and look like a conflict.
 
     Raises:
         TypeError: another type, or a datetime without a time zone.
@@ -142,7 +142,7 @@ def check_type(mapper: Mapper[Any], version: Any) -> None:
 
 @event.listens_for(VersionMixin, "after_mapper_constructed", propagate=True)
 def _constructed(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
-    """Make the version column the mapper's ``version_id_col``; each way in which it could not be one is an error here."""
+    """Make the version column the mapper's ``version_id_col``, or raise why that is impossible."""
     _check_place(mapper, model)
     kind = model.__version_kind__
     inherited = mapper.inherits.version_id_col if mapper.inherits is not None else None
@@ -184,7 +184,7 @@ def _check_place(mapper: Mapper[Any], model: type[VersionMixin]) -> None:
         )
 
 
-def _send_no_returning(mapper: Mapper[Any], kind: Kind) -> None:
+def _send_no_returning(mapper: Mapper[Any], kind: VersionKind) -> None:
     """Tell SQLAlchemy that the version is ours although its column has a server default.
 
     Else it asks for it with RETURNING, which a post_update of several rows cannot have (SQLAlchemy 2.1.9).
@@ -194,7 +194,7 @@ def _send_no_returning(mapper: Mapper[Any], kind: Kind) -> None:
 
 
 class _LoadedAlways:
-    """What makes a column's property one that no loader option leaves out: an object without its version could not be checked."""
+    """Makes a column's property ignore loader options: an object that was loaded without its version could not be checked."""
 
     __slots__ = ()
 
@@ -203,9 +203,9 @@ class _LoadedAlways:
 
 
 def _load_always(version: MapperProperty[Any]) -> None:
-    """Have each load of an object load its version, whatever ``load_only()``, ``defer()`` and ``deferred=True`` say.
+    """Let each load of an object load its version, despite ``load_only()``, ``defer()`` and ``deferred=True``.
 
-    The options of a query come to a property by the one method above, and nothing public says that it takes none.
+    A property takes the options of a query from the one method above; nothing public makes it ignore them.
     """
     assert isinstance(version, ColumnProperty)
     plain: Any = type(version)
@@ -216,7 +216,7 @@ def _load_always(version: MapperProperty[Any]) -> None:
 
 
 def _check_child(mapper: Mapper[Any], inherited: Any) -> None:
-    """Refuse a child that brings a version of its own: SQLAlchemy would check one and count the other."""
+    """Refuse a child with a version of its own: SQLAlchemy would check one and count the other."""
     assert mapper.inherits is not None
     attribute = attribute_of(mapper)
     if attribute != attribute_of(mapper.inherits) or mapper.columns.get(attribute) is not inherited:
@@ -250,15 +250,15 @@ def _column(mapper: Mapper[Any], model: type[VersionMixin]) -> Column[Any]:
 
 
 def _excluded(mapper: Mapper[Any], name: str) -> bool:
-    sets: Any = mapper  # which SQLAlchemy gives no types
+    sets: Any = mapper  # SQLAlchemy gives these no types
     excluded: Collection[str] = sets.exclude_properties or ()
     included: Collection[str] | None = sets.include_properties
     return name in excluded or (included is not None and name not in included)
 
 
-def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> None:
-    """Give a column that the model wrote itself what ours has."""
-    # The private one tells a column that was declared nullable from one that nobody said anything about.
+def _complete(column: Column[Any], kind: VersionKind, model: type[VersionMixin]) -> None:
+    """Give a column that the model declares itself what a column of ours has."""
+    # The private attribute tells whether somebody has declared the column nullable.
     if column.nullable and column._user_defined_nullable is True:
         raise TypeError(
             f"{model.__name__} maps its version to the nullable column {column.name!r}, and NULL equals no version; "
@@ -271,7 +271,7 @@ def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> Non
     if kind.following is None:
         event.listen(column.table, "before_create", _only_postgresql)
         return
-    # A column takes its defaults when it is made; afterwards only so (SQLAlchemy 2.0.58 and 2.1.9).
+    # A column takes its defaults when it is made; later only like this (SQLAlchemy 2.0.58 and 2.1.9).
     if column.default is None:
         ColumnDefault(kind.first)._set_parent(column)
     if column.server_default is None:
@@ -280,9 +280,9 @@ def _complete(column: Column[Any], kind: Kind, model: type[VersionMixin]) -> Non
 
 
 def _keep_in_utc(column: Column[Any], model: type[VersionMixin]) -> None:
-    """Give a column of the model's own the type that keeps microseconds and UTC on every database.
+    """Give a column that the model declares itself the type that keeps microseconds and UTC on every database.
 
-    SQLAlchemy's own gives naive timestamps back on MariaDB and SQLite, and whole seconds on MariaDB.
+    SQLAlchemy's own type returns naive timestamps on MariaDB and SQLite, and whole seconds on MariaDB.
 
     Raises:
         TypeError: it was declared without a time zone, and PostgreSQL would make another column of it.
@@ -298,16 +298,16 @@ def _keep_in_utc(column: Column[Any], model: type[VersionMixin]) -> None:
 
 
 def _only_postgresql(table: Table, connection: Connection, **_: Any) -> None:
-    server = distributed(connection)
-    if connection.dialect.name != "postgresql" or server is not None:
+    system = recognised(connection)
+    if not system.has_xmin:
         raise TypeError(
-            f"table {table.name!r} is versioned by xmin, which {connection.dialect.name if server is None else server.name} does not have; use Versioned, "
+            f"table {table.name!r} is versioned by xmin, which {system.title} does not have; use Versioned, "
             "VersionedByUUID or VersionedByTimestamp"
         )
 
 
 def _refuse_assignment(target: VersionMixin, value: Any, old: Any, _initiator: object) -> None:
-    """Refuse another version: SQLAlchemy would not check it, but set the row back to it."""
+    """Refuse to assign another version: SQLAlchemy would not check it, but write it into the row."""
     if inspect(target).key is None or value == old:
         return
     raise AttributeError(

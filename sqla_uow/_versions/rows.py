@@ -1,4 +1,4 @@
-"""Reading the versions of rows."""
+"""Reads and locks the versions of rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["counting", "find_rows", "key_columns", "read_versions", "stale_version", "version_table"]
 
 _AT_ONCE = 5_000
-"""Keys in one statement: a driver takes no more than 32,767 parameters."""
+"""Keys in one statement: a driver takes at most 32,767 parameters."""
 
 
 def version_table(mapper: Mapper[Any]) -> Table:
-    """Return the table that the version stands in; in joined inheritance, a parent's."""
+    """Return the table of the version column; in joined inheritance, a parent's table."""
     column = mapper.version_id_col
     assert column is not None
     table: Table = column.table
@@ -31,28 +31,33 @@ def version_table(mapper: Mapper[Any]) -> Table:
 
 
 def key_columns(mapper: Mapper[Any], table: Any = None) -> list[Column[Any]]:
-    """Return the columns of a table, the version's by default, that make up the identity, in its order."""
+    """Return the columns of a table that make up the identity, in its order.
+
+    Args:
+        mapper: of the model.
+        table: the version's by default.
+    """
     table = version_table(mapper) if table is None else table
     properties = [mapper.get_property_by_column(column) for column in mapper.primary_key]
     columns = [next((column for column in each.columns if column.table is table), None) for each in properties]
     found = [column for column in columns if column is not None]
-    # A child's key may go by another name than its parent's; it stands in the same order.
+    # A child's key may have another name than its parent's, but has the same order.
     return found if len(found) == len(columns) else list(table.primary_key)
 
 
 def counting(mapper: Mapper[Any]) -> dict[Any, Any]:
-    """Return what an UPDATE of the version's table sets so that it counts."""
+    """Return what an UPDATE of the version's table has to set to give a row a new version."""
     kind, column, key = kind_of(mapper), mapper.version_id_col, key_columns(mapper)[0]
     assert kind is not None
     assert column is not None
-    # xmin counts by itself, if its row is written at all.
+    # xmin changes by itself if the row is written at all.
     return {key: key} if kind.bumped is None else {column: kind.bumped(column)}
 
 
 def read_versions(
     connection: Connection, mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool = False
 ) -> dict[tuple[Any, ...], Any]:
-    """Read the versions of rows; one that does not exist is missing.
+    """Return the versions of rows by key, without rows that do not exist.
 
     Args:
         connection: of the unit, or another.
@@ -70,9 +75,9 @@ def read_versions(
 def find_rows(
     connection: Connection, mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lock: bool = False
 ) -> dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]]:
-    """Read the versions of rows by keys that a user has spelled, each with the key as its row has it.
+    """Read the versions of rows by keys as a user writes them, each with the key that is in the row.
 
-    'ABC' is the key of the row 'abc' where the collation says so, and "1" may be that of the row 1.
+    With some collations 'ABC' finds the row 'abc', and "1" may find the row 1.
     """
     read = read_versions(connection, mapper, keys, lock=lock)
     found = {key: (key, read[key]) for key in keys if key in read}
@@ -92,12 +97,12 @@ def _select_versions(mapper: Mapper[Any], keys: Sequence[tuple[Any, ...]], *, lo
     else:
         pairs = [and_(*(column == value for column, value in zip(columns, key, strict=True))) for key in keys]
         statement = statement.where(or_(*pairs))
-    # key_share: on PostgreSQL a foreign key to the row must not wait for us.
+    # key_share: on PostgreSQL, an insert of a row that refers to this one must not wait for us.
     return statement.order_by(*columns).with_for_update(key_share=True) if lock else statement
 
 
 def stale_version(model: type[Any], key: tuple[Any, ...], expected: Any, found: Any) -> StaleVersionError:
-    """Return the error for a row that is at another version than expected, or gone, which is None."""
+    """Return the error for a row that is not at the expected version; it is gone if `found` is None."""
     name = f"{model.__name__}({', '.join(map(repr, key))})"
     fact = "is gone" if found is None else f"is at version {found!r}"
     where = "it was to be written" if expected is None else f"{expected!r} was expected"

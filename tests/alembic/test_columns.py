@@ -95,7 +95,7 @@ REFUSED = {
     "no primary key": (
         ["CREATE TABLE bare (x INTEGER)"],
         "bare",
-        "table 'bare' has no primary key, without which a version is of no row; give it one first",
+        "table 'bare' has no primary key, so its rows cannot be versioned; add one first",
     ),
     "another type": (
         ["ALTER TABLE account ADD COLUMN version VARCHAR(20)"],

@@ -163,7 +163,7 @@ def test_a_script_has_one_try(name):
 
 def test_an_unknown_database_has_no_lock():
     """A4: better no lock than one that holds nobody off."""
-    oracle = SimpleNamespace(dialect=SimpleNamespace(name="oracle"), in_transaction=lambda: False)
+    oracle = SimpleNamespace(dialect=SimpleNamespace(name="oracle", driver="oracledb"), in_transaction=lambda: False)
     with pytest.raises(CommandError) as caught, migration_lock(oracle):
         pass
     assert str(caught.value) == (

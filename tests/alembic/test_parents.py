@@ -238,7 +238,7 @@ async def test_a_parent_that_cannot_be_counted_in(db, operate):
     message = (
         "the primary key of table 'note' is no foreign key to 'account'; name the parent of its joined inheritance"
         if db.family == "postgresql"
-        else f"a trigger of table 'note' cannot count for its parent 'account' on {db.family}, where it cannot tell "
+        else f"a trigger of table 'note' cannot count for its parent 'account' on { {'mysql': 'MariaDB', 'sqlite': 'SQLite'}[db.family] }, where it cannot tell "
         "whether the ORM has; leave it out, and where others write 'note' have them set version = version in 'account' "
         "too, which that table's own trigger counts"
     )

@@ -12,9 +12,10 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import await_only
 
-from sqla_uow._alembic import lock as _alembic_lock
-from sqla_uow._alembic.lock import _SQLite
-from sqla_uow._alembic.patience import Patience, _limit_mariadb
+from sqla_uow._alembic.databases import schema_of
+from sqla_uow._alembic.postgresql import PostgreSQLLock
+from sqla_uow._alembic.schema import Patience
+from sqla_uow._alembic.sqlite import SQLiteLock
 from sqla_uow.alembic import migration_lock
 from tests.alembic.locking import locked
 from tests.alembic.project import Project
@@ -46,13 +47,13 @@ async def test_five_at_once(db, project):
 
 ASKED = """
 import pathlib
-from sqla_uow._alembic import lock as _alembic_lock
+from sqla_uow._alembic import run
 
-def sleep(connection, seconds, sleep=_alembic_lock.sleep):
+def sleep(connection, seconds, sleep=run.sleep):
     pathlib.Path("asked").touch()
     sleep(connection, seconds)
 
-_alembic_lock.sleep = sleep
+run.sleep = sleep
 """
 
 
@@ -215,12 +216,12 @@ async def test_a_sync_runner_waits_too(db):
 @pytest.mark.parametrize("mode", ["session", "transaction"])
 async def test_a_pooler(db, monkeypatch, mode):
     """A4: a pooler tells the client of another process than the server's; only one that changes it is refused."""
-    monkeypatch.setattr(_alembic_lock._PostgreSQL, "_told", lambda _self: 0)
+    monkeypatch.setattr(PostgreSQLLock, "_told", lambda _self: 0)
     if mode == "session":
         await locked(db, lambda _: None)
         return
     processes = iter(range(1, 9))
-    monkeypatch.setattr(_alembic_lock._PostgreSQL, "_process", lambda _self: next(processes))
+    monkeypatch.setattr(PostgreSQLLock, "_process", lambda _self: next(processes))
     with pytest.raises(CommandError) as caught:
         await locked(db, lambda _: None)
     assert str(caught.value) == (
@@ -278,7 +279,7 @@ def test_a_lock_file_that_cannot_be_used(driver, tmp_path):
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     Path(f"{path}-shm").mkdir()
-    lock = _SQLite(str(tmp_path / "bank.db"))
+    lock = SQLiteLock(str(tmp_path / "bank.db"))
     with pytest.raises(sqlite3.OperationalError) as caught:
         lock.try_acquire()
     assert caught.value.sqlite_errorcode != sqlite3.SQLITE_BUSY
@@ -290,7 +291,7 @@ async def test_a_connection_lost_while_it_waits_for_a_table(db):
     """A2: there is nothing to set back on it, and the loss is what is raised."""
 
     def lose(connection):
-        with _limit_mariadb(connection, Patience()):
+        with schema_of(connection).limit(connection, Patience()):
             number = connection.scalar(text("SELECT connection_id()"))
             db.server.execute(f"KILL {number}")
             connection.execute(text("SELECT 1"))

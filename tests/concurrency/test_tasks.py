@@ -18,7 +18,7 @@ from sqlalchemy import literal_column, select, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._tasks.frames import Frame, Place
-from sqla_uow._unit import rollback as _rollback
+from sqla_uow._unit import ending as _ending
 from tests.kit import waiting
 from tests.kit.models import Account
 
@@ -243,7 +243,7 @@ async def test_a_body_may_not_return_while_a_child_has_a_statement_in_flight(db)
 
 async def test_the_wait_for_a_sibling_is_bounded(db, monkeypatch, caplog):
     """S3: behind the bound the connection is discarded, and neither leaks nor reaches anybody else."""
-    monkeypatch.setattr(_rollback, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(_ending, "IDLE_SECONDS", 0.05)
     manager = pool_of_three(db)
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"^mine$"):
@@ -286,7 +286,7 @@ async def test_the_end_under_a_siblings_stream(db):
 
 async def test_a_connection_that_comes_after_the_end_goes_back(db, monkeypatch):
     """S3: a sibling that still waits for the pool when the unit ends leaks neither connection nor turn."""
-    monkeypatch.setattr(_rollback, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(_ending, "IDLE_SECONDS", 0.02)
     manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0, pool_timeout=5))
     async with manager.begin() as other:
         await other.session.execute(row(1))

@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, mixins, transactional
 from sqla_uow.__main__ import main
-from sqla_uow._alembic.patience import Patience, patiently
+from sqla_uow._alembic.patience import patiently
+from sqla_uow._alembic.schema import Patience
 from sqla_uow._databases import distributed as _servers
 from sqla_uow.alembic import migration_lock
 from sqla_uow.errors import AmbiguousCommitError, ConflictError, ReadOnlyError, RollbackOnlyError, StaleVersionError
@@ -176,7 +177,7 @@ async def test_a_level_that_the_cluster_replaces_is_refused(cockroach, monkeypat
 
     A cluster whose setting is off answers so; PostgreSQL has no such setting, and is asked for what it would say.
     """
-    monkeypatch.setattr(_servers.COCKROACHDB.__class__, "level", "SELECT 'serializable'")
+    monkeypatch.setattr(_servers.CockroachDB, "level", "SELECT 'serializable'")
     manager = UnitOfWorkManager(cockroach.engine(), isolation="READ COMMITTED")
     for propagation in ("required", "nested"):
         with pytest.raises((ValueError, RollbackOnlyError)) as caught:
@@ -312,8 +313,8 @@ async def test_replicas_are_refused(cockroach):
     with pytest.raises(ValueError, match="replicas") as caught:
         UnitOfWorkManager(cockroach.engine(), replicas=[cockroach.engine()])
     assert str(caught.value) == (
-        "UnitOfWorkManager 'default' has replicas on CockroachDB, which tells no position that one of them could have "
-        "reached; leave them out, and read the past with AS OF SYSTEM TIME where that is enough"
+        "UnitOfWorkManager 'default' has replicas on CockroachDB, which has no replication position to "
+        "wait for; drop replicas=, and use AS OF SYSTEM TIME for reads that may be stale"
     )
 
 

@@ -27,12 +27,12 @@ async def test_it_is_known_by_what_it_announces(yugabyte):
     engine = yugabyte.relayed(pool_size=1, max_overflow=0)
     async with engine.connect():
         pass
-    for warm, name in ((engine, "YugabyteDB"), (yugabyte.engine(), None)):
+    for warm, name in ((engine, "YugabyteDB"), (yugabyte.engine(), "PostgreSQL")):
         manager = UnitOfWorkManager(warm)
         sent = statements(warm)
         async with manager.begin() as unit:
             await unit.session.execute(select(Account.id))
-        assert (manager._database.server and manager._database.server.name) == name
+        assert manager._setup.database.system.title == name
         assert len(sent) == 1
 
 

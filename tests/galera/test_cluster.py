@@ -10,7 +10,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, transactional
-from sqla_uow._unit.verify import Witness
+from sqla_uow._unit.verify import Verification
 from sqla_uow.errors import ConflictError
 from sqla_uow.testing import FaultPlan
 from tests.kit.failures import Failed
@@ -146,12 +146,12 @@ async def test_what_is_said_to_be_undone_stays_so(nodes):
         with pytest.raises(ConflictError) as caught:
             async with manager.begin() as unit:
                 await move(0, 1, 1, "late")
-                witness = manager._witness(unit._transaction)
-                await unit.session.run_sync(lambda session: witness.sign(session.connection()))
-                elsewhere = Witness(asked._notary, asked._database)
-                elsewhere._token = witness._token
-                assert await elsewhere.verdict(unit._transaction) is False
+                verification = manager._setup.verifier.verification()
+                await unit.session.run_sync(lambda session: verification.mark(session.connection()))
+                elsewhere = Verification(asked._setup.verifier.markers, asked._setup.database)
+                elsewhere._token = verification._token
+                assert await elsewhere.ask(unit._transaction) is False
     assert caught.value.code == "1213"
-    elsewhere.settle(Status.ROLLED_BACK)
-    assert asked._notary.free == [witness._token]
+    elsewhere.conclude(Status.ROLLED_BACK)
+    assert asked._setup.verifier.markers.free == [verification._token]
     assert nodes.rows(2, "SELECT id FROM ledger") == "first"

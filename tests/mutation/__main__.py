@@ -28,8 +28,8 @@ from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.reach import Reach
 
 MODULES = (
-    "_transaction.doom", "_databases.failures", "_transaction.hooks", "_unit.commit", "_unit.rollback", "_transaction.transaction", "_attempts.attempt", "_attempts.call", "_unit.verify", "_tasks.owner", "_tasks.frames",
-    "_databases.levels",
+    "_transaction.doom", "_databases.failures", "_transaction.hooks", "_unit.commit", "_unit.rollback", "_transaction.transaction", "_attempts.attempt", "_attempts.call", "_attempts.retry_or_raise", "_unit.ending", "_unit.verify", "_unit.markers", "_tasks.owner", "_tasks.frames",
+    "_databases.levels", "_transaction.reports", "_transaction.committing", "_transaction.failing", "_transaction.raw_calls",
 )  # fmt: skip
 TESTS = ("core", "concurrency", "isolation", "properties", "testing", "versioning", "starlette")
 HERE = Path(__file__).parent

@@ -71,16 +71,16 @@ def changed():
 
 def test_a_fork_becomes_a_mutant(changed):
     """Its body and its defaults, under whatever name somebody holds the function; this process stays as it is."""
-    damage = sqla_uow._transaction.doom.Damage(hooks=None)
-    depth, add = type(damage).depth.fget, damage.add
+    doom = sqla_uow._transaction.doom.Doom(hooks=None)
+    depth, add = type(doom).depth.fget, doom.mark
 
     def hard():
         add(None)
-        return damage.mark.hard
+        return doom.marked.hard
 
-    assert changed("return len(self._savepoints)", "return None", lambda: depth(damage)) == "None"
+    assert changed("return len(self._savepoints)", "return None", lambda: depth(doom)) == "None"
     assert changed("hard: bool = False,", "hard: bool = True,", hard) == "True"
-    assert depth(damage) == 0
+    assert depth(doom) == 0
     assert not hard()
 
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from sqlalchemy import event, insert, text
 
 from sqla_uow import Status, UnitOfWorkManager, after_commit, current_session, transactional
-from sqla_uow._databases.driver_state import State, state_of
+from sqla_uow._databases.database import driver_of
+from sqla_uow._databases.driver import State
 from tests.kit.models import Account, Note, Unique
 
 PROGRAMS = int(os.environ.get("SQLA_UOW_PROGRAMS", "100"))
@@ -268,7 +269,7 @@ class Bench:
         assert self.engine.pool.checkedout() == 0
         async with self.engine.connect() as connection:
             raw = (await connection.get_raw_connection()).driver_connection
-            assert state_of(self.engine.dialect.driver, raw) is State.NONE
+            assert driver_of(self.engine.dialect).state(raw) is State.NONE
         async with self.manager.begin() as unit:
             unit.session.add(Note(text=f"{number}-sound"))
         assert await self.rows(number)

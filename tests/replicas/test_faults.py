@@ -204,7 +204,7 @@ async def test_a_replica_comes_back_as_it_was_long_ago(pair):
     with manager.activate():
         assert await read() == (0, True)
         await write(1)
-        manager._replicas._replicas[0]._replayed = {0: 2**64 - 1}
+        manager._setup.replicas._replicas[0]._replayed = {0: 2**64 - 1}
         assert await read() == (0, True)  # as if it had been told so on this connection
         await manager.replicas[0].dispose()
         assert await read() == (1, False)
@@ -234,13 +234,13 @@ async def test_cancelled_while_it_waits_for_a_replica(pair, connected):
 async def test_a_standby_does_not_tell_what_became_of_a_commit(pair):
     """C2: it may not have replayed it yet; it is asked again, until it or another one is the primary."""
     manager = UnitOfWorkManager(pair.engine(pair.primary), ambiguous_commit="verify")
-    witness = manager._notary.witness()
+    verification = manager._setup.verifier.verification()
     pair.replica.pause()
     async with manager.engine.begin() as connection:
-        await connection.run_sync(witness.sign)
+        await connection.run_sync(verification.mark)
     async with pair.engine(pair.replica).connect() as standby, manager.engine.connect() as primary:
-        assert await witness._ask_status(standby) == "again"
-        assert await witness._ask_status(primary) == "committed"
+        assert await verification._ask_status(standby) == "again"
+        assert await verification._ask_status(primary) == "committed"
 
 
 async def test_a_deadline_bounds_the_wait(pair):

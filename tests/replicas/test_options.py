@@ -18,7 +18,7 @@ def test_what_is_refused():
     sqlite = create_async_engine("sqlite+aiosqlite://")
     with pytest.raises(
         ValueError,
-        match=r"^UnitOfWorkManager 'default' has replicas over aiosqlite, of which no position can be learned; "
+        match=r"^UnitOfWorkManager 'default' has replicas over aiosqlite, which cannot report a replication position; "
         r"use asyncpg, psycopg, asyncmy, aiomysql$",
     ):
         UnitOfWorkManager(sqlite, replicas=[sqlite])

@@ -21,46 +21,16 @@ from sqla_uow.idempotency import IdempotencyKeys
 from sqla_uow_starlette import Idempotency, UnitOfWorkMiddleware, exception_handlers
 from tests.kit.models import Account
 from tests.starlette.client import add, app_of, client_of
-
-
-def caller(scope):
-    """Say who sends a request: what its header Authorization says."""
-    return dict(scope["headers"]).get(b"authorization", b"nobody").decode()
-
-
-@pytest.fixture
-async def keys(db):
-    """Keys whose table is there."""
-    metadata = MetaData()
-    keys = IdempotencyKeys(metadata)
-    async with db.outside() as connection:
-        await connection.run_sync(metadata.create_all)
-        await connection.commit()
-    return keys
-
-
-@pytest.fixture
-def serve(manager, keys):
-    """Return a client of an application with keys."""
-
-    def serve(*endpoints, idempotency=None, **options):
-        idempotency = Idempotency(keys, **({"caller": caller} | (idempotency or {})))
-        options = {"exception_handlers": exception_handlers, **options}
-        return client_of(app_of(manager, *endpoints, atomic=True, idempotency=idempotency, **options))
-
-    return serve
-
-
-def key(value, **more):
-    """Return the headers of a request with a key."""
-    return {"Idempotency-Key": value, **more}
+from tests.starlette.keyed import caller, key
 
 
 async def count(db):
+    """Return how many accounts are committed."""
     return await db.scalar("SELECT count(*) FROM account")
 
 
 async def records(db):
+    """Return how many records are committed."""
     return await db.scalar("SELECT count(*) FROM uow_idempotency")
 
 
@@ -74,6 +44,7 @@ class Pay:
         self.hooks = 0
 
     def hook(self):
+        """Count a COMMIT."""
         self.hooks += 1
 
     async def __call__(self, request):
@@ -88,10 +59,13 @@ class Pay:
 
 @pytest.fixture
 def pay():
+    """Provide an endpoint that counts."""
     return Pay()
 
 
 def endpoint_of(pay):
+    """Return it as a function."""
+
     async def endpoint(request):
         return await pay(request)
 
@@ -383,53 +357,6 @@ async def test_a_background_task_runs_once_and_after_commit(db, serve):
     assert seen == [2]
 
 
-async def test_a_conflict_with_retries_left(db, serve, keys):
-    """Nobody notices: the record of the failed attempt went with it."""
-    tries = []
-
-    async def endpoint(request):
-        tries.append((await request.body()).decode())
-        await add(100 + len(tries))
-        if len(tries) < 3:
-            await provoke(db)
-        return PlainTextResponse("done")
-
-    async with serve(endpoint, retries=5) as client:
-        answers = [await client.post("/endpoint", headers=key("k"), content=b"5") for _ in range(2)]
-    assert [answer.text for answer in answers] == ["done", "done"]
-    assert tries == ["5"] * 3
-    assert (await count(db), await records(db)) == (2, 1)
-
-
-async def provoke(db):
-    """Raise what is retried, as the database reports it."""
-    from sqla_uow._transaction.transaction import transaction_of
-    from sqla_uow._databases.failures import Failure, Kind
-
-    error = RuntimeError("conflict")
-    transaction = transaction_of(current_session().sync_session)
-    transaction.damage.add(error, failure=Failure(Kind.CONFLICT, None, error), hard=True)
-    raise error
-
-
-async def test_a_conflict_that_outlives_its_retries(db, serve):
-    """The client is told to come again, and then the key is free."""
-    fails = [True]
-
-    async def endpoint(request):
-        await add(100)
-        if fails:
-            await provoke(db)
-        return PlainTextResponse("done")
-
-    async with serve(endpoint, retries=1) as client:
-        first = await client.post("/endpoint", headers=key("k"))
-        fails.clear()
-        again = await client.post("/endpoint", headers=key("k"))
-    assert (first.status_code, first.headers["retry-after"]) == (503, "1")
-    assert (again.status_code, again.text, "idempotent-replayed" in again.headers) == (200, "done", False)
-
-
 async def test_a_table_that_is_missing(db, manager, caplog, pay):
     """500, and the log names the migration."""
     caplog.set_level(logging.ERROR, "sqla_uow")
@@ -456,9 +383,11 @@ class Reversed:
     """A codec that can be seen through."""
 
     def encode(self, plain):
+        """Turn it round."""
         return plain[::-1]
 
     def decode(self, stored):
+        """Turn it back."""
         return stored[::-1]
 
 
@@ -543,13 +472,6 @@ async def test_a_key_that_another_process_has(db, keys, pay, ends):
     engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
     mine, theirs = UnitOfWorkManager(engine), UnitOfWorkManager(db.engine())
     wait = 0.3 if ends == "hangs" else 20
-    middlewares = [
-        app_of(
-            manager, endpoint_of(pay), atomic=True, idempotency=Idempotency(keys, caller=caller, wait=wait),
-            exception_handlers=exception_handlers,
-        )
-        for manager in (mine, theirs)
-    ]  # fmt: skip
     go_on, running = asyncio.Event(), asyncio.Event()
 
     async def slow(request):
@@ -559,12 +481,12 @@ async def test_a_key_that_another_process_has(db, keys, pay, ends):
         await go_on.wait()
         return PlainTextResponse("theirs", 200 if ends == "commits" else 500)
 
-    middlewares[1] = app_of(theirs, slow, atomic=True, idempotency=Idempotency(keys, caller=caller))
-    middlewares[0] = app_of(
+    others = app_of(theirs, slow, atomic=True, idempotency=Idempotency(keys, caller=caller))
+    app = app_of(
         mine, slow_or(pay), atomic=True, idempotency=Idempotency(keys, caller=caller, wait=wait),
         exception_handlers=exception_handlers,
     )  # fmt: skip
-    async with client_of(middlewares[0]) as here, client_of(middlewares[1]) as there:
+    async with client_of(app) as here, client_of(others) as there:
         first = asyncio.create_task(there.post("/slow", headers=key("k")))
         await running.wait()
         repeating = [asyncio.create_task(here.post("/slow", headers=key("k"))) for _ in range(20)]

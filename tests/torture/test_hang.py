@@ -6,7 +6,8 @@ import asyncio
 import random
 import time
 
-from sqla_uow._unit.rollback import IDLE_SECONDS, ROLLBACK_SECONDS
+from sqla_uow._unit.ending import IDLE_SECONDS
+from sqla_uow._unit.rollback import ROLLBACK_SECONDS
 from tests.torture.harm import LONG, MARKS, SEED, banking, modes
 
 pytestmark = MARKS

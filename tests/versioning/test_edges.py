@@ -345,7 +345,7 @@ async def test_xmin_of_what_has_no_other_column(db, edges):
             await unit.session.flush()
             assert row.rev == row.version > 1
             touch(row)
-    assert str(caught.value) == "Keys(1) has no column but its key, so that xmin cannot be made to change"
+    assert str(caught.value) == "Keys(1) has no column except its key, so nothing can be written to change xmin"
 
 
 @pytest.mark.drivers("sqlite")

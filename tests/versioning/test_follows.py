@@ -316,7 +316,7 @@ def mapped(follows, **more):
             ("id",),
             {},
             (
-                "Whole.id, named in __version_follows__, is no one-to-many relationship; name one, whose objects have a "
+                "Whole.id, named in __version_follows__, is not a one-to-many relationship; name one, whose objects have a "
                 "foreign key to it"
             ),
         ),
@@ -351,7 +351,7 @@ async def test_a_relationship_that_does_not_exist(driver, versioned):
                 async with versioned.begin() as unit:
                     unit.session.add(Plain(id=1))
             assert str(caught.value) == (
-                "Whole.__version_follows__ names 'nothing', which is no relationship of it; name one"
+                "Whole.__version_follows__ names 'nothing', which is not a relationship of it; name one"
             )
     finally:
         _follows._undefined.clear()

@@ -167,7 +167,7 @@ async def test_xmin_is_postgresqls(db, versioned):
         with pytest.raises(TypeError) as caught:
             await connection.run_sync(tables.XminBase.metadata.create_all)
     assert str(caught.value) == (
-        "table 'by_xmin' is versioned by xmin, which mysql does not have; use Versioned, VersionedByUUID or "
+        "table 'by_xmin' is versioned by xmin, which MariaDB does not have; use Versioned, VersionedByUUID or "
         "VersionedByTimestamp"
     )
 

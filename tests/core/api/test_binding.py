@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from sqla_uow import Status, UnitOfWorkManager, errors
 from sqla_uow._session import connection as _connection
-from sqla_uow._transaction.transaction import Transaction
+from sqla_uow._session import pool as _pool
 from tests.kit.models import Account
 from tests.kit.statements import statements
 
@@ -224,8 +224,10 @@ async def test_the_rules_hold_for_a_users_session_class(db):
 async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
     """S8: several managers over one engine and its copies share them; a failure is told once."""
     told = []
-    failed = Transaction.failed
-    monkeypatch.setattr(Transaction, "failed", lambda self, *a, **k: (told.append(self), failed(self, *a, **k)))
+    failed = _connection.operation_failed
+    monkeypatch.setattr(
+        _connection, "operation_failed", lambda unit, *a, **k: (told.append(unit), failed(unit, *a, **k))
+    )
     engine = db.engine()
     copy = engine.execution_options(yield_per=10)
     binds = [copy, engine] if copy_first else [engine, copy]
@@ -236,7 +238,8 @@ async def test_listeners_are_installed_once(db, copy_first, monkeypatch):
                 await unit.session.execute(text("SELECT nonsense"))
         assert told == [unit._transaction]
         told.clear()
-    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is _connection._reset]
+    reset = _pool._resetting(managers[0]._setup.database.system.restore)
+    resets = [listener for listener in engine.sync_engine.pool.dispatch.reset if listener is reset]
     assert len(resets) == (1 if db.family == "sqlite" else 0)
 
 
@@ -247,15 +250,15 @@ async def test_no_pool_is_taken_for_an_earlier_one(db):
     for _ in range(100):
         engines = [create_async_engine(db.url) for _ in range(20)]
         for engine in engines:
-            UnitOfWorkManager(engine)
+            manager = UnitOfWorkManager(engine)
             listeners = engine.sync_engine.pool.dispatch.reset
-            assert _connection._reset in list(listeners)
+            assert _pool._resetting(manager._setup.database.system.restore) in list(listeners)
             kept.append(listeners)  # these outlive their pools now and then; here always
         ids = {id(engine.sync_engine.pool) for engine in engines}
         if earlier & ids:
             return
         earlier |= ids
-        del engine, engines
+        del engine, engines, manager
         gc.collect()
     pytest.fail("no id came again")
 

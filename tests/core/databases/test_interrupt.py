@@ -63,7 +63,7 @@ async def test_a_libpq_that_has_no_cancel_request(db, manager, caplog):
 @pytest.mark.drivers("asyncpg", "psycopg")
 async def test_a_statement_that_cannot_be_stopped(db, manager, monkeypatch, caplog):
     """C3: there is no time left to stop it, so the log says what its locks do."""
-    monkeypatch.setattr(interrupt, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(interrupt, "STOP_SECONDS", 0.0)
     entered = asyncio.Event()
 
     async def call():
@@ -92,4 +92,4 @@ def test_a_driver_whose_statements_nobody_can_stop(driver):
     other = SimpleNamespace(
         dialect=SimpleNamespace(driver="oracledb"), connection=SimpleNamespace(driver_connection=None)
     )
-    interrupt.settle(other, None)
+    interrupt.stop_statement(other, None)

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._databases.levels import opening
+from sqla_uow._databases.system import System
 from tests.kit.models import Account, Note
 from tests.kit.slow import RUNNING, SLOW, sent
 from tests.kit.waiting import until
@@ -158,7 +158,8 @@ async def test_a_level_that_no_statement_used_does_not_wait_for_the_next_transac
 @pytest.mark.drivers("sqlite")
 def test_a_database_that_needs_nothing_at_its_begin(driver):
     """P4: what SQLAlchemy tells it is enough; nothing is sent, so there is no connection."""
-    opening(None, "oracle", "SERIALIZABLE", read_only=False, seconds=None)
+    wants = {"read_only": False, "seconds": None, "lock_wait": None, "keeps_snapshot": None}
+    System("oracle").open(None, None, "SERIALIZABLE", **wants)
 
 
 # -- levels that cannot be

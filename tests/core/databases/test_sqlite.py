@@ -17,7 +17,7 @@ from sqlalchemy.pool import StaticPool
 from sqlalchemy.util import await_only
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._databases.writer_queue import Turns
+from sqla_uow._databases.writer_queue import WriterQueue
 from sqla_uow.testing import assert_no_leaks
 from tests.kit.models import Base
 from tests.kit.slow import SLOW, sent
@@ -283,7 +283,7 @@ class Queue:
 
     @property
     def turns(self):
-        return self.manager._database.turns()
+        return self.manager._setup.database.writer_queue()
 
     async def writer(self, key, leave=None, seconds=None):
         async with self.manager.begin(timeout=seconds) as unit:
@@ -327,13 +327,13 @@ async def test_a_cancelled_waiter_leaves_the_line(db, monkeypatch):
     await queue.waiting(3)
     early.cancel()
     await queue.waiting(2)
-    give_back = Turns.give_back
+    give_back = WriterQueue.give_back
 
     def give_back_and_cancel(turns, unit):
         give_back(turns, unit)
         late.cancel()
 
-    monkeypatch.setattr(Turns, "give_back", give_back_and_cancel)
+    monkeypatch.setattr(WriterQueue, "give_back", give_back_and_cancel)
     leave.set()
     await holder
     await last
@@ -455,7 +455,7 @@ async def test_writers_cancelled_anywhere_leave_the_line_in_order(db):
 async def test_an_engine_may_go_from_one_loop_to_the_next(engine):
     """P5: a turn that a closed loop took with it blocks nobody in the next one."""
     manager = UnitOfWorkManager(engine)
-    turns = manager._database.turns()
+    turns = manager._setup.database.writer_queue()
     await asyncio.to_thread(asyncio.run, asyncio.wait_for(turns.take(object(), ()), 5))
     await asyncio.wait_for(turns.take(object(), ()), 2)
     assert turns.is_taken()
@@ -474,7 +474,7 @@ async def test_a_memory_database_has_one_user_at_a_time(engine):
     async with manager.begin() as writer:
         await writer.session.execute(WRITE, {"balance": 9})
         task = asyncio.create_task(reader(), context=contextvars.Context())
-        await until(lambda: manager._database.turns()._lines.here().lock._waiters)
+        await until(lambda: manager._setup.database.writer_queue()._lines.here().lock._waiters)
         assert seen == []
     await task
     assert seen == [9]

@@ -136,7 +136,7 @@ async def test_an_unknown_commit_is_told(db, recorder, applied, wire):
 async def test_a_commit_that_is_held_back_has_its_time(db, recorder, wire, monkeypatch):
     """Given up at the deadline: the time is what was waited."""
     monkeypatch.setattr("sqla_uow._unit.commit.COMMIT_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
     manager = UnitOfWorkManager(wire.engine, observers=[recorder])
     held = wire.on_commit("hold", applied=False)
     with pytest.raises(errors.AmbiguousCommitError):

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._log import record
+from sqla_uow._log import log
 from sqla_uow._retry.controller import Controller
 
 KNOWN = {
@@ -44,7 +44,7 @@ async def test_a_retry_and_giving_up_carry_their_facts(db, trouble, caplog):
         "function": "write()", "manager": "bank", "attempts": 2, "reason": trouble.reason, "code": trouble.code,
     }  # fmt: skip
     assert (retry.levelno, retry.module, retry.getMessage()) == (
-        logging.INFO, "call", f"write(): attempt 1 of 2 failed ({spelled}); again in 10.0 ms",
+        logging.INFO, "retry_or_raise", f"write(): attempt 1 of 2 failed ({spelled}); again in 10.0 ms",
     )  # fmt: skip
     assert fields(retry) == same | {"attempt": 1, "wait": 0.01}
     elapsed = caught.value.elapsed
@@ -125,5 +125,5 @@ def test_a_record_that_is_off_makes_nothing(caplog):
             raise AssertionError
 
     caplog.set_level(logging.WARNING, logger="sqla_uow")
-    record(logging.INFO, "%s", Costly(), function=Costly())
+    log(logging.INFO, "%s", Costly(), function=Costly())
     assert caplog.records == []

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._retry import controller as _contention
-from sqla_uow._retry.controller import Controller, _Rate, _too_late
+from sqla_uow._retry.controller import Controller, _Rate
+from sqla_uow._retry.gate import _too_late
 from sqla_uow.typing import Contention
 from tests.kit.models import Account
 from tests.kit.waiting import until
@@ -284,7 +285,7 @@ def test_a_narrower_width_that_brings_more_leads_on(driver):
 
 def narrow(manager, function):
     """Let one call of `function` run at a time, from now on."""
-    gate = manager._gate(function.__transactional__, "test", manager.retry.clock)
+    gate = manager._setup.gate(function.__transactional__, "test", manager.retry.clock)
     gate._controller.opening = False
     gate._controller._go(0)
     return gate
@@ -319,7 +320,7 @@ def manager(db):
 @pytest.fixture
 def no_stall(monkeypatch):
     """Let nobody in for the time alone that others take."""
-    monkeypatch.setattr(_contention, "STALL_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (60.0, 60.0))
 
 
 one_driver = pytest.mark.drivers("sqlite")  # what is about no database
@@ -414,7 +415,7 @@ def test_attempts_may_be_made_where_no_loop_runs():
     """R10: as `UnitOfWorkMiddleware` does to have its options checked."""
     manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
     manager.attempts(retries=5)
-    assert manager._gates.everywhere() == []
+    assert manager._setup.gates.everywhere() == []
 
 
 @one_driver
@@ -425,13 +426,13 @@ async def test_off_means_off(manager):
     await until(lambda: len(busy.order) == 5, seconds=5, pause=0)
     busy.let_go.set()
     await asyncio.gather(*calls)
-    assert manager._gates.everywhere() == []
+    assert manager._setup.gates.everywhere() == []
 
 
 @one_driver
 async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
     """R10: who lets the next one in for the time alone looks once more, finds nobody, and wakes the loop no longer."""
-    monkeypatch.setattr(_contention, "STALL_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (0.01, 0.01))
     gate = narrow(manager, Busy(manager).call)
     gate._watch()
     assert gate._timer is not None
@@ -478,7 +479,7 @@ async def test_what_is_known_of_a_function_goes_with_it(manager):
     del busy
     gc.collect()
     assert gone() is None
-    assert len(manager._gates.here()) == 0
+    assert len(manager._setup.gates.here()) == 0
 
 
 @one_driver
@@ -623,7 +624,10 @@ async def test_transfers_in_four_processes(db, quick_deadlocks):
                 for turn in range(turns):
                     await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
                     attempts_so_far.append(len(attempts))
-                    if contention == "auto" and manager._gates.here()[transfer.__transactional__]._controller.crowded:
+                    if (
+                        contention == "auto"
+                        and manager._setup.gates.here()[transfer.__transactional__]._controller.crowded
+                    ):
                         crowded.add(number % 4)
 
         await asyncio.gather(*(worker(number) for number in range(16)))

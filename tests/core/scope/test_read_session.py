@@ -52,9 +52,9 @@ async def test_a_scope_does_not_rest_under_a_statement(db, manager):
         async with manager.scope() as scope:
             session = current_session()
             reading = asyncio.create_task(session.execute(sleep))
-            await until(lambda: scope.reader._transaction.owner.in_flight is reading, pause=0)
+            await until(lambda: scope.reading.transaction.owner.in_flight is reading, pause=0)
             await scope.rest()
-            assert scope.reader is not None
+            assert scope.reading.transaction is not None
             await reading
 
 
@@ -64,7 +64,7 @@ async def test_a_read_session_that_is_closed_twice(manager):
     with manager.activate():
         async with manager.scope() as scope:
             await current_session().execute(select(Note))
-            await asyncio.gather(scope.end_reading(), scope.end_reading())
+            await asyncio.gather(scope.reading.end(), scope.reading.end())
             assert manager.engine.pool.checkedout() == 0
             assert (await current_session().execute(select(Note))).all() == []
 
@@ -92,6 +92,6 @@ async def test_a_turn_that_does_not_come_in_a_scope(db, manager):
         async with manager.scope() as scope:
             await current_session().execute(select(Note))
             async with a_turn_that_does_not_come(manager):
-                assert scope.reader is None
+                assert scope.reading.transaction is None
             await current_session().execute(select(Note))
     assert manager.engine.pool.checkedout() == 0

@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, transactional
 from sqla_uow._unit import commit as _commit
+from sqla_uow._unit import ending as _ending
 from sqla_uow.errors import AmbiguousCommitError
 
 pytestmark = pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
@@ -26,7 +27,7 @@ AT_ONCE = RetryPolicy(base=0, cap=0)
 def impatient(monkeypatch):
     """Bounds of a fifth of a second; psycopg alone would wait 5 s for the answer to its cancel request."""
     monkeypatch.setattr("sqla_uow._unit.commit.COMMIT_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
 
 
 @APPLIED
@@ -176,7 +177,7 @@ async def test_an_answer_that_comes_while_the_link_is_cut(db, wire, monkeypatch)
     manager = UnitOfWorkManager(wire.engine)
     monkeypatch.setattr(_commit, "COMMIT_SECONDS", 0.05)
     # Such a moment cannot be hit; so the answer is let go where the link would be cut.
-    monkeypatch.setattr(_commit, "cut", lambda _connection: held.release() or True)
+    monkeypatch.setattr(_ending, "break_link", lambda _connection: held.release() or True)
 
     async def call():
         async with manager.begin() as unit:

@@ -116,8 +116,8 @@ async def test_a_lost_rollback_replaces_nothing(wire, caplog):
 async def test_a_rollback_that_is_not_answered_is_given_up(wire, monkeypatch, caplog):
     """D4: bounded; the connection is discarded, which rolls back too."""
     monkeypatch.setattr("sqla_uow._unit.rollback.ROLLBACK_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
-    monkeypatch.setattr("sqla_uow._databases.interrupt.SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._databases.interrupt.STOP_SECONDS", 0.2)
     manager = UnitOfWorkManager(wire.engine)
     await wire.add_one(read_only=True)
     held = wire.proxy.on_client_bytes(b"ROLLBACK", "hold")

@@ -10,7 +10,7 @@ from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, transactional
-from sqla_uow._unit.verify import MARKERS
+from sqla_uow._unit.markers import MARKERS
 from sqla_uow.errors import ConflictError
 from tests.kit.models import Account, Note
 

@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import event, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
-from sqla_uow._unit import verify as _verify
 from sqla_uow.errors import AmbiguousCommitError
 from sqla_uow.testing import FaultPlan
 from tests.kit.models import Note
@@ -145,7 +144,7 @@ async def test_undecidable_by_the_deadline_is_the_error(wire, applied):
 async def test_the_answer_is_not_given_too_early(wire, monkeypatch):
     """C2: while the lost transaction still lives, nobody can tell; it is asked until it has ended."""
     held = wire.on_commit("hold", applied=False)
-    monkeypatch.setattr("sqla_uow._unit.rollback.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.2)
     task = asyncio.create_task(wire.add_one(ambiguous_commit="verify", timeout=0.5))
     assert await asyncio.to_thread(held.wait)
     with pytest.raises(AmbiguousCommitError):
@@ -153,7 +152,7 @@ async def test_the_answer_is_not_given_too_early(wire, monkeypatch):
     assert wire.hooks == []
 
 
-async def a_cluster(_connection):
+async def a_cluster(_system, _connection):
     """Stand for Galera, which takes half a minute to start and has tests of its own: what is done there is no different."""
     return True
 
@@ -161,19 +160,19 @@ async def a_cluster(_connection):
 @pytest.mark.drivers("asyncmy", "aiomysql")
 async def test_on_a_cluster_the_marker_is_taken(wire, monkeypatch):
     """C2: the probe is committed, so that the COMMIT in question can never come; its row serves another unit later."""
-    monkeypatch.setattr(_verify, "_is_cluster", a_cluster)
+    monkeypatch.setattr("sqla_uow._databases.mariadb.MySQL.may_lose_locks", a_cluster)
     lost = wire.on_commit("cut", applied=False)
     await wire.add_one(ambiguous_commit="verify")
     assert lost.fired
     assert await has_added_once(wire, applied=False)
     markers = await wire.db.rows("SELECT token FROM sqla_uow_commits ORDER BY token")
-    assert sorted(wire._managers["verify"]._notary.free) == [token for (token,) in markers]
+    assert sorted(wire._managers["verify"]._setup.verifier.markers.free) == [token for (token,) in markers]
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
 async def test_on_a_cluster_a_probe_may_be_lost_as_well(wire, monkeypatch):
     """C2: then whose row it is nobody can tell, and that is said."""
-    monkeypatch.setattr(_verify, "_is_cluster", a_cluster)
+    monkeypatch.setattr("sqla_uow._databases.mariadb.MySQL.may_lose_locks", a_cluster)
     both = [wire.on_commit("cut", applied=False), wire.on_commit("cut", applied=True)]
     with pytest.raises(AmbiguousCommitError):
         await wire.add_one(ambiguous_commit="verify")
@@ -205,10 +204,10 @@ async def test_an_outcome_that_cannot_be_looked_up(db, caplog):
 async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
     """C2: a number that comes later was forgotten by a server that crashed: what had it is not there."""
     manager = UnitOfWorkManager(db.engine(), ambiguous_commit="verify")
-    witness = manager._notary.witness()
-    witness._token = str(2**40 + 5)
+    verification = manager._setup.verifier.verification()
+    verification._token = str(2**40 + 5)
     async with manager.engine.connect() as connection:
-        assert await witness._ask_status(connection) == "aborted"
+        assert await verification._ask_status(connection) == "aborted"
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
@@ -217,9 +216,9 @@ async def test_a_marker_that_is_still_being_written(db):
     manager = UnitOfWorkManager(
         db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
     )
-    await manager._notary.make_table()
-    witness = manager._notary.witness()
-    witness._token = str(1)
+    await manager._setup.verifier.markers.make_table()
+    verification = manager._setup.verifier.verification()
+    verification._token = str(1)
     async with db.outside() as other, manager.engine.connect() as connection:
         await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))
-        assert await witness._ask_marker(connection) == "again"
+        assert await verification._ask_marker(connection) == "again"

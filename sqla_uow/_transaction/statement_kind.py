@@ -1,6 +1,6 @@
 """What a statement does, by its text: it reads, writes, ends the transaction, or makes MariaDB commit.
 
-Only where SQLAlchemy does not know: for text, and for what is sent past it.
+Needed for text, and for what is sent past SQLAlchemy: of the rest SQLAlchemy itself knows it.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import enum
 import functools
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sqla_uow._databases.system import System
 
 __all__ = ["CONTROL", "OPENING", "SOMETHING", "Rows", "does", "ends_in_its_tail", "ends_raw", "rows_of", "selects"]
 
-# SQLite's BEGIN is ours, or the user's own recipe; MariaDB's commits what is open, but for its BEGIN NOT ATOMIC blocks.
+# SQLite's BEGIN is ours, or the user's own recipe.  MariaDB's BEGIN commits what is open, except in BEGIN NOT ATOMIC blocks.
 _ENDS = re.compile(
     r"(?:COMMIT|END|ABORT|START\s+TRANSACTION|BEGIN(?!\s+NOT\b)|ROLLBACK(?!\s+(?:(?:WORK|TRANSACTION)\s+)?TO\b))\b",
     re.IGNORECASE,
@@ -25,7 +28,7 @@ _COMMITS_FIRST = re.compile(
     r"OPTIMIZE|RENAME|REPAIR|RESET|REVOKE|SET\s+PASSWORD|SHUTDOWN|START|STOP|TRUNCATE|UNINSTALL)\b",
     re.IGNORECASE,
 )
-# These outlive the unit besides, on its connection.
+# These also leave something on the connection when the unit has ended.
 _OUTLIVES = re.compile(
     r"(?:LOCK\s+TABLES?|UNLOCK\s+TABLES?|XA|SET\s+(?:SESSION\s+|LOCAL\s+|@@(?:SESSION\.|LOCAL\.)?)?AUTOCOMMIT)\b",
     re.IGNORECASE,
@@ -37,7 +40,7 @@ _NO_ROWS = re.compile(
 
 
 class Rows(enum.Enum):
-    """What a statement that is no query does to the rows that a unit on MariaDB has written."""
+    """What a statement that is not a query does to the rows that a unit on MariaDB has written."""
 
     OUTLIVES = "commits them, and leaves something behind"
     COMMITS = "commits them"
@@ -59,11 +62,11 @@ OPENING = 64  # characters: as much as the longest of the above needs, and littl
 
 
 class Does(enum.Enum):
-    """What the opening of a statement says that it does."""
+    """What a statement does, by its opening."""
 
     CONTROL = "ends the transaction, or begins another"
     READING = "reads"
-    SOMETHING = "writes, or cannot be told"
+    SOMETHING = "writes, or nobody can tell"
 
 
 CONTROL, SOMETHING = Does.CONTROL, Does.SOMETHING  # looking a member up by its name runs Python code on 3.11
@@ -77,37 +80,31 @@ def does(opening: str) -> Does:
 
 
 def selects(context: Any) -> bool:
-    """Say whether SQLAlchemy knows the statement as a SELECT; one that begins with WITH, say."""
+    """Say whether SQLAlchemy knows that the statement is a SELECT, even if it begins with WITH."""
     return (
         context is not None and context.compiled is not None and getattr(context.compiled.statement, "is_select", False)
     )
 
 
-_QUOTED = {
-    "mysql": r"'(?:[^'\\]|\\.|'')*'|\"(?:[^\"\\]|\\.|\"\")*\"|`[^`]*`|--\s[^\n]*|#[^\n]*|/\*.*?\*/",
-    "postgresql": r"'(?:[^']|'')*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/",
-    "sqlite": r"'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/",
-}
-_HAS_BODY = re.compile(r"(?:CREATE|ALTER|DO|BEGIN\s+NOT)\b", re.IGNORECASE)  # of statements, whose END is their own
+_HAS_BODY = re.compile(r"(?:CREATE|ALTER|DO|BEGIN\s+NOT)\b", re.IGNORECASE)  # the END in these is their own
 
 
-def ends_raw(family: str, text: str) -> bool:
-    """Say whether a text sent past SQLAlchemy ends the transaction, and maybe begins another, so that nobody can see it."""
-    if family not in _QUOTED or not _MAY_END.search(text):
+def ends_raw(system: System, text: str) -> bool:
+    """Say whether a text sent past SQLAlchemy ends the transaction; if it also begins another, nothing else shows it."""
+    if system.quoted is None or not _MAY_END.search(text):
         return False
-    parts = re.sub(_QUOTED[family], " ", text, flags=re.DOTALL).split(";")
+    parts = system.quoted.sub(" ", text).split(";")
     if _HAS_BODY.match(parts[0].lstrip()) is not None:
         return False
-    begins = () if family == "mysql" else ("BEGIN", "START")  # refused, or no matter, inside a transaction
     openings = [part.lstrip()[:OPENING] for part in parts]
-    return any(does(one) is CONTROL and not one.upper().startswith(begins) for one in openings)
+    return any(does(one) is CONTROL and not one.upper().startswith(system.harmless_inside) for one in openings)
 
 
 _MAY_END = re.compile(r"\b(?:COMMIT|END|ABORT|ROLLBACK|BEGIN|START)\b", re.IGNORECASE)
 
 
 def ends_in_its_tail(statement: str) -> bool:
-    """Say whether a text that the server has taken for several statements may end the transaction behind the first."""
+    """Say whether a text of several statements may end the transaction after the first of them."""
     for part in statement.split(";")[1:]:
         opening = part.lstrip()[:OPENING]
         if does(opening) is CONTROL or rows_of(opening) in (Rows.OUTLIVES, Rows.COMMITS):

@@ -1,0 +1,116 @@
+"""What the units of one manager share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic
+from weakref import WeakKeyDictionary
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
+
+from sqla_uow._retry.budget import budget_of
+from sqla_uow._retry.gate import Gate
+from sqla_uow._tasks.per_loop import PerLoop
+from sqla_uow._transaction.transaction import Transaction
+from sqla_uow._unit.statistics import Counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqla_uow._databases.database import Database
+    from sqla_uow._replicas.router import LastWrite, ReplicaRouter
+    from sqla_uow._retry.budget import Budget
+    from sqla_uow._retry.policy import RetryPolicy
+    from sqla_uow._session.maker import SessionMaker
+    from sqla_uow._unit.verify import Verifier
+    from sqla_uow.events import Observer
+    from sqla_uow.typing import IsolationLevel
+
+__all__ = ["Setup"]
+
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+
+class Setup(Generic[S]):
+    """The options of one manager, checked, and what all its calls have in common.
+
+    Args:
+        name: of the manager.
+        maker: makes the sessions of its units.
+        isolation: the level of units that do not ask for one.
+        retries: of calls that do not say how many.
+        timeout: seconds of calls that do not say how many; None sets no deadline.
+        retry: how long calls that do not say wait between attempts.
+        replicas: where units that only read may run, if there are any.
+        verifier: learns what became of a COMMIT whose answer was lost; None lets the caller do that.
+        observers: are told of every call.
+
+    Attributes:
+        budget: how many retries an outage may cause; managers over one pool share it.
+        counts: of its calls.
+        database: where its units run.
+        gates: where calls that get in each other's way wait for their turn.
+    """
+
+    __slots__ = (
+        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
+        "timeout", "verifier",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        maker: SessionMaker[S],
+        *,
+        isolation: IsolationLevel | None,
+        retries: int,
+        timeout: float | None,
+        retry: RetryPolicy,
+        replicas: ReplicaRouter | None,
+        verifier: Verifier | None,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        self.name: str = name
+        self.maker: SessionMaker[S] = maker
+        self.database: Database = maker.database
+        self.budget: Budget = budget_of(self.database.pool)
+        self.isolation: IsolationLevel | None = isolation
+        self.retries: int = retries
+        self.timeout: float | None = timeout
+        self.retry: RetryPolicy = retry
+        self.replicas: ReplicaRouter | None = replicas
+        self.verifier: Verifier | None = verifier
+        self.observers: tuple[Observer, ...] = observers
+        self.counts: Counts = Counts()
+        self.gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
+
+    def read_transaction(self, name: str, last_write: LastWrite | None) -> Transaction:
+        """Make the transaction of a scope's read session.
+
+        Args:
+            name: what messages call it.
+            last_write: of the scope's client, where there are replicas.
+        """
+        transaction = Transaction(
+            name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock,
+            scope_read=True,
+        )  # fmt: skip
+        replicas = transaction.replicas = self.replicas
+        transaction.last_write = last_write
+        # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
+        transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
+        return transaction
+
+    def gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
+        """Return where the calls of one function wait for their turn, those of this event loop.
+
+        Args:
+            key: known by identity: the options of a function, or the code around a loop.
+            who: the function, for the log.
+            clock: monotonic seconds.
+        """
+        gates = self.gates.here()
+        gate = gates.get(key)
+        if gate is None:
+            gate = gates[key] = Gate(who, clock)
+        return gate
