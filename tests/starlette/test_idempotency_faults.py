@@ -12,6 +12,7 @@ from sqla_uow.testing import assert_no_leaks, cancel_at
 from sqla_uow_starlette import Idempotency, UnitOfWorkMiddleware
 from tests.kit.databases import ONE_OF_EACH
 from tests.kit.losses import COMMIT
+from tests.kit.troubles import CommitBlocked
 from tests.kit.waiting import until
 from tests.servers import Proxy
 from tests.starlette.client import add
@@ -30,7 +31,7 @@ LEVELS = {
 async def begun(db):
     """Fill the tables that troubles need."""
     await db.run(
-        "INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)",
+        "INSERT INTO account (id, balance) VALUES (2, 0)",
         "INSERT INTO versioned (id, value, version) VALUES (1, 0, 1)",
     )
 
@@ -38,8 +39,8 @@ async def begun(db):
 @pytest.mark.parametrize("retries", [3, 0])
 async def test_every_trouble(db, keys, serve, kind, retries):
     """With retries nobody notices it; without, the client is told, and the same key runs. There is one record, of what was done."""
-    if kind.needs_first:
-        pytest.skip("it strikes a unit's first statement, which is the claim")
+    if kind.needs_first or kind is CommitBlocked:
+        pytest.skip("it would strike the claim, before the endpoint can settle it")
     await begun(db)
     trouble, bodies = kind(db), []
 
@@ -83,7 +84,7 @@ async def test_an_answer_of_commit_that_is_lost(db, keys, serve, applied):
             await client.post("/endpoint", headers=key("another"))  # connects
             await db.run("DELETE FROM account WHERE id = 100")
             runs.clear()
-            proxy.on_client_bytes(COMMIT[db.driver], proxy.reset, after_server=applied)
+            proxy.on_client_bytes(COMMIT[db.driver], "cut", after_server=applied)
             first = await client.post("/endpoint", headers=key("k"))
             again = await client.post("/endpoint", headers=key("k"))
         await manager.engine.dispose()
@@ -108,7 +109,7 @@ async def test_without_a_key_an_unknown_commit_invites_no_repetition(db, keys, s
     with Proxy("127.0.0.1", db.port) as proxy:
         manager = UnitOfWorkManager(db.engine(port=proxy.port, pool_size=1, max_overflow=0))
         async with serve(endpoint, manager=manager) as client:
-            proxy.on_client_bytes(COMMIT[db.driver], proxy.reset, after_server=True)
+            proxy.on_client_bytes(COMMIT[db.driver], "cut", after_server=True)
             answer = await client.post("/endpoint")
         await manager.engine.dispose()
     assert (answer.status_code, answer.json()["code"]) == (500, "ambiguous-commit")
@@ -168,7 +169,7 @@ async def test_different_keys_at_the_same_time(db, keys, serve):
         manager = UnitOfWorkManager(db.engine(pool_size=5, max_overflow=0))
         async with serve(endpoint, manager=manager, isolation=level) as client:
             answers = await asyncio.gather(
-                *(client.post("/endpoint", headers=key(f"{level[:6].strip()}{level[-1]}{n}")) for n in range(5))
+                *(client.post("/endpoint", headers=key(f"{level.replace(' ', '')}{n}")) for n in range(5))
             )
         assert [answer.status_code for answer in answers] == [200] * 5, level
 
@@ -209,16 +210,12 @@ async def test_cancelled_anywhere(db, manager, keys):
         return sent
 
     await call("warm")
-    async with assert_no_leaks(manager):
+    with assert_no_leaks(manager):
         for suspension in range(1, 200):
             await db.run("DELETE FROM account WHERE id = 100")
             runs.clear()
             name = f"k{suspension}"
-            try:
-                await cancel_at(call(name), suspension)
-            except asyncio.CancelledError:
-                pass
-            else:
+            if not await cancel_at(suspension, call(name)):
                 break
             await until(lambda: not manager.engine.pool.checkedout())
             done = await db.scalar("SELECT count(*) FROM account WHERE id = 100")
@@ -228,4 +225,4 @@ async def test_cancelled_anywhere(db, manager, keys):
             assert (await call(name))[1]["body"] == b"done"
         else:
             pytest.fail("it never came to its end")
-    assert suspension > 5
+    assert suspension >= 5
