@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit
 from sqla_uow.idempotency import IdempotencyKeys
+from sqla_uow.testing import count_queries
 from sqla_uow_starlette import Idempotency, UnitOfWorkMiddleware, exception_handlers
 from tests.kit.models import Account
 from tests.starlette.client import add, app_of, client_of
@@ -523,3 +524,44 @@ async def test_read_session_and_database_see_the_work(db, serve):
     async with serve(endpoint) as client:
         answer = await client.post("/endpoint", headers=key("k"))
     assert answer.json() == {"balance": await db.scalar("SELECT balance FROM account WHERE id = 100")} == {"balance": 7}
+
+
+async def test_what_it_costs(serve, manager):
+    """Two statements more than without a key, and no further COMMIT or flush; a repetition is one statement."""
+
+    async def endpoint(request):
+        await add(int(request.query_params["id"]))
+        return PlainTextResponse("done")
+
+    async def sent(identity, headers):
+        before = manager.statistics().committed
+        with count_queries(manager) as queries:
+            await client.post(f"/endpoint?id={identity}", headers=headers)
+        return queries.count, manager.statistics().committed - before
+
+    async with serve(endpoint) as client:
+        without, commits = await sent(100, {})
+        assert await sent(101, key("k")) == (without + 2, commits)
+        assert await sent(101, key("k")) == (1, 0)
+
+
+async def test_a_thousand_repetitions_that_wait(serve, manager, pay):
+    """They hold no connection, and are all answered."""
+    go_on, running = asyncio.Event(), asyncio.Event()
+
+    async def endpoint(request):
+        running.set()
+        await go_on.wait()
+        return await pay(request)
+
+    async with serve(endpoint, idempotency={"wait": 50}) as client:
+        first = asyncio.create_task(client.post("/endpoint", headers=key("k")))
+        await running.wait()
+        others = [asyncio.create_task(client.post("/endpoint", headers=key("k"))) for _ in range(1000)]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert manager.engine.pool.checkedout() <= 1
+        go_on.set()
+        answers = await asyncio.gather(first, *others)
+    assert {(answer.status_code, answer.text) for answer in answers} == {(201, '{"run":1}')}
+    assert (pay.runs, manager.statistics().attempts) == (1, 1)
