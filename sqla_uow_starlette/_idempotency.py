@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Scope
 
-__all__ = ["IDEMPOTENT", "Codec", "Idempotency", "IdempotencyError"]
+__all__ = [
+    "IDEMPOTENT", "Codec", "Idempotency", "IdempotencyError", "applies", "decoded", "encoded", "key_of", "running",
+]  # fmt: skip
 
 IDEMPOTENT: Final = "sqla_uow_starlette.idempotent"
 """In the scope of a request that has a key: it may be sent again, whatever has become of it."""
@@ -32,9 +34,10 @@ _QUARTER_MIB = 262_144
 _NEVER_KEPT = frozenset(
     {
         "connection", "content-length", "date", "keep-alive", "proxy-authenticate", "proxy-connection", "server-timing",
-        "set-cookie", "te", "trailer", "transfer-encoding", "upgrade", "uow-position",
+        "set-cookie", "te", "trailer", "transfer-encoding", "upgrade",
     }
 )  # fmt: skip
+_POSITION = "uow-position"
 _ALWAYS_KEPT = "content-encoding"  # without which the body could not be read
 _WITHOUT_BODY = frozenset({204, 304})
 
@@ -125,76 +128,84 @@ class Idempotency:
         self.keep = keep
         self.wait = wait
         self.max_response = max_response
-        self.kept_headers = frozenset(name.lower().encode() for name in (*headers, _ALWAYS_KEPT))
+        names = {name.lower() for name in headers}
+        self.kept_headers = frozenset(name.encode() for name in (*names, _ALWAYS_KEPT))
         self.fingerprint = fingerprint
         self.codec = codec
-        never = sorted(_NEVER_KEPT & {name.lower() for name in headers})
+        never = sorted(name for name in names if name in _NEVER_KEPT or name.startswith(_POSITION))
         if never:
             raise ValueError(
                 f"Idempotency has headers with {', '.join(never)}, which is of one response and not of its repetitions; leave it out"
             )
-        self._running: WeakKeyDictionary[AbstractEventLoop, dict[bytes, Future[Record | None]]] = WeakKeyDictionary()
+        self.in_progress: WeakKeyDictionary[AbstractEventLoop, dict[bytes, Future[Record | None]]] = WeakKeyDictionary()
 
-    def running(self) -> dict[bytes, Future[Record | None]]:
-        """Return the keys of the requests that run in this event loop, each with what comes of it."""
-        return self._running.setdefault(asyncio.get_running_loop(), {})
 
-    def applies(self, scope: Scope) -> bool:
-        """Say whether a request has a key, or has to have one."""
-        return scope["method"] in self.methods and (
-            self.required or any(name == _HEADER for name, _value in scope["headers"])
+def running(options: Idempotency) -> dict[bytes, Future[Record | None]]:
+    """Return the keys of the requests that run in this event loop, each with what comes of it."""
+    return options.in_progress.setdefault(asyncio.get_running_loop(), {})
+
+
+def applies(options: Idempotency, scope: Scope) -> bool:
+    """Say whether a request has a key, or has to have one."""
+    return scope["method"] in options.methods and (
+        options.required or any(name == _HEADER for name, _value in scope["headers"])
+    )
+
+
+def key_of(options: Idempotency, scope: Scope) -> Key:
+    """Return the key of a request.
+
+    Raises:
+        IdempotencyError: what is sent is no key, or none is sent where one is required.
+        TypeError: `caller` returned no text.
+    """
+    values = [value for name, value in scope["headers"] if name == _HEADER]
+    if not values:
+        raise IdempotencyError(
+            400, "this request needs a header Idempotency-Key; send one that is new for each piece of work",
+            code="idempotency-key-missing",
+        )  # fmt: skip
+    key = _parsed(values[0]) if len(values) == 1 else None
+    if key is None:
+        raise IdempotencyError(
+            400, "the header Idempotency-Key is malformed; send one, of 1 to 255 visible ASCII characters",
+            code="idempotency-key-malformed",
+        )  # fmt: skip
+    caller: object = options.caller(scope)
+    if not isinstance(caller, str) or not caller:
+        raise TypeError(
+            f"the caller of an idempotency key is {caller!r}; return a str that is not empty, and refuse who is unknown "
+            "before the middleware"
         )
+    return Key.of(_SPACE, caller, key)
 
-    def key_of(self, scope: Scope) -> Key:
-        """Return the key of a request.
 
-        Raises:
-            IdempotencyError: what is sent is no key, or none is sent where one is required.
-            TypeError: `caller` returned no text.
-        """
-        values = [value for name, value in scope["headers"] if name == _HEADER]
-        if not values:
-            raise IdempotencyError(
-                400, "this request needs a header Idempotency-Key; send one that is new for each piece of work",
-                code="idempotency-key-missing",
-            )  # fmt: skip
-        key = _parsed(values[0]) if len(values) == 1 else None
-        if key is None:
-            raise IdempotencyError(
-                400, "the header Idempotency-Key is malformed; send one, of 1 to 255 visible ASCII characters",
-                code="idempotency-key-malformed",
-            )  # fmt: skip
-        caller: object = self.caller(scope)
-        if not isinstance(caller, str) or not caller:
-            raise TypeError(
-                f"the caller of an idempotency key is {caller!r}; return a str that is not empty, and refuse who is unknown "
-                "before the middleware"
-            )
-        return Key.of(_SPACE, caller, key)
+def encoded(
+    options: Idempotency, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, digest: bytes | None
+) -> Record:
+    """Return the record of a response."""
+    kept = b"\n".join(name.lower() + b":" + value for name, value in headers if name.lower() in options.kept_headers)
+    if options.codec is not None:
+        kept, body = options.codec.encode(kept), options.codec.encode(body)
+    return Record(digest, status, kept, body)
 
-    def encoded(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, digest: bytes | None) -> Record:
-        """Return the record of a response."""
-        kept = b"\n".join(name.lower() + b":" + value for name, value in headers if name.lower() in self.kept_headers)
-        if self.codec is not None:
-            kept, body = self.codec.encode(kept), self.codec.encode(body)
-        return Record(digest, status, kept, body)
 
-    def decoded(self, kept: Record) -> tuple[Message, Message]:
-        """Return the response of a record."""
-        head, body = kept.headers or b"", kept.result or b""
-        if self.codec is not None:
-            head, body = self.codec.decode(head), self.codec.decode(body)
-        headers: list[tuple[bytes, bytes]] = []
-        for line in head.split(b"\n") if head else ():
-            name, _, value = line.partition(b":")
-            headers.append((name, value))
-        if kept.status not in _WITHOUT_BODY:
-            headers.append((b"content-length", str(len(body)).encode()))
-        headers.append((b"idempotent-replayed", b"true"))
-        return (
-            {"type": "http.response.start", "status": kept.status, "headers": headers},
-            {"type": "http.response.body", "body": body, "more_body": False},
-        )
+def decoded(options: Idempotency, kept: Record) -> tuple[Message, Message]:
+    """Return the response of a record."""
+    head, body = kept.headers or b"", kept.result or b""
+    if options.codec is not None:
+        head, body = options.codec.decode(head), options.codec.decode(body)
+    headers: list[tuple[bytes, bytes]] = []
+    for line in head.split(b"\n") if head else ():
+        name, _, value = line.partition(b":")
+        headers.append((name, value))
+    if kept.status not in _WITHOUT_BODY:
+        headers.append((b"content-length", str(len(body)).encode()))
+    headers.append((b"idempotent-replayed", b"true"))
+    return (
+        {"type": "http.response.start", "status": kept.status, "headers": headers},
+        {"type": "http.response.body", "body": body, "more_body": False},
+    )
 
 
 def _parsed(value: bytes) -> str | None:

@@ -11,7 +11,7 @@ from sqla_uow import Status
 from sqla_uow.errors import KeyReusedError
 from sqla_uow.idempotency import Claim, Key, Record
 from sqla_uow_starlette._atomic import AtomicRequest, AtomicSender
-from sqla_uow_starlette._idempotency import IDEMPOTENT, IdempotencyError
+from sqla_uow_starlette._idempotency import IDEMPOTENT, IdempotencyError, decoded, encoded, key_of, running
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -109,19 +109,19 @@ class KeyedRequest(AtomicRequest):
     async def run(self, unit_scope: UnitScope) -> Exception | None:
         """Carry it out, or answer it by the response that there is; return what is left to be answered."""
         try:
-            self.key = self.idempotency.key_of(self.scope)
+            self.key = key_of(self.idempotency, self.scope)
             self.fingerprint.begin(self.idempotency, self.scope)
         except Exception as error:  # of the client, or of the user's functions
             return error
-        loop, running = asyncio.get_running_loop(), self.idempotency.running()
+        loop, others = asyncio.get_running_loop(), running(self.idempotency)
         until = loop.time() + self.idempotency.wait
-        while (other := running.get(self.key.digest)) is not None:
+        while (other := others.get(self.key.digest)) is not None:
             await asyncio.wait({other}, timeout=max(0.0, until - loop.time()))
             if not other.done():
                 return _in_progress()
             if (kept := other.result()) is not None:
                 return await self._replay(kept)
-        self._mine = running[self.key.digest] = loop.create_future()
+        self._mine = others[self.key.digest] = loop.create_future()
         try:
             failure = await self._carry_out(unit_scope, until)
         finally:
@@ -172,7 +172,7 @@ class KeyedRequest(AtomicRequest):
         """Tell those who wait in this process what came of it."""
         mine, self._mine = self._mine, None
         if mine is not None:
-            del self.idempotency.running()[self.key.digest]
+            del running(self.idempotency)[self.key.digest]
             mine.set_result(kept)
 
     async def _replay(self, kept: Record) -> Exception | None:
@@ -182,7 +182,7 @@ class KeyedRequest(AtomicRequest):
                 self.idempotency.keys.check(self.key, kept, digest)
             except KeyReusedError as error:
                 return error
-        for message in self.idempotency.decoded(kept):
+        for message in decoded(self.idempotency, kept):
             await self.send(message)
         return None
 
@@ -257,7 +257,7 @@ class KeyedSender(AtomicSender):
         request = self.keyed
         digest = await request.fingerprint.digest(request.body.replaying(self.unit))
         options = request.idempotency
-        kept = options.encoded(start["status"], start.get("headers", ()), b"".join(self._parts), digest)
+        kept = encoded(options, start["status"], start.get("headers", ()), b"".join(self._parts), digest)
         await options.keys.store(self.unit, request.key, kept)
         return kept
 

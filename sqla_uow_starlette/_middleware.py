@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest, is_async
-from sqla_uow_starlette._idempotency import Idempotency
+from sqla_uow_starlette._idempotency import Idempotency, applies
 from sqla_uow_starlette._keyed import KeyedRequest
 from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
@@ -126,7 +126,7 @@ class UnitOfWorkMiddleware:
             send, observers = timing.telling(send), (timing,)
         if self._atomic is None:
             await handle_request(self.app, self.manager, scope, receive, send, carrier=carrier, observers=observers)
-        elif self._idempotency is not None and self._idempotency.applies(scope):
+        elif self._idempotency is not None and applies(self._idempotency, scope):
             await KeyedRequest(
                 self.app, self.manager, scope, receive, send, idempotency=self._idempotency,
                 options=self._atomic, carrier=carrier, observers=observers, shared=self._shared,

@@ -104,8 +104,9 @@ class Bench:
                 assert await self.db.scalar("SELECT count(*) FROM uow_idempotency") >= len(model)
         assert [manager.engine.pool.checkedout() for manager in self.managers] == [0, 0]
 
-    async def send(self, client, model, who, name, body, outcome):
+    async def send(self, client, model, *step):
         """Send one; return how often it is worked."""
+        who, name, body, outcome = step
         before = self.runs
         answer = await self.post(client, who, name, body, outcome)
         kept = model.get((who, name))
@@ -125,7 +126,8 @@ class Bench:
             assert told(answer) == (402 if outcome == "declined" else 201, result)
         return outcome in ("done", "hook fails")
 
-    async def post(self, client, who, name, body, outcome):
+    async def post(self, client, *step):
+        who, name, body, outcome = step
         headers = key(name, Authorization=who, **{"X-Outcome": outcome})
         return await client.post("/endpoint", headers=headers, content=body)
 
