@@ -22,7 +22,6 @@ from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import commit, prepare
 from sqla_uow._unit.options import block_options
 from sqla_uow._unit.rollback import roll_back
-from sqla_uow._unit.statistics import name_of
 from sqla_uow._unit.unit import UnitOfWork
 from sqla_uow.errors import PropagationError, RollbackOnlyError
 from sqla_uow.typing import Status
@@ -46,7 +45,12 @@ class Attempt(Generic[S]):
         call: which has one more: `Call.more`.
     """
 
-    __slots__ = ("_call", "_place", "_slot", "_timeout", "_transaction", "_verification", "unit")
+    unit: UnitOfWork[S] | None = None
+    _place: UnitPlace | None = None
+    _slot: Slot | None = None
+    _timeout: asyncio.Timeout | None = None
+    _transaction: Transaction | None = None
+    _verification: Verification | None = None
 
     def __init__(self, call: Call[S]) -> None:
         call.more = False
@@ -54,12 +58,6 @@ class Attempt(Generic[S]):
         if call.attempt == 1 and call.retries:
             _count_in(call)
         self._call = call
-        self._place: UnitPlace | None = None
-        self._slot: Slot | None = None
-        self._timeout: asyncio.Timeout | None = None
-        self._transaction: Transaction | None = None
-        self._verification: Verification | None = None
-        self.unit: UnitOfWork[S] | None = None
 
     async def __aenter__(self) -> UnitOfWork[S]:
         call = self._call
@@ -114,9 +112,11 @@ class Attempt(Generic[S]):
             read_only=options.read_only,
             deadline=deadline,
             clock=clock,
-            tainted=call.tainted,
-            enclosing=call.enclosing,
         )
+        if call.tainted is not None:
+            transaction.tainted = call.tainted
+        if call.enclosing:
+            transaction.enclosing = call.enclosing
         if call.observers:
             transaction.times = call.times
             transaction.idle = idle_of(call)
@@ -240,7 +240,7 @@ def _count_in(call: Call[S]) -> None:
     setup.budget.earn()
     # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
     if not call.enclosing and call.policy.contention == "auto":
-        call.gate = setup.gate(call.function, name_of(call.function), call.policy.clock)
+        call.gate = setup.gate(call.function, call.policy.clock)
 
 
 def _lock_wait(call: Call[S], gate: Gate) -> float | None:

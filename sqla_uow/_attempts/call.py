@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._databases.failures import Failure
     from sqla_uow._retry.gate import Gate
-    from sqla_uow._scope.scope import Scope
+    from sqla_uow._scope.read_session import ReadSession
     from sqla_uow._transaction.times import Times
     from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.options import Options
@@ -45,10 +45,17 @@ class Call(Generic[S]):
         function: whose calls take turns with this one; None is that of the options.
     """
 
-    __slots__ = (
-        "attempt", "called", "deadline", "enclosing", "function", "gate", "given_up", "isolation", "key", "more", "observers",
-        "options", "policy", "reading", "retries", "scope", "setup", "started", "tainted", "timeout", "times",
-    )  # fmt: skip
+    # Defaults are the class's, not each one's: it is made for every call.
+    attempt: int = 0
+    more: bool = True
+    deadline: float | None = None
+    reading: ReadSession | None = None
+    tainted: Tainted | None = None
+    gate: Gate | None = None
+    given_up: Failure | None = None
+    called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
+    key: Key | None = None
+    times: Times | None = None
 
     def __init__(self, setup: Setup[S], options: Options, function: object = None) -> None:
         self.setup = setup
@@ -59,25 +66,21 @@ class Call(Generic[S]):
         self.timeout = setup.timeout if options.timeout is None else options.timeout
         # The clock is read once per call, and again only on trouble.
         self.started = self.policy.clock()
-        self.deadline = None if self.timeout is None else self.started + self.timeout
-        self.attempt = 0
-        self.scope: Scope | None
+        if self.timeout is not None:
+            self.deadline = self.started + self.timeout
         self.scope, inside, self.enclosing = surroundings(setup)
-        # Only an outermost call ends the scope's reading; around an inner one the outer unit still guards its objects.
-        self.reading = None if inside or self.scope is None else self.scope.reading
-        self.tainted: Tainted | None = None if self.scope is None else self.scope.reading.tainted
-        self.more = True
         self.function = function or options  # whose calls take turns with this one
-        self.gate: Gate | None = None
-        self.given_up: Failure | None = None
-        self.called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
         self.observers = setup.observers
-        if self.scope is not None and self.scope.observers:
-            self.observers += self.scope.observers
-        self.key: Key | None
-        self.times: Times | None
+        if self.scope is not None:
+            if (
+                not inside
+            ):  # only an outermost call ends the scope's reading; around an inner one the outer unit guards its objects
+                self.reading = self.scope.reading
+            self.tainted = self.scope.reading.tainted
+            if self.scope.observers:
+                self.observers += self.scope.observers
         if self.observers:
-            self.key, self.times = Key(), None
+            self.key = Key()
 
     @property
     def elapsed(self) -> float:

@@ -108,7 +108,7 @@ class Database:
         self.sync_engine: Engine = self.engine.sync_engine
         self.system: System = system_of(self.sync_engine.dialect)
         self.driver: Driver = driver_of(self.sync_engine.dialect)
-        self._recognised = False
+        self.recognised = False
         configured = self.sync_engine.get_execution_options().get("isolation_level")
         # The level given to create_engine() has no public name.
         configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)
@@ -179,14 +179,9 @@ class Database:
 
     def recognise(self, connection: Connection) -> None:
         """Find out which database has answered; nothing is sent."""
-        if not self._recognised and self.is_open(connection):
+        if not self.recognised and self.is_open(connection):
             self.system = self.system.recognise(connection, self.driver)
-            self._recognised = True
-
-    def check_honoured(self, connection: Connection, isolation: IsolationLevel | None, *, who: str) -> None:
-        """Ask a server that may run another level than it was told, once for each level."""
-        if isolation is not None and self.system.replaces_levels:
-            self.system.check_honoured(connection, isolation, who=who)
+            self.recognised = True
 
     def keeps_status(self) -> bool:
         """Say whether the server can be asked what became of a transaction."""

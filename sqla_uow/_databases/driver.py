@@ -68,6 +68,8 @@ class Driver:
     """SQLAlchemy itself renews the plans of the whole pool after a migration."""
     warns_of_cursors: ClassVar[bool] = False
     """It warns of a cursor that was left open, also on a lost connection."""
+    keeps_cancel_requests: ClassVar[bool] = False
+    """`stop` needs something that is to be had only while the connection is well: `keep_cancel_request`."""
     unprepared: ClassVar[dict[str, Any]] = {}
     """The arguments of connect() that switch prepared statements off."""
 
@@ -99,7 +101,7 @@ class Driver:
 
     @staticmethod
     def is_idle(raw: Any) -> bool:
-        """Say quickly, of nearly every connection, that it is in no transaction and can begin one."""
+        """Say quickly, of nearly every connection that is open, that it is in no transaction and can begin one."""
         return False
 
     def state(self, raw: Any) -> State | None:

@@ -129,6 +129,7 @@ class _Pymysql(Driver):
     bound_to_loop: ClassVar[bool] = True
     can_ask: ClassVar[bool] = True
     can_stop: ClassVar[bool] = True
+    keeps_cancel_requests: ClassVar[bool] = True
 
     def flags(self, raw: Any) -> int | None:
         """Return the status flags of the last answer; None where rows are still to be read."""

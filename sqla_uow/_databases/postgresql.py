@@ -211,7 +211,7 @@ class Asyncpg(_PostgreSQLDriver):
     @staticmethod
     def is_idle(raw: Any) -> bool:
         """Say whether surely no transaction is open."""
-        return not raw.is_closed() and raw._top_xact is None and not raw.is_in_transaction()
+        return raw._top_xact is None and not raw.is_in_transaction()
 
     def state(self, raw: Any) -> State | None:
         """Say where the transaction stands; that it has failed, only the server knows."""
@@ -315,16 +315,13 @@ class CommitAnswer:
     def is_closed(self) -> bool:
         return bool(self._raw.is_closed())
 
-    @property
-    def is_rollback(self) -> bool:
-        return self.tag == "ROLLBACK"
-
 
 class Psycopg(_PostgreSQLDriver):
     """psycopg 3, which asks libpq: that keeps the state of the last ReadyForQuery."""
 
     name: ClassVar[str] = "psycopg"
     warns_of_cursors: ClassVar[bool] = True
+    keeps_cancel_requests: ClassVar[bool] = True
     unprepared: ClassVar[dict[str, Any]] = {"prepare_threshold": None}
     _CANCEL: ClassVar[str] = "sqla_uow.cancel"
     # libpq's PGTransactionStatusType: idle, active, in a transaction, in a failed one; 4 is unknown

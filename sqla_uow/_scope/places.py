@@ -22,11 +22,12 @@ class ManagerPlace(Place):
     """A manager is known here; nothing is open."""
 
     __slots__ = ("name", "setup")
+    setup: Setup[Any]
 
     def __init__(self, setup: Setup[Any]) -> None:
-        super().__init__(setup)
-        self.setup: Setup[Any] = setup
+        self.key = self.setup = setup
         self.name: str = setup.name
+        self.closed = False
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""
@@ -61,7 +62,9 @@ class UnitPlace(ManagerPlace):
     __slots__ = ("_transaction", "_unit")
 
     def __init__(self, setup: Setup[Any], unit: UnitOfWork[Any], transaction: Transaction) -> None:
-        super().__init__(setup)
+        self.key = self.setup = setup  # all that ManagerPlace sets, without a call for each unit
+        self.name = setup.name
+        self.closed = False
         self._unit: UnitOfWork[Any] | None = unit
         self._transaction: Transaction | None = transaction
 

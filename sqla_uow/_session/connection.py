@@ -23,7 +23,6 @@ from sqla_uow._transaction.committing import (
     check_driver,
     refuse_answer,
     refuse_closed,
-    sending_commit,
 )
 from sqla_uow._transaction.phase import Phase
 from sqla_uow._transaction.raw_calls import RawCalls
@@ -49,9 +48,8 @@ class UnitConnection(Connection):
         self.transaction = transaction
         self.driver = engine.unit_driver
         try:
-            if (
-                engine._has_events
-            ):  # the user listens: to join those listeners with ours costs 30 us for each connection
+            heard = engine._has_events
+            if heard:  # the user listens: to join those listeners with ours costs 30 us for each connection
                 super().__init__(engine)
                 self._has_events = True  # SQLAlchemy 2.0 takes the engine's flag for the connection's
             else:  # only we listen: all connections share one dispatch, as making one costs 15 us
@@ -59,7 +57,7 @@ class UnitConnection(Connection):
                 super().__init__(engine, _has_events=True)
             lent: Any = self._dbapi_connection
             self.raw: Any = engine.dialect.get_driver_connection(lent.dbapi_connection)
-            if not engine._has_events and not engine.is_idle(self.raw) and self.driver.in_transaction(self):
+            if not heard and not engine.is_idle(self.raw) and self.driver.in_transaction(self):
                 self._check_lent(engine)
             if engine.settings:
                 self._set_up(engine)
@@ -131,7 +129,7 @@ class UnitConnection(Connection):
             raise
         self.info[HANDED_OUT] = True
         transaction.was_open = transaction.was_open or driver.state(raw) is State.OPEN
-        transaction.unwatch.append(driver.tell_raw_calls(raw, RawCalls(transaction, driver, raw)))
+        transaction.unwatch += (driver.tell_raw_calls(raw, RawCalls(transaction, driver, raw)),)
 
     def _commit_impl(self) -> None:
         """Send COMMIT after all listeners have run, if the driver says that there is something to commit.
@@ -139,42 +137,44 @@ class UnitConnection(Connection):
         Raises:
             RollbackOnlyError: it would be, or was, a ROLLBACK.
         """
-        transaction, dialect, driver = self.transaction, self.engine.dialect, self.driver
+        transaction = self.transaction
         before_commit(transaction)
-        if self._has_events or self.engine._has_events:
-            self.dispatch.commit(self)
+        self.dispatch.commit(self)
         if self._echo:
             self._log_info("COMMIT")
         if transaction.doom.marked is not None:  # a listener may have sent what failed
             transaction.check_sound()
         if transaction.stream is not None:
             transaction.stream.close_if_left()
-        if not self.invalidated and (transaction.raw_taken or driver.knows_failure):
-            self._ask_driver(transaction)
-        # Where the driver does not say that a transaction has failed, the server does, unless the unit is a savepoint.
-        listens = not driver.knows_failure and not self.invalidated and transaction.database.within is None
-        answer = driver.listen_to_commit(self) if listens else None
-        sending_commit(transaction)
+        answer = None if self.invalidated else self._ask_driver(transaction)
         try:
-            dialect.do_commit(super().connection)
+            self.engine.dialect.do_commit(super().connection)
         except BaseException as error:
             self._handle_dbapi_exception(error, None, None, None, None)
-        if answer is not None and answer.is_rollback:
+        if answer is not None and answer.tag == "ROLLBACK":
             refuse_answer(transaction)
         # On a closed connection the adapter sends nothing, and raises nothing.
         if transaction.phase is not Phase.SENT and not self.invalidated:
             refuse_closed(transaction)
 
-    def _ask_driver(self, transaction: Transaction) -> None:
-        """Ask the driver whether there is something to commit.
+    def _ask_driver(self, transaction: Transaction) -> Any:
+        """Ask the driver whether there is something to commit; return what will have the server's answer, if the driver drops that.
 
         Raises:
-            RollbackOnlyError: there is not.
+            RollbackOnlyError: there is nothing.
         """
-        state = self.driver.state(self.raw)
-        check_driver(transaction, state)
-        if state is None and not self.driver.says_closed:  # closed: its adapter may raise, or do nothing
-            refuse_closed(transaction)
+        driver, raw, answer = self.driver, self.raw, None
+        if transaction.raw_taken or driver.knows_failure:
+            state = driver.state(raw)
+            check_driver(transaction, state)
+            if state is None and not driver.says_closed:  # closed: its adapter may raise, or do nothing
+                refuse_closed(transaction)
+        # Where the driver does not say that a transaction has failed, the server does, unless the unit is a savepoint.
+        if not driver.knows_failure and transaction.database.within is None:
+            answer = driver.listen_to_commit(self)
+        if driver.is_open(raw):
+            transaction.phase = Phase.SENT  # from here on the outcome may be unknown
+        return answer
 
     def _handle_dbapi_exception(  # noqa: PLR0917  # SQLAlchemy's signature
         self,

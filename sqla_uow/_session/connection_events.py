@@ -112,21 +112,25 @@ def _after_cursor_execute(
     transaction.after_statement()
     if context._is_server_side:
         context.cursor_fetch_strategy = open_stream(transaction, context)
-    how = None if transaction.watch is None else transaction.watch(transaction.wrote_rows)
-    if how is Ended.MAYBE:
-        _hear_next_results(connection, transaction)
-    if how is not None and (how is not Ended.MAYBE or ends_in_its_tail(statement)):
-        _ended(connection, transaction, how)
+    watch = transaction.watch
+    if watch is not None:
+        how = watch(transaction.wrote_rows)
+        if how is not None:
+            _ended(connection, transaction, how, statement)
 
 
 def _hear_next_results(connection: UnitConnection, transaction: Transaction) -> None:
     raw = connection.raw
     if "next_result" not in vars(raw):
-        transaction.unwatch.append(connection.driver.tell_next_results(raw, partial(raw_failed, transaction)))
+        transaction.unwatch += (connection.driver.tell_next_results(raw, partial(raw_failed, transaction)),)
 
 
-def _ended(connection: UnitConnection, transaction: Transaction, how: Ended) -> None:
+def _ended(connection: UnitConnection, transaction: Transaction, how: Ended, statement: str) -> None:
     """Doom the unit, as a statement has ended its transaction; leave no autocommit to the next user of the connection."""
+    if how is Ended.MAYBE:
+        _hear_next_results(connection, transaction)
+        if not ends_in_its_tail(statement):
+            return
     if how is Ended.AUTOCOMMIT:
         lent: Any = connection._dbapi_connection
         lent.dbapi_connection.autocommit(False)  # noqa: FBT003  # the driver's signature

@@ -74,7 +74,7 @@ def _returned(driver: Driver) -> Callable[[Any, ConnectionPoolEntry], None]:
             return
         raw = entry.driver_connection
         lent = entry.info.pop(HANDED_OUT, False)
-        if not lent and is_idle(raw):
+        if not lent and is_idle(raw) and driver.is_open(raw):
             return
         if lent and driver.switched_to_autocommit(raw):
             where = "in autocommit"

@@ -318,18 +318,20 @@ def _after_begin(session: UnitSession, session_transaction: SessionTransaction, 
     if transaction is None or session_transaction.nested or transaction.connection is connection:
         return
     transaction_begun(transaction, connection)
-    database = transaction.database
-    try:
-        database.driver.keep_cancel_request(connection)
-    except asyncio.CancelledError as error:  # SQLAlchemy does not know what was cut off
-        connection.invalidate(error)
-        raise
-    database.recognise(connection)
+    database, driver = transaction.database, transaction.database.driver
+    if driver.keeps_cancel_requests:
+        try:
+            driver.keep_cancel_request(connection)
+        except asyncio.CancelledError as error:  # SQLAlchemy does not know what was cut off
+            connection.invalidate(error)
+            raise
+    if not database.recognised:
+        database.recognise(connection)
     seconds = None if transaction.deadline is None else max(0.001, transaction.deadline - transaction.clock())
     beginnings = transaction.beginnings
     database.system.open(
         connection,
-        database.driver,
+        driver,
         transaction.isolation,
         read_only=transaction.read_only,
         seconds=seconds,
@@ -337,14 +339,15 @@ def _after_begin(session: UnitSession, session_transaction: SessionTransaction, 
         keeps_snapshot=database.keeps_snapshot,
     )
     transaction.beginnings = beginnings  # what we have sent reads nothing
-    transaction.watch = database.driver.watch(connection.raw) if transaction.phase.is_active else None
+    transaction.watch = driver.watch(connection.raw) if transaction.phase.is_active else None
     if transaction.enclosing:
         transaction.lock_watch = watch_locks(transaction)
-    try:
-        database.check_honoured(connection, transaction.isolation, who=transaction.name)
-    except ValueError as error:  # or a body that catches it could go on at the other level
-        transaction.doom.mark(error, hard=True)
-        raise
+    if database.system.replaces_levels and transaction.isolation is not None:
+        try:
+            database.system.check_honoured(connection, transaction.isolation, who=transaction.name)
+        except ValueError as error:  # or a body that catches it could go on at the other level
+            transaction.doom.mark(error, hard=True)
+            raise
 
 
 @event.listens_for(UnitSession, "after_commit", insert=True)

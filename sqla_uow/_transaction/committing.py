@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._transaction.transaction import Transaction
 
-__all__ = ["before_commit", "being_committed", "check_driver", "refuse_answer", "refuse_closed", "sending_commit"]
+__all__ = ["before_commit", "being_committed", "check_driver", "refuse_answer", "refuse_closed"]
 
 being_committed: dict[greenlet, Transaction] = {}
 """The transactions that are being committed, by greenlet.  There SQLAlchemy's own events call code of the user."""
@@ -52,12 +52,6 @@ def check_driver(transaction: Transaction, state: State | None) -> None:
     elif state is State.BUSY:
         transaction.doom.mark(None, hard=True, reason="an operation on the driver's own connection is still under way")
     transaction.check_sound()
-
-
-def sending_commit(transaction: Transaction) -> None:
-    """COMMIT is being handed to the driver: from here on its outcome may be unknown."""
-    if transaction.database.is_open(transaction.connection):
-        transaction.phase = Phase.SENT
 
 
 def refuse_closed(transaction: Transaction) -> None:

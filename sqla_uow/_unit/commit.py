@@ -75,7 +75,12 @@ async def prepare(transaction: Transaction, guard: Callable[[], None] | None) ->
             transaction.check_sound()
         if guard is not None:
             guard()
-        if transaction.session is not None and not await _is_settled(transaction.session, transaction):
+        session = transaction.session
+        if (
+            session is not None  # asked here, so that most units need no coroutine for it
+            and (has_changes(session.sync_session) or transaction.versions is not None or transaction.lifts_lock_wait)
+            and not await _is_settled(session, transaction)
+        ):
             continue
         transaction.owner.check()
         # In the same step of the loop: from here on another task's statement would run under COMMIT.

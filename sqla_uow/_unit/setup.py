@@ -12,7 +12,7 @@ from sqla_uow._retry.budget import budget_of
 from sqla_uow._retry.gate import Gate
 from sqla_uow._tasks.per_loop import PerLoop
 from sqla_uow._transaction.transaction import Transaction
-from sqla_uow._unit.statistics import Counts
+from sqla_uow._unit.statistics import Counts, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,25 +92,24 @@ class Setup(Generic[S]):
             last_write: of the scope's client, where there are replicas.
         """
         transaction = Transaction(
-            name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock,
-            scope_read=True,
-        )  # fmt: skip
+            name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock
+        )
+        transaction.scope_read = True
         replicas = transaction.replicas = self.replicas
         transaction.last_write = last_write
         # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
         transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
         return transaction
 
-    def gate(self, key: object, who: str, clock: Callable[[], float]) -> Gate:
+    def gate(self, key: object, clock: Callable[[], float]) -> Gate:
         """Return where the calls of one function wait for their turn, those of this event loop.
 
         Args:
             key: known by identity: the options of a function, or the code around a loop.
-            who: the function, for the log.
             clock: monotonic seconds.
         """
         gates = self.gates.here()
         gate = gates.get(key)
         if gate is None:
-            gate = gates[key] = Gate(who, clock)
+            gate = gates[key] = Gate(name_of(key), clock)
         return gate

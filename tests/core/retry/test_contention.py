@@ -285,7 +285,7 @@ def test_a_narrower_width_that_brings_more_leads_on(driver):
 
 def narrow(manager, function):
     """Let one call of `function` run at a time, from now on."""
-    gate = manager._setup.gate(function.__transactional__, "test", manager.retry.clock)
+    gate = manager._setup.gate(function.__transactional__, manager.retry.clock)
     gate._controller.opening = False
     gate._controller._go(0)
     return gate
