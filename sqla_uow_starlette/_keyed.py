@@ -131,7 +131,6 @@ class KeyedRequest(AtomicRequest):
     async def _carry_out(self, unit_scope: UnitScope, until: float) -> Exception | None:
         """Run it as soon as no other transaction has the key."""
         while True:
-            self._found = Claim.OURS
             failure = await super().run(unit_scope)
             if self._found is not Claim.TAKEN:
                 return failure
@@ -158,6 +157,7 @@ class KeyedRequest(AtomicRequest):
 
     async def attempt(self, sender: AtomicSender) -> None:
         """Run the application if the attempt gets the key."""
+        self._found = Claim.OURS
         try:
             self._found = await self.idempotency.keys.take(sender.unit, self.key, keep=self.idempotency.keep)
         except BaseException as error:

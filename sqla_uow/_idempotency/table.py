@@ -16,7 +16,6 @@ __all__ = ["MAX_SPACE", "Key", "make_table"]
 MAX_SPACE = 100
 """Characters."""
 _DIGEST = 32
-_MIB_16 = 2**24 - 1  # MariaDB's BLOB ends at 64 KiB
 
 
 class Key(NamedTuple):
@@ -70,7 +69,8 @@ def make_table(name: str, metadata: MetaData) -> Table:
         Column("fingerprint", _binary()),
         Column("status", SmallInteger),
         Column("headers", LargeBinary),
-        Column("result", LargeBinary(_MIB_16).with_variant(LargeBinary(), "postgresql", "sqlite")),
+        # On MariaDB a BLOB ends at 64 KiB
+        Column("result", LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")),
         Column("created_at", _time(), nullable=False),
         Column("expires_at", _time(), nullable=False),
         Index(f"ix_{name}_expires_at", "expires_at"),
