@@ -102,11 +102,22 @@ class AtomicRequest:
                 await self.body.close()
 
     async def run(self, unit_scope: UnitScope) -> Exception | None:
-        """Run the application in as many units as it takes; return what is left to be answered."""
+        """Run the application until one of its units has ended for good; return what is left to be answered."""
         read_only = self.scope["method"] in self.options.read_only_methods
         units = atomic_requests(self.manager, self.options, self.name, read_only=read_only)
         try:
-            return await self._attempts(unit_scope, units)
+            await anext(units)
+            while True:
+                unit = cast("UnitOfWork[Any]", await anext(units))  # None comes between two of them only
+                sender = self.sender(unit_scope, units, unit)
+                await self.attempt(sender)
+                if not sender.again:
+                    return self._explained(sender.failure)
+                if await self.body.client_left():
+                    logger.info("%s: the client left between two attempts", self.name())
+                    return None
+                if self.given is not None:
+                    self.given.restore()
         finally:
             if not self.ending.locked():  # by a child task that the application has left behind
                 await units.aclose()
@@ -115,24 +126,9 @@ class AtomicRequest:
         """Return `send()` for an attempt."""
         return AtomicSender(self, unit_scope, units, unit)
 
-    async def attempt(self, sender: AtomicSender) -> None:
+    def attempt(self, sender: AtomicSender) -> Coroutine[Any, Any, None]:
         """Run the application once."""
-        await sender.run(self.app, self.body.replaying(sender.unit))
-
-    async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
-        """Run the application until one of its units has ended for good; return what is left to be answered."""
-        await anext(units)
-        while True:
-            unit = cast("UnitOfWork[Any]", await anext(units))  # None comes between two of them only
-            sender = self.sender(unit_scope, units, unit)
-            await self.attempt(sender)
-            if not sender.again:
-                return self._explained(sender.failure)
-            if await self.body.client_left():
-                logger.info("%s: the client left between two attempts", self.name())
-                return None
-            if self.given is not None:
-                self.given.restore()
+        return sender.run(self.app, self.body.replaying(sender.unit))
 
     def _explained(self, failure: Exception | None) -> Exception | None:
         """Say where it is so that the request was not replayed for the length of its body."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Message, Scope
 
+    Running = dict[tuple[object, bytes], Future[Record | None]]
+
 __all__ = [
     "IDEMPOTENT", "Codec", "Idempotency", "IdempotencyError", "applies", "decoded", "encoded", "key_of", "running",
 ]  # fmt: skip
@@ -137,10 +139,10 @@ class Idempotency:
             raise ValueError(
                 f"Idempotency has headers with {', '.join(never)}, which is of one response and not of its repetitions; leave it out"
             )
-        self.in_progress: WeakKeyDictionary[AbstractEventLoop, dict[bytes, Future[Record | None]]] = WeakKeyDictionary()
+        self.in_progress: WeakKeyDictionary[AbstractEventLoop, Running] = WeakKeyDictionary()
 
 
-def running(options: Idempotency) -> dict[bytes, Future[Record | None]]:
+def running(options: Idempotency) -> Running:
     """Return the keys of the requests that run in this event loop, each with what comes of it."""
     return options.in_progress.setdefault(asyncio.get_running_loop(), {})
 

@@ -115,13 +115,13 @@ class KeyedRequest(AtomicRequest):
             return error
         loop, others = asyncio.get_running_loop(), running(self.idempotency)
         until = loop.time() + self.idempotency.wait
-        while (other := others.get(self.key.digest)) is not None:
+        while (other := others.get((self.manager, self.key.digest))) is not None:
             await asyncio.wait({other}, timeout=max(0.0, until - loop.time()))
             if not other.done():
                 return _in_progress()
             if (kept := other.result()) is not None:
                 return await self._replay(kept)
-        self._mine = others[self.key.digest] = loop.create_future()
+        self._mine = others[self.manager, self.key.digest] = loop.create_future()
         try:
             failure = await self._carry_out(unit_scope, until)
         finally:
@@ -172,7 +172,7 @@ class KeyedRequest(AtomicRequest):
         """Tell those who wait in this process what came of it."""
         mine, self._mine = self._mine, None
         if mine is not None:
-            del running(self.idempotency)[self.key.digest]
+            del running(self.idempotency)[self.manager, self.key.digest]
             mine.set_result(kept)
 
     async def _replay(self, kept: Record) -> Exception | None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import MetaData, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -565,3 +566,26 @@ async def test_a_thousand_repetitions_that_wait(serve, manager, pay):
         answers = await asyncio.gather(first, *others)
     assert {(answer.status_code, answer.text) for answer in answers} == {(201, '{"run":1}')}
     assert (pay.runs, manager.statistics().attempts) == (1, 1)
+
+
+async def test_one_object_for_two_databases(manager, keys, pay, tmp_path, db):
+    """The same key of the same caller is another one in another database, also while the first one runs."""
+    others = IdempotencyKeys(MetaData())
+    assert others.table.name == keys.table.name
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'other.db'}")
+    async with engine.begin() as connection:
+        await connection.run_sync(others.table.metadata.create_all)
+        await connection.run_sync(Account.metadata.create_all)
+    idempotency = Idempotency(keys, caller=caller)
+    both = asyncio.Barrier(2)
+
+    async def endpoint(request):
+        await both.wait()  # neither waits for the other's end
+        return await pay(request)
+
+    apps = [app_of(one, endpoint, atomic=True, idempotency=idempotency) for one in (manager, UnitOfWorkManager(engine))]
+    async with client_of(apps[0]) as here, client_of(apps[1]) as there, asyncio.timeout(20):
+        answers = await asyncio.gather(*(client.post("/endpoint", headers=key("k")) for client in (here, there)))
+    await engine.dispose()
+    assert ["idempotent-replayed" in answer.headers for answer in answers] == [False, False]
+    assert pay.runs == 2
