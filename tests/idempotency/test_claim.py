@@ -16,6 +16,14 @@ from sqla_uow.idempotency import IdempotencyKeys
 from tests.kit.models import Account
 from tests.kit.waiting import until
 
+KEPT = {
+    "postgresql": "extract(epoch FROM expires_at - created_at)",
+    "mysql": "timestampdiff(MICROSECOND, created_at, expires_at) / 1000000",
+    "sqlite": "round((julianday(expires_at) - julianday(created_at)) * 86400)",
+}
+"""Seconds."""
+LONG_AGO = "'2020-01-01 00:00:00.000000'"
+
 
 async def add_one():
     """Do work."""
@@ -185,17 +193,24 @@ async def test_an_expired_record_counts_as_none(db, manager, keys, balance):
     assert (await records(db), await balance()) == (1, 2)
 
 
+async def test_a_record_that_was_taken_over_is_all_new(db, manager, keys):
+    """Nothing of the old one is left: neither its times nor its result."""
+    handle = handler(keys)
+    await handle("a")
+    await db.run(
+        f"UPDATE uow_idempotency SET status = 200, result = 'x', expires_at = {LONG_AGO}, created_at = {LONG_AGO}"
+    )
+    await handle("a", keep=timedelta(days=400))
+    ((seconds, status, result),) = await db.rows(f"SELECT {KEPT[db.family]}, status, result FROM uow_idempotency")
+    assert (float(seconds), status, result) == (400 * 86400, None, None)
+
+
 async def test_how_long_a_record_is_kept(db, manager, keys):
     """What is said at the claim, else what is said of all keys; to the microsecond where the database knows those."""
     async with manager.begin():
         await keys.claim("orders", "a")
         await keys.claim("orders", "b", keep=timedelta(days=400))
-    seconds = {
-        "postgresql": "extract(epoch FROM expires_at - created_at)",
-        "mysql": "timestampdiff(MICROSECOND, created_at, expires_at) / 1000000",
-        "sqlite": "round((julianday(expires_at) - julianday(created_at)) * 86400)",
-    }[db.family]
-    rows = await db.rows(f"SELECT {seconds} FROM uow_idempotency ORDER BY 1")
+    rows = await db.rows(f"SELECT {KEPT[db.family]} FROM uow_idempotency ORDER BY 1")
     assert [float(row[0]) for row in rows] == [86400, 400 * 86400]
 
 
