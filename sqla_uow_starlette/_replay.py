@@ -72,16 +72,18 @@ class Body:
         left: whether the client has left.
     """
 
+    # Defaults are the class's, not each one's: most requests have no body.
+    looking: asyncio.Task[Message] | None = None
+    overflowed: bool = False
+    left: bool = False
+    _size: int = 0
+    _read: bool = False
+    _complete: bool = False
+
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._limit = limit
         self._recorded: list[bytes] = []
-        self._size = 0
-        self._read = False
-        self._complete = False
-        self.looking: asyncio.Task[Message] | None = None
-        self.overflowed = False
-        self.left = False
 
     def replaying(self, unit: UnitOfWork[Any] | None) -> Receive:
         """Return `receive()` for one attempt: what was recorded in one message, then what follows.

@@ -108,7 +108,7 @@ class Database:
         self.sync_engine: Engine = self.engine.sync_engine
         self.system: System = system_of(self.sync_engine.dialect)
         self.driver: Driver = driver_of(self.sync_engine.dialect)
-        self.recognised = False
+        self.recognised: bool = False
         configured = self.sync_engine.get_execution_options().get("isolation_level")
         # The level given to create_engine() has no public name.
         configured = configured or getattr(self.sync_engine.dialect, "_on_connect_isolation_level", None)

@@ -31,4 +31,4 @@ def check_exists(isolation: object, *, who: str) -> None:
 
 def is_weaker_or_same(asked: str, given: str) -> bool:
     """Say whether a unit at level `given` honours a call that asks for `asked`."""
-    return _RANKS.get(asked, len(LEVELS)) <= _RANKS.get(given.replace("_", " ").replace("-", " ").upper(), -1)
+    return _RANKS.get(asked, len(LEVELS)) <= _RANKS.get(given.replace("_", " ").upper(), -1)

@@ -22,12 +22,11 @@ class ManagerPlace(Place):
     """A manager is known here; nothing is open."""
 
     __slots__ = ("name", "setup")
-    setup: Setup[Any]
 
     def __init__(self, setup: Setup[Any]) -> None:
-        self.key = self.setup = setup
+        super().__init__(setup)
+        self.setup: Setup[Any] = setup
         self.name: str = setup.name
-        self.closed = False
 
     def open_unit(self) -> UnitOfWork[Any] | None:
         """Return the unit that a transactional call would join here."""
@@ -62,9 +61,11 @@ class UnitPlace(ManagerPlace):
     __slots__ = ("_transaction", "_unit")
 
     def __init__(self, setup: Setup[Any], unit: UnitOfWork[Any], transaction: Transaction) -> None:
-        self.key = self.setup = setup  # all that ManagerPlace sets, without a call for each unit
-        self.name = setup.name
-        self.closed = False
+        # All that ManagerPlace sets, without a call for each unit.
+        self.key: object = setup
+        self.setup: Setup[Any] = setup
+        self.name: str = setup.name
+        self.closed: bool = False
         self._unit: UnitOfWork[Any] | None = unit
         self._transaction: Transaction | None = transaction
 

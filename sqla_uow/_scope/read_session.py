@@ -50,28 +50,18 @@ class ReadSession:
         transaction: of the open unit; None if no unit is open.
     """
 
-    __slots__ = (
-        "_failed",
-        "_giving_way",
-        "_last_write",
-        "_loop",
-        "_retired",
-        "_setup",
-        "_unit",
-        "tainted",
-        "transaction",
-    )
+    # Defaults are the class's, not each one's: it is made for every request, and few of them read.
+    transaction: Transaction | None = None
+    _unit: UnitOfWork[Any] | None = None
+    _giving_way: asyncio.Lock | None = None
+    _failed: Transaction | None = None
+    _retired: tuple[Transaction, ...] = ()
 
     def __init__(self, setup: Setup[Any], last_write: LastWrite | None, loop: asyncio.AbstractEventLoop) -> None:
         self._setup = setup
         self._last_write = last_write
         self._loop = loop
-        self._unit: UnitOfWork[Any] | None = None
-        self._giving_way: asyncio.Lock | None = None
-        self._failed: Transaction | None = None
-        self._retired: list[Transaction] = []
         self.tainted: Tainted = Tainted()
-        self.transaction: Transaction | None = None
 
     def unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one if none is open."""
@@ -187,10 +177,10 @@ class ReadSession:
         transaction = self.transaction
         if transaction is not None and transaction.phase is Phase.YIELDED:
             self._unit = self.transaction = None
-            candidates, self._retired = [*self._retired, transaction], []
+            candidates, self._retired = [*self._retired, transaction], ()
             for one in candidates:
                 if one.session is not None and _has_objects(one.session):
-                    self._retired.append(one)
+                    self._retired += (one,)
                 else:  # nobody has its objects any more, and the scope may last long
                     one.session = None
 
@@ -207,7 +197,7 @@ class ReadSession:
             if check:
                 self.refuse_unsaved()
         finally:
-            retired, self._retired = self._retired, []
+            retired, self._retired = self._retired, ()
             for transaction in retired:
                 close_unused(transaction)
                 release(transaction)

@@ -106,7 +106,8 @@ class Scope:
         """
         if self.place is not None:  # else its block has ended, and a task that it left behind goes on
             self.place.closed = True
-        await self.reading.end_all(check=True)
+        if not self.reading.is_unused():
+            await self.reading.end_all(check=True)
 
 
 class ScopePlace(ManagerPlace):

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow._databases.failures import Failure, Kind, classify
 from sqla_uow._log import log
@@ -177,7 +176,7 @@ def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failur
     """Say what an error of COMMIT means: answered with a refusal, or unknown; None where it was never sent."""
     if transaction.phase is not Phase.SENT:
         # Of a listener, it may be of another database: what our connection has reported is known by its mark.
-        return classify(error) if isinstance(error, StaleDataError) else None
+        return None
     if isinstance(error, DBAPIError):
         failure = classify(error)
         unknown = failure is not None and failure.kind is Kind.LOST and failure.code not in _ENDED_BEFORE

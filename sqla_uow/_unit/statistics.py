@@ -33,9 +33,15 @@ class Counts:
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.begun = self.reruns = self.readings = 0
-        self.committed = self.rolled_back = self.ambiguous = 0
-        self.gave_up = self.doomed = self.timed_out = 0
+        self.begun: int = 0
+        self.reruns: int = 0
+        self.readings: int = 0
+        self.committed: int = 0
+        self.rolled_back: int = 0
+        self.ambiguous: int = 0
+        self.gave_up: int = 0
+        self.doomed: int = 0
+        self.timed_out: int = 0
         self.retries: Counter[tuple[str, str | None]] = Counter()
         self._lock = Lock()  # of `retries`
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 from sqlalchemy import insert, text
@@ -52,4 +54,67 @@ async def test_a_cancellation_that_comes_under_the_rollback(db):
         await task
     assert type(cancelled.value.__context__) is KeyError
     assert await db.rows("SELECT text FROM note") == []
+    assert manager.engine.pool.checkedout() == 0
+
+
+async def test_a_cancellation_that_comes_under_the_rollback_of_a_failed_end(db):
+    """Likewise where the body was done: the cancellation says what it came upon."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+
+    def fail():
+        task.cancel()
+        raise KeyError("of the hook")
+
+    async def work():
+        async with manager.begin() as unit:
+            await unit.session.execute(insert(Note).values(text="undone"))
+            unit.before_commit(fail)
+
+    task = asyncio.create_task(work())
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await task
+    assert type(cancelled.value.__context__) is KeyError
+    assert await db.rows("SELECT text FROM note") == []
+    assert manager.engine.pool.checkedout() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["committed", "rolled back"])
+async def test_a_unit_that_is_kept_keeps_no_task(db, fails):
+    """Not the one that has used it: statuses may be collected for long."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+    units = []
+
+    async def work():
+        async with manager.begin() as unit:
+            units.append(unit)
+            await unit.session.execute(insert(Note).values(text="kept"))
+            if fails:
+                unit.doom()
+
+    task = asyncio.create_task(work())
+    await task
+    seen = weakref.ref(task)
+    del task
+    await asyncio.sleep(0)  # the loop lets go of whom it has just woken us for
+    gc.collect()
+    assert seen() is None
+    assert [unit.status for unit in units] == [Status.ROLLED_BACK if fails else Status.COMMITTED]
+
+
+async def test_a_cancellation_that_comes_under_the_commit(db):
+    """There is no hook that could bring it: it is told when the work is committed, and says so."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+
+    async def work():
+        async with manager.begin() as unit:
+            await unit.session.execute(insert(Note).values(text="kept"))
+            unit.before_commit(task.cancel)  # reaches it at its next wait, which is for the answer to COMMIT
+
+    task = asyncio.create_task(work())
+    with pytest.raises(asyncio.CancelledError) as cancelled:
+        await task
+    assert len(cancelled.value.__notes__) == 1
+    assert cancelled.value.__notes__[0].startswith("sqla_uow: cancelled; the outcome of ")
+    assert cancelled.value.__notes__[0].endswith(" is: committed")
+    assert await db.rows("SELECT text FROM note") == [("kept",)]
     assert manager.engine.pool.checkedout() == 0

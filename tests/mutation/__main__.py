@@ -2,7 +2,9 @@
 
     python -m tests.mutation [MODULE ...] [--sample N] [--tests FOLDER ...]
 
-Outcomes are kept in a folder: what was killed is not tried again while its module is the same; what has survived is.  Exit status
+Outcomes are kept in a folder: what was killed is not tried again while its module is the same; what has survived is.  So several
+can run at a time with one folder, each with other modules; and a sample that SQLite has judged in little time goes on with its
+survivors on `--drivers` that take longer.  Exit status
 1: some survive that `equivalent.toml` does not list.  Each is a line that no test would miss: write a test of what a user would
 see go wrong, rows, status, hooks or the pool, or delete the line; only what cannot be seen at all is listed, with the reason.
 """
@@ -11,9 +13,13 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
+import hashlib
 import importlib.util
 import json
-import random
+import os
+import re
+import signal
 import sys
 import time
 import tomllib
@@ -34,7 +40,7 @@ MODULES = (
 TESTS = ("core", "concurrency", "isolation", "properties", "testing", "versioning", "starlette")
 HERE = Path(__file__).parent
 BUDGET = 60.0
-"""Seconds of tests for one mutant: the quickest of those that reach it.  Lines that all pass would take hours otherwise."""
+"""Seconds of tests for one mutant, of those that reach it.  Lines that all pass would take hours otherwise."""
 
 
 class Run:
@@ -44,7 +50,7 @@ class Run:
         self.options = options
         self.folder: Path = options.folder
         self.databases = Databases()
-        self.log = self.folder / "log"
+        self.log = self.folder / f"log-{os.getpid()}"
         self.sources: dict[str, Path] = {}
         self.kills: collections.Counter[tuple[str, str]] = collections.Counter()
         self.failed = False
@@ -76,7 +82,7 @@ class Run:
 
     def _run(self, session: pytest.Session) -> None:
         items = {item.nodeid: item for item in session.items}
-        self.sources = {name: _source(name) for name in MODULES}
+        self.sources = {name: source_of(name) for name in MODULES}
         reach = Reach(self.folder, self.sources)
         if unknown := reach.missing(session.items):
             _say(f"measuring what {len(unknown)} tests reach")
@@ -84,6 +90,10 @@ class Run:
             if done is None:
                 pytest.exit(f"the tests could not be measured; see {self.log}", 1)
             reach = Reach(self.folder, reach.sources)
+        for path in self.sources.values():
+            trial.functions_of(path)
+        gc.collect()
+        gc.freeze()  # each fork would look through what it has inherited, and so copy it
         listed = _listed()
         for name in self.options.modules or MODULES:
             self._try_all(session, name, reach, items, listed)
@@ -94,10 +104,10 @@ class Run:
         began = time.monotonic()
         kept = _Kept(self.folder / f"{name}.jsonl", reach.modules[name])
         everything = mutants(name, reach.texts[name])
-        unlisted = [mutant for mutant in everything if mutant.key not in listed]
-        chosen = unlisted
-        if self.options.sample:
-            chosen = sorted(random.sample(unlisted, min(self.options.sample, len(unlisted))), key=lambda one: one.line)
+        drawn = (
+            everything if self.options.sample is None else sample(everything, self.options.sample, self.options.seed)
+        )
+        chosen = [mutant for mutant in drawn if mutant.key not in listed]
         survivors: list[Mutant] = []
         for mutant in chosen:
             if kept.killed(mutant) is None:
@@ -110,14 +120,31 @@ class Run:
                 survivors.append(mutant)
                 _say(f"survives: {mutant}")
         _say(
-            f"{name}: {len(everything)} mutants, {len(everything) - len(unlisted)} listed, {len(chosen)} tried, "
+            f"{name}: {len(everything)} mutants, {len(drawn)} drawn, {len(drawn) - len(chosen)} of them listed, {len(chosen)} tried, "
             f"{len(survivors)} survive, {time.monotonic() - began:.0f} s"
         )
         self.failed = self.failed or bool(survivors)
 
     def _order(self, mutant: Mutant, tests: list[str], reach: Reach) -> list[str]:
-        """Put first what has killed in this function, then in this module, then the quickest; as many as there is time for."""
-        tests = sorted(tests, key=lambda test: (-self.kills[mutant.within, test], -self.kills[mutant.module, test]))
+        """Put first what is asked for, what has killed in this function, then in this module, then as `Reach.of` does; as many as there is time for.
+
+        Of a test that runs on several drivers, the first comes before any second one: other tests tell more.
+        """
+        turns: collections.Counter[str] = collections.Counter()
+        turn = {}
+        for test in tests:
+            without = re.sub("|".join(DRIVERS), "", test)
+            turn[test] = turns[without]
+            turns[without] += 1
+        tests = sorted(
+            tests,
+            key=lambda test: (
+                not any(word in test for word in self.options.first),
+                -self.kills[mutant.within, test],
+                -self.kills[mutant.module, test],
+                turn[test],
+            ),
+        )
         left, chosen = self.options.budget, []
         for test in tests:
             left -= reach.seconds[test]
@@ -129,7 +156,7 @@ class Run:
         self, session: pytest.Session, mutant: Mutant, tests: list[str], items: dict[str, pytest.Item], reach: Reach
     ) -> str | None:
         """Return the test that kills, None if none does."""
-        current = self.folder / "current"
+        current = self.folder / f"current-{os.getpid()}"
         current.write_text("")
 
         def work() -> str | None:
@@ -139,9 +166,9 @@ class Run:
                 if mutant.within:
                     raise
                 return f"its import: {error}"
-            return trial.run(session, [items[test] for test in tests], current)
+            return trial.run(session, [items[test] for test in tests], [reach.seconds[test] for test in tests], current)
 
-        seconds = 3 * sum(reach.seconds[test] for test in tests) + trial.GRACE
+        seconds = 4 * sum(reach.seconds[test] for test in tests) + trial.GRACE
         told = trial.in_a_fork(work, seconds=seconds, log=self.log)
         if told is None and not current.read_text():
             pytest.exit(f"{mutant} could not be made; see {self.log}", 1)
@@ -169,6 +196,12 @@ class _Kept:
             file.write(json.dumps({"source": self._digest, "mutant": _place(mutant), "killer": killer}) + "\n")
 
 
+def sample(everything: list[Mutant], number: int, seed: str) -> list[Mutant]:
+    """Draw some, in the order of their lines; the same ones again, as far as their lines are the same."""
+    ranks = {index: hashlib.sha256(f"{seed} {one.key}".encode()).digest() for index, one in enumerate(everything)}
+    return [everything[index] for index in sorted(sorted(ranks, key=ranks.__getitem__)[:number])]
+
+
 def _place(mutant: Mutant) -> str:
     return f"{mutant.line} {mutant.key}"
 
@@ -176,7 +209,7 @@ def _place(mutant: Mutant) -> str:
 def _listed() -> set[str]:
     """Return the mutants that are known to change nothing that can be told."""
     entries = tomllib.loads((HERE / "equivalent.toml").read_text()).get("mutant", [])
-    keys = {f"{entry['module']} {entry['within']}: {entry['was']} -> {entry['becomes']}" for entry in entries}
+    keys = {f"{entry['within']}: {entry['was']} -> {entry['becomes']}" for entry in entries}
     if any(not entry["why"] for entry in entries):
         raise pytest.UsageError("a mutant in equivalent.toml has no reason; say why no test can tell it")
     return keys
@@ -186,7 +219,8 @@ def _driver(item: pytest.Item) -> str | None:
     return getattr(item, "callspec", None) and item.callspec.params.get("driver")  # type: ignore[attr-defined]
 
 
-def _source(module: str) -> Path:
+def source_of(module: str) -> Path:
+    """Return the file of a module of the library."""
     spec = importlib.util.find_spec(f"sqla_uow.{module}")
     if spec is None or spec.origin is None:
         raise pytest.UsageError(f"there is no module sqla_uow.{module}; choose from {', '.join(MODULES)}")
@@ -201,16 +235,19 @@ def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.partition("\n")[0])
     parser.add_argument("modules", metavar="MODULE", nargs="*", help=f"all without: {', '.join(MODULES)}")
-    parser.add_argument("--sample", metavar="N", type=int, help="so many mutants of each module, drawn anew each time")
+    parser.add_argument("--sample", metavar="N", type=int, help="so many mutants of each module")
+    parser.add_argument("--seed", default="", help="another one draws another sample")
     parser.add_argument("--budget", metavar="SECONDS", type=float, default=BUDGET, help="of tests for one mutant")
     parser.add_argument(
         "--folder", type=Path, default=Path(".tox", "mutation-outcomes"), help="where outcomes are kept"
     )
     parser.add_argument("--drivers", nargs="+", default=ONE_OF_EACH, choices=DRIVERS)
+    parser.add_argument("--first", metavar="WORD", nargs="+", default=(), help="tests with one of these in their names")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="folders of tests")
     options = parser.parse_args()
     options.folder = options.folder.absolute()
     options.folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the fork and the servers are ended, too
     run = Run(options)
     quiet = ["-qq", "-s", "-p", "no:randomly", "-p", "no:cacheprovider"]
     status = pytest.main(

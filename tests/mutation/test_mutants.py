@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ pytest.importorskip("mutmut", reason="the dependency group mutation is not insta
 
 import sqla_uow._transaction.doom
 from tests.mutation import trial
+from tests.mutation.__main__ import HERE, MODULES, sample, source_of
 from tests.mutation.mutants import mutants
+from tests.mutation.reach import watch_lines
 
 SOURCE = '''
 from x import record
@@ -89,3 +92,35 @@ def test_a_fork_that_does_not_come_to_its_end(work):
     """Killed, hanging or failed: told from one that has nothing to say."""
     assert trial.in_a_fork(work, seconds=0.2, log=Path(os.devnull)) is None
     assert trial.in_a_fork(lambda: None, seconds=10, log=Path(os.devnull)) == ""
+
+
+def test_a_sample_is_the_same_again():
+    """Wherever the lines have moved to, and with the same text elsewhere; another seed draws others."""
+    before, after = mutants("m", SOURCE), mutants("n", f"# moved\n{SOURCE}")
+    drawn = sample(before, 4, "a")
+    assert [one.key for one in sample(after, 4, "a")] == [one.key for one in drawn]
+    assert sample(before, 4, "b") != drawn
+    assert sample(before, 99, "a") == before
+
+
+def test_the_lines_that_are_passed():
+    """Of the files that are watched, each time anew."""
+    path = sqla_uow._transaction.doom.__file__
+    damage = sqla_uow._transaction.doom.Damage(hooks=None)
+
+    def watch():
+        begin, (first, second) = watch_lines({path: "doom"}), (set(), set())
+        begin(first)
+        assert damage.depth == damage.depth
+        begin(second)
+        assert damage.depth == 0
+        return f"{len(first)} {first == second} {first.pop()[0]}"
+
+    assert trial.in_a_fork(watch, seconds=10, log=Path(os.devnull)) == "1 True doom"
+
+
+def test_what_is_listed_is_there():
+    """Each change that nobody could tell is one of a line that there is."""
+    entries = tomllib.loads((HERE / "equivalent.toml").read_text())["mutant"]
+    texts = [" ".join(line.strip() for line in source_of(name).read_text().splitlines()) for name in MODULES]
+    assert [entry for entry in entries if not any(entry["was"] in text for text in texts)] == []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 GRACE = 60.0
 """Seconds that a process may take beyond its tests; each test has a limit of its own."""
-LIMIT = 15
-"""Seconds for one test, which the slowest of those that judge take a third of."""
+LIMIT = 10
+"""Seconds for one test, beside three times what it took when it was measured."""
 _MEMORY = 4 << 30
 
 
@@ -63,14 +64,16 @@ def in_a_fork(work: Callable[[], str | None], *, seconds: float, log: Path) -> s
             os._exit(0)
     os.close(writing)
     told, until = b"", time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0 and select.select([reading], [], [], left)[0]:
-        if not (part := os.read(reading, 4096)):
-            break
-        told += part
-    os.close(reading)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # itself, and what it has started
-    os.waitpid(pid, 0)
+    try:
+        while (left := until - time.monotonic()) > 0 and select.select([reading], [], [], left)[0]:
+            if not (part := os.read(reading, 4096)):
+                break
+            told += part
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # itself, and what it has started
+        os.waitpid(pid, 0)
     return told.decode().removesuffix("\n") if told.endswith(b"\n") else None
 
 
@@ -85,14 +88,14 @@ class Verdict:
             self._tell(report.nodeid)
 
 
-def run(session: pytest.Session, items: list[pytest.Item], current: Path) -> str | None:
-    """Run tests until one fails, and return that one; `current` says which is being run."""
+def run(session: pytest.Session, items: list[pytest.Item], seconds: list[float], current: Path) -> str | None:
+    """Run tests, which have taken so long, until one fails, and return that one; `current` says which is being run."""
     failed: list[str] = []
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # dies of it, whatever the mutant catches
     session.config.pluginmanager.register(Verdict(failed.append))
-    for item, following in itertools.zip_longest(items, items[1:]):
+    for item, following, usual in itertools.zip_longest(items, items[1:], seconds):
         current.write_text(item.nodeid)
-        signal.alarm(LIMIT)
+        signal.alarm(LIMIT + int(3 * usual))
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if failed:
             return failed[0]
@@ -104,11 +107,7 @@ def apply(mutant: Mutant, source: str, path: Path) -> None:
     if not mutant.within:
         _execute(mutant, source)
         return
-    live = {
-        (f.__code__.co_qualname, f.__code__.co_firstlineno): f
-        for f in gc.get_objects()
-        if isinstance(f, types.FunctionType) and f.__code__.co_filename == str(path)
-    }
+    live = functions_of(path)
     pairs = zip(_functions(source, path), _functions(mutant.code, path), strict=True)
     for (old, _), (new, arguments) in pairs:
         function = live[old.co_qualname, old.co_firstlineno]
@@ -120,6 +119,16 @@ def apply(mutant: Mutant, source: str, path: Path) -> None:
             function.__defaults__ = function.__defaults__[: -len(positional)] + positional
         if function.__kwdefaults__:
             function.__kwdefaults__ |= keywords
+
+
+@functools.cache
+def functions_of(path: Path) -> dict[tuple[str, int], types.FunctionType]:
+    """Return the functions of a file that are loaded, by name and first line: all objects are looked at, so only once."""
+    return {
+        (f.__code__.co_qualname, f.__code__.co_firstlineno): f
+        for f in gc.get_objects()
+        if isinstance(f, types.FunctionType) and f.__code__.co_filename == str(path)
+    }
 
 
 def _execute(mutant: Mutant, source: str) -> None:

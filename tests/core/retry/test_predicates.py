@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, transactional
+from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, transactional
 from tests.kit.models import Unique
 
 
@@ -76,3 +77,25 @@ async def test_a_coroutine_that_nobody_could_foresee_is_refused_at_the_call(db):
     assert isinstance(caught.value.__context__, IntegrityError)
     assert runs == [1]
     assert await db.scalar("SELECT count(*) FROM uniq") == 1
+
+
+async def test_what_a_predicate_was_handling_when_it_failed(db):
+    """Its error keeps the context that it has."""
+
+    def fails(_error):
+        try:
+            int("none")
+        except ValueError:
+            raise LookupError  # noqa: B904  # what is looked at here
+
+    manager = UnitOfWorkManager(db.engine())
+
+    @transactional(using=manager, retries=1, retry_on=fails)
+    async def work():
+        current_unit(manager).before_commit(lambda: {}["none"])
+        await current_session(manager).execute(text("SELECT 1"))
+
+    with pytest.raises(LookupError) as caught:
+        await work()
+    assert type(caught.value) is LookupError
+    assert type(caught.value.__context__) is ValueError

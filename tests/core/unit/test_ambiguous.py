@@ -54,7 +54,11 @@ async def test_an_answer_that_does_not_come_until_the_deadline_is_lost(wire, app
     with pytest.raises(AmbiguousCommitError, match="its answer is unknown") as caught:
         await wire.add_one(timeout=0.5)
     assert held.fired
-    assert isinstance(caught.value.__cause__, TimeoutError)
+    assert (type(caught.value.__cause__), str(caught.value.__cause__)) == (
+        TimeoutError,
+        "COMMIT was not answered in time",
+    )
+    assert caught.value.unit is wire.units[-1]
     assert [unit.status for unit in wire.units] == [Status.COMMITTED, Status.AMBIGUOUS]
     assert wire.engine.pool.checkedout() == 0
     held.release()

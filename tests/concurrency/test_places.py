@@ -1,0 +1,103 @@
+"""Units of their own inside another's task or context, begun and ended in any order: the one around is found again."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import text
+
+from sqla_uow import Status, UnitOfWorkManager, current_unit, errors
+from tests.kit.models import Note
+
+
+@pytest.fixture
+def manager(db):
+    """An activated manager."""
+    manager = UnitOfWorkManager(db.engine())
+    with manager.activate():
+        yield manager
+
+
+async def test_a_child_that_had_a_unit_of_its_own(db, manager):
+    """It is a child all the same, and may go on in its parent's unit, inside its own one and after it."""
+
+    async def write(parents):
+        async with manager.begin(read_only=True, propagation="requires_new") as own:
+            await own.session.execute(text("SELECT 1"))
+            parents.session.add(Note(text="inside"))
+            await parents.session.execute(text("SELECT 1"))
+        current_unit().session.add(Note(text="after"))
+
+    async with manager.begin() as unit:
+        await unit.session.execute(text("SELECT 1"))
+        await asyncio.create_task(write(unit))
+    assert unit.status is Status.COMMITTED
+    assert sorted(await db.rows("SELECT text FROM note")) == [("after",), ("inside",)]
+
+
+async def test_units_that_end_in_the_order_they_began(manager):
+    """The first ends below the second, and is not in the way of the one around both."""
+
+    async def own():
+        async with manager.begin(read_only=True, propagation="requires_new") as unit:
+            yield unit
+
+    async with manager.begin() as around:
+        first, second = own(), own()
+        await anext(first)
+        inner = await anext(second)
+        await first.aclose()
+        assert current_unit() is inner
+        await second.aclose()
+        assert current_unit() is around
+
+
+async def test_a_grandchild_of_whom_the_unit_was_taken_back_from(manager):
+    """What its parent may not do any more it may, when that has ended: it is a child of who has the unit."""
+    used, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def grandchild():
+        await ended.wait()
+        return await unit.session.scalar(text("SELECT 1"))
+
+    async def child():
+        await unit.session.execute(text("SELECT 1"))
+        used.set()
+        await go_on.wait()
+        return asyncio.create_task(grandchild())
+
+    async with manager.begin() as unit:
+        task = asyncio.create_task(child())
+        await used.wait()
+        await unit.session.execute(text("SELECT 1"))  # takes it back
+        go_on.set()
+        inner = await task
+        ended.set()
+        assert await inner == 1
+
+
+async def test_two_children_that_the_unit_was_taken_back_from(manager):
+    """The first one is not forgotten for the second."""
+    go_on = asyncio.Event()
+
+    async def child(used):
+        await current_unit().session.execute(text("SELECT 1"))
+        used.set()
+        await go_on.wait()
+
+    async def again(used):
+        await child(used)
+        with pytest.raises(errors.TaskBoundaryError, match="was taken back"):
+            current_unit()
+
+    children = []
+    with pytest.raises(errors.RollbackOnlyError):
+        async with manager.begin() as unit:
+            for work in (again, child):
+                used = asyncio.Event()
+                children.append(asyncio.create_task(work(used)))
+                await used.wait()
+                await unit.session.execute(text("SELECT 1"))  # takes it back
+            go_on.set()
+            await asyncio.gather(*children)

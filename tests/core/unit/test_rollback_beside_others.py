@@ -1,0 +1,110 @@
+"""What the ROLLBACK of a unit does with a connection that somebody else uses, or has given up."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.util import await_only
+
+from sqla_uow import Status, UnitOfWorkManager, errors
+from tests.kit.models import Account
+from tests.kit.raw import raw_of, send
+
+SLEEP = {"postgresql": "SELECT pg_sleep({})", "mysql": "SELECT sleep({})"}
+SERVERS = ("asyncpg", "psycopg", "asyncmy", "aiomysql")
+
+
+@pytest.fixture
+def manager(db):
+    """The manager of a fresh database, with one connection."""
+    return UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+
+
+@pytest.fixture
+def connected(manager):
+    """Return the connections that were made."""
+    made = []
+    event.listen(manager.engine.sync_engine, "connect", lambda *_: made.append(1))
+    return made
+
+
+@pytest.mark.drivers(*SERVERS)
+async def test_a_statement_of_a_child_that_comes_to_its_end(db, manager, connected):
+    """The connection is as good as before, and is kept."""
+    with pytest.raises(KeyError):
+        async with manager.begin() as unit:
+            unit.session.add(Account(id=1))
+            await unit.session.flush()
+            child = asyncio.create_task(unit.session.execute(text(SLEEP[db.family].format(0.3))))
+            await asyncio.sleep(0)
+            raise KeyError
+    await asyncio.wait({child})
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=2))
+    assert connected == [1]
+    assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+@pytest.mark.drivers(*SERVERS)
+async def test_a_long_call_on_the_drivers_connection(db, manager):
+    """It is cut off, not waited for."""
+    async with asyncio.timeout(8):
+        with pytest.raises(KeyError):
+            async with manager.begin() as unit:
+                unit.session.add(Account(id=1))
+                await unit.session.flush()
+                child = asyncio.create_task(send(await raw_of(unit.session), SLEEP[db.family].format(30)))
+                await asyncio.sleep(0.1)  # it is under way on the server
+                raise KeyError
+        assert unit.status is Status.ROLLED_BACK
+        await asyncio.wait({child})
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=2))
+    assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+async def test_a_connection_that_the_body_has_given_up(db, manager, caplog):
+    """The body's own error is what it ends with."""
+    with pytest.raises(KeyError):
+        async with manager.begin() as unit:
+            unit.session.add(Account(id=1))
+            await unit.session.flush()
+            await (await unit.session.connection()).invalidate()
+            raise KeyError
+    assert unit.status is Status.ROLLED_BACK
+    assert manager.engine.pool.checkedout() == 0
+    assert not any("failed" in message for message in caplog.messages)
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=2))
+    assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+async def test_a_statement_of_a_child_under_the_rollback(db, manager):
+    """On the connection, past the session: refused, while the unit ends."""
+    ending, tried = asyncio.Event(), asyncio.Event()
+
+    def pause(_connection):
+        ending.set()
+        await_only(tried.wait())
+
+    async def write(connection):
+        await ending.wait()
+        try:
+            with pytest.raises(errors.NoUnitError):
+                await connection.execute(text("INSERT INTO account (id, balance) VALUES (3, 0)"))
+        finally:
+            tried.set()
+
+    event.listen(manager.engine.sync_engine, "rollback", pause, once=True)
+    async with asyncio.timeout(8):
+        with pytest.raises(KeyError):
+            async with manager.begin() as unit:
+                unit.session.add(Account(id=1))
+                await unit.session.flush()
+                child = asyncio.create_task(write(await unit.session.connection()))
+                raise KeyError
+        await child
+    assert unit.status is Status.ROLLED_BACK
+    assert await db.rows("SELECT id FROM account") == []
