@@ -590,3 +590,13 @@ async def test_one_object_for_two_databases(manager, keys, pay, tmp_path, db):
     await engine.dispose()
     assert ["idempotent-replayed" in answer.headers for answer in answers] == [False, False]
     assert pay.runs == 2
+
+
+async def test_a_header_of_the_middleware_itself_is_not_kept(db, serve, pay):
+    """`Server-Timing` tells of one response; its repetition has its own or none."""
+    async with serve(endpoint_of(pay), server_timing=True) as client:
+        first, _again = [await client.post("/endpoint", headers=key("k")) for _ in range(2)]
+    assert "commit" in first.headers["server-timing"]
+    ((headers,),) = await db.rows("SELECT headers FROM uow_idempotency")
+    names = [line.partition(b":")[0] for line in bytes(headers).split(b"\n")]
+    assert sorted(names) == [b"content-type", b"etag", b"location"]

@@ -98,6 +98,41 @@ async def test_an_answer_of_commit_that_is_lost(db, keys, serve, applied):
 
 
 @pytest.mark.drivers(*SERVERS)
+@pytest.mark.parametrize("applied", [True, False])
+async def test_a_commit_that_is_still_under_way(db, keys, serve, applied):
+    """Who repeats it at another process waits while the server has not decided, and is answered by the first response."""
+    await begun(db)
+    runs = []
+
+    async def endpoint(request):
+        runs.append(1)
+        await add(100)
+        return JSONResponse({"run": len(runs)})
+
+    with Proxy("127.0.0.1", db.port) as proxy:
+        manager, other = UnitOfWorkManager(db.engine(port=proxy.port)), UnitOfWorkManager(db.engine())
+        patient = {"wait": 20}
+        async with (
+            serve(endpoint, manager=manager) as here,
+            serve(endpoint, manager=other, idempotency=patient) as there,
+        ):
+            held = proxy.on_client_bytes(COMMIT[db.driver], "hold", after_server=applied)
+            first = asyncio.create_task(here.post("/endpoint", headers=key("k")))
+            await until(lambda: held.fired)
+            again = asyncio.create_task(there.post("/endpoint", headers=key("k")))
+            if applied:
+                await again
+            else:
+                await until(lambda: other.statistics().begun > 0 and not other.engine.pool.checkedout())
+                assert not again.done()
+            held.release()
+            answers = await asyncio.gather(first, again)
+        await manager.engine.dispose()
+    assert [answer.json() for answer in answers] == [{"run": 1}] * 2
+    assert len(runs) == 1
+
+
+@pytest.mark.drivers(*SERVERS)
 async def test_without_a_key_an_unknown_commit_invites_no_repetition(db, keys, serve):
     """As before: no Retry-After."""
     await begun(db)
