@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import timedelta
 
 import pytest
@@ -81,3 +82,21 @@ async def test_a_table_of_another_name(db, manager, capsys):
     await expire(manager, others, 2)
     assert await asyncio.to_thread(main, ["purge", db.url, "--table", others.table.fullname]) == 0
     assert capsys.readouterr().out == "removed 2 expired keys\n"
+
+
+@pytest.mark.parametrize("age", ["young", "old"])
+async def test_the_doctor_sees_that_nobody_does_it(db, manager, keys, capsys, age):
+    """It warns of a record that has been expired for more than twice as long as it counted, and of no other."""
+    await expire(manager, keys, 1)
+    if age == "young":
+        await keys.purge(manager)
+    status = await asyncio.to_thread(main, ["doctor", db.url, "--json", "--read-only"])
+    told = {one["name"]: one for one in json.loads(capsys.readouterr().out)}["idempotency keys"]
+    assert (told["level"], "purge" in told["advice"]) == (("warning", True) if age == "old" else ("fine", False))
+    assert status == 1 or age == "young"
+
+
+async def test_the_doctor_says_nothing_of_keys_that_are_not_used(db, capsys):
+    """Where the table is not there."""
+    await asyncio.to_thread(main, ["doctor", db.url, "--json", "--read-only"])
+    assert "idempotency" not in capsys.readouterr().out
