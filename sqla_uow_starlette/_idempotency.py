@@ -77,9 +77,9 @@ class IdempotencyError(Exception):
 
     def __init__(self, status_code: int, detail: str, *, code: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
-        self.status_code = status_code
-        self.detail = detail
-        self.code = code
+        self.status_code: int = status_code
+        self.detail: str = detail
+        self.code: str = code
         self.headers: dict[str, str] = headers or {}
 
 
@@ -123,17 +123,17 @@ class Idempotency:
     ) -> None:
         _check_types(keys, caller, methods, headers, fingerprint, required=required)
         _check_numbers(keep, wait, max_response)
-        self.keys = keys
-        self.caller = caller
-        self.methods = frozenset(method.upper() for method in methods)
-        self.required = required
-        self.keep = keep
-        self.wait = wait
-        self.max_response = max_response
+        self.keys: IdempotencyKeys = keys
+        self.caller: Callable[[Scope], str] = caller
+        self.methods: frozenset[str] = frozenset(method.upper() for method in methods)
+        self.required: bool = required
+        self.keep: timedelta | None = keep
+        self.wait: float = wait
+        self.max_response: int = max_response
         names = {name.lower() for name in headers}
-        self.kept_headers = frozenset(name.encode() for name in (*names, _ALWAYS_KEPT))
-        self.fingerprint = fingerprint
-        self.codec = codec
+        self.kept_headers: frozenset[bytes] = frozenset(name.encode() for name in (*names, _ALWAYS_KEPT))
+        self.fingerprint: Callable[[Scope], bytes | None] | None = fingerprint
+        self.codec: Codec | None = codec
         never = sorted(name for name in names if name in _NEVER_KEPT or name.startswith(_POSITION))
         if never:
             raise ValueError(

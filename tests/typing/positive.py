@@ -591,8 +591,12 @@ def refused(error: PreconditionError) -> None:
 keys = IdempotencyKeys(MetaData(), name="done", keep=timedelta(days=2), using="orders")
 
 
+def request_of(amount: int, request: str) -> str:
+    return f"{amount}:{request}"
+
+
 @transactional(retries=5)
-@keys.once(space="payments", key=lambda amount, request: request, fingerprint=lambda amount, request: b"%d" % amount)
+@keys.once(space="payments", key=request_of, fingerprint=lambda amount, request: b"%d" % amount)
 async def pay(amount: int, request: str) -> dict[str, int]:
     assert_type(await keys.claim("orders", request, fingerprint=b"5"), bool)
     assert_type(await keys.result("orders", request), Any)
