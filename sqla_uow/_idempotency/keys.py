@@ -212,7 +212,7 @@ class IdempotencyKeys:
             keep: how long the record counts; None is that of these keys.
 
         Returns:
-            the record, or what there is instead; behind `Claim.TAKEN` the unit has to be rolled back.
+            the record, or what there is instead; behind ``Claim.TAKEN`` the unit has to be rolled back.
 
         Raises:
             ReadOnlyError: the unit is read-only.
@@ -232,7 +232,7 @@ class IdempotencyKeys:
             key: which.
 
         Returns:
-            the record; `Claim.TAKEN`; or `Claim.OURS` where whoever claims it next would have it, as far as can be told.
+            the record; ``Claim.TAKEN``; or ``Claim.OURS`` where whoever claims it next would have it, as far as can be told.
         """
         async with manager.engine.connect() as connection:
             if connection.dialect.name == "sqlite":  # who could claim it here would be its writer
