@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow.typing import IsolationLevel
 
 __all__ = ["purge"]
 
@@ -25,10 +26,12 @@ async def purge(manager: UnitOfWorkManager[Any], table: Table, limit: int) -> in
         raise TypeError(f"purge() has limit={limit!r}; use a number of rows")
     if not 1 <= limit <= _LIMIT:
         raise ValueError(f"purge() has limit={limit!r}; use 1 to {_LIMIT}")
+    # At MariaDB's default level it would lock the gap behind the last row, where the next key goes.
+    level: IsolationLevel | None = None if manager.engine.dialect.name == "sqlite" else "READ COMMITTED"
     total = 0
     while True:
         removed = 0
-        async for attempt in manager.attempts(retries=_RETRIES, name="purge()"):
+        async for attempt in manager.attempts(retries=_RETRIES, isolation=level, name="purge()"):
             async with attempt as unit:
                 removed = await _batch(await unit.session.connection(), table, limit)
         total += removed

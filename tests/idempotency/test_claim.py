@@ -318,3 +318,17 @@ async def test_a_swallowed_conflict_is_no_success(manager, keys, db):
         with pytest.raises(errors.ConflictError):
             await careless()
     assert await db.scalar("SELECT count(*) FROM account") == 1
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+async def test_mysql_is_refused(db, keys):
+    """It has no RETURNING, so a claim could not tell whose the row is."""
+    manager = UnitOfWorkManager(db.engine())
+    with manager.activate():
+        async with manager.begin() as unit:
+            await unit.session.connection()
+        manager.engine.dialect.is_mariadb = False  # what SQLAlchemy finds out of a MySQL, which the tests have none of
+        with pytest.raises(
+            NotImplementedError, match=r"^idempotency keys were used on mysql, .*; use PostgreSQL, MariaDB"
+        ):
+            await handler(keys)("a")

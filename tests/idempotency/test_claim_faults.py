@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
@@ -40,6 +41,27 @@ async def test_many_deliveries_of_one_message(db, keys, balance):
             told = await asyncio.gather(*(handle(level) for _ in range(200)))
         assert sum(told) == 1, level
         assert await balance() == number + 1, level
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_claims_of_different_keys_do_not_meet(db, keys):
+    """New keys, and keys that have expired, are claimed in twenty transactions at a time, at every level: none is a conflict."""
+    manager = UnitOfWorkManager(db.engine(pool_size=20, max_overflow=0))
+    for level in LEVELS[db.family]:
+        everybody = asyncio.Barrier(20)
+
+        @transactional(isolation=level)
+        async def handle(number, level=level, everybody=everybody):
+            claimed = await keys.claim("orders", f"{level} {number}")
+            await everybody.wait()
+            return claimed
+
+        with manager.activate():
+            async with manager.begin():
+                for number in range(0, 20, 2):
+                    assert await keys.claim("orders", f"{level} {number}", keep=timedelta(microseconds=1))
+            async with asyncio.timeout(20):
+                assert await asyncio.gather(*map(handle, range(20))) == [True] * 20, level
 
 
 async def test_cancelled_anywhere(db, manager, keys):

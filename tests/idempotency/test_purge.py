@@ -9,8 +9,12 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import MetaData, text
 
+from sqla_uow import UnitOfWorkManager
 from sqla_uow.__main__ import main
 from sqla_uow.idempotency import IdempotencyKeys
+from tests.kit.losses import COMMIT
+from tests.kit.waiting import until
+from tests.servers import Proxy
 
 
 async def expire(manager, keys, count):
@@ -100,3 +104,23 @@ async def test_the_doctor_says_nothing_of_keys_that_are_not_used(db, capsys):
     """Where the table is not there."""
     await asyncio.to_thread(main, ["doctor", db.url, "--json", "--read-only"])
     assert "idempotency" not in capsys.readouterr().out
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+async def test_nobody_waits_for_it(db, manager, keys):
+    """While it is under way new keys are claimed, also where it has come to the end of the table."""
+    async with manager.begin():
+        for number in range(5):
+            await keys.claim("orders", f"old {number}", keep=timedelta(milliseconds=1))
+    await asyncio.sleep(0.01)
+    with Proxy("127.0.0.1", db.port) as proxy:
+        purging = UnitOfWorkManager(db.engine(port=proxy.port))
+        held = proxy.on_client_bytes(COMMIT[db.driver], "hold")
+        purge = asyncio.create_task(keys.purge(purging))
+        await until(lambda: held.fired)
+        async with manager.begin():
+            for number in range(20):
+                assert await keys.claim("orders", f"new {number}")
+        held.release()
+        assert await purge == 5
+        await purging.engine.dispose()
