@@ -72,18 +72,18 @@ class Body:
         left: whether the client has left.
     """
 
-    # Defaults are the class's, not each one's: most requests have no body.
-    looking: asyncio.Task[Message] | None = None
-    overflowed: bool = False
-    left: bool = False
-    _size: int = 0
-    _read: bool = False
-    _complete: bool = False
+    __slots__ = ("_complete", "_limit", "_read", "_receive", "_recorded", "_size", "left", "looking", "overflowed")
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._limit = limit
         self._recorded: list[bytes] = []
+        self._size: int = 0
+        self._read: bool = False
+        self._complete: bool = False
+        self.looking: asyncio.Task[Message] | None = None
+        self.overflowed: bool = False
+        self.left: bool = False
 
     def replaying(self, unit: UnitOfWork[Any] | None) -> Receive:
         """Return `receive()` for one attempt: what was recorded in one message, then what follows.

@@ -41,15 +41,14 @@ class Sender:
         failure: why, if there is something to answer.
     """
 
-    started: bool = False
-    refused: bool = False
-    failure: Exception | None = None
-
     def __init__(self, scope: Scope, unit_scope: UnitScope, send: Send, body: Body) -> None:
         self.scope = scope
         self.body = body
         self.unit_scope = unit_scope
         self.forward = send
+        self.started: bool = False
+        self.refused: bool = False
+        self.failure: Exception | None = None
 
     async def __call__(self, message: Message) -> None:
         """Pass a message on.

@@ -45,12 +45,7 @@ class Attempt(Generic[S]):
         call: which has one more: `Call.more`.
     """
 
-    unit: UnitOfWork[S] | None = None
-    _place: UnitPlace | None = None
-    _slot: Slot | None = None
-    _timeout: asyncio.Timeout | None = None
-    _transaction: Transaction | None = None
-    _verification: Verification | None = None
+    __slots__ = ("_call", "_place", "_slot", "_timeout", "_transaction", "_verification", "unit")
 
     def __init__(self, call: Call[S]) -> None:
         call.more = False
@@ -58,6 +53,12 @@ class Attempt(Generic[S]):
         if call.attempt == 1 and call.retries:
             _count_in(call)
         self._call = call
+        self._place: UnitPlace | None = None
+        self._slot: Slot | None = None
+        self._timeout: asyncio.Timeout | None = None
+        self._transaction: Transaction | None = None
+        self._verification: Verification | None = None
+        self.unit: UnitOfWork[S] | None = None
 
     async def __aenter__(self) -> UnitOfWork[S]:
         call = self._call

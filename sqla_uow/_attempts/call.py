@@ -45,17 +45,10 @@ class Call(Generic[S]):
         function: whose calls take turns with this one; None is that of the options.
     """
 
-    # Defaults are the class's, not each one's: it is made for every call.
-    attempt: int = 0
-    more: bool = True
-    deadline: float | None = None
-    reading: ReadSession | None = None
-    tainted: Tainted | None = None
-    gate: Gate | None = None
-    given_up: Failure | None = None
-    called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
-    key: Key | None = None
-    times: Times | None = None
+    __slots__ = (
+        "attempt", "called", "deadline", "enclosing", "function", "gate", "given_up", "isolation", "key", "more", "observers",
+        "options", "policy", "reading", "retries", "scope", "setup", "started", "tainted", "timeout", "times",
+    )  # fmt: skip
 
     def __init__(self, setup: Setup[S], options: Options, function: object = None) -> None:
         self.setup = setup
@@ -66,10 +59,17 @@ class Call(Generic[S]):
         self.timeout = setup.timeout if options.timeout is None else options.timeout
         # The clock is read once per call, and again only on trouble.
         self.started = self.policy.clock()
-        if self.timeout is not None:
-            self.deadline = self.started + self.timeout
-        self.scope, inside, self.enclosing = surroundings(setup)
+        self.deadline = None if self.timeout is None else self.started + self.timeout
+        self.attempt = 0
+        self.more = True
         self.function = function or options  # whose calls take turns with this one
+        self.gate: Gate | None = None
+        self.given_up: Failure | None = None
+        self.called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
+        self.reading: ReadSession | None = None
+        self.tainted: Tainted | None = None
+        self.times: Times | None = None
+        self.scope, inside, self.enclosing = surroundings(setup)
         self.observers = setup.observers
         if self.scope is not None:
             if (
@@ -79,8 +79,7 @@ class Call(Generic[S]):
             self.tainted = self.scope.reading.tainted
             if self.scope.observers:
                 self.observers += self.scope.observers
-        if self.observers:
-            self.key = Key()
+        self.key: Key | None = Key() if self.observers else None
 
     @property
     def elapsed(self) -> float:

@@ -50,18 +50,28 @@ class ReadSession:
         transaction: of the open unit; None if no unit is open.
     """
 
-    # Defaults are the class's, not each one's: it is made for every request, and few of them read.
-    transaction: Transaction | None = None
-    _unit: UnitOfWork[Any] | None = None
-    _giving_way: asyncio.Lock | None = None
-    _failed: Transaction | None = None
-    _retired: tuple[Transaction, ...] = ()
+    __slots__ = (
+        "_failed",
+        "_giving_way",
+        "_last_write",
+        "_loop",
+        "_retired",
+        "_setup",
+        "_unit",
+        "tainted",
+        "transaction",
+    )
 
     def __init__(self, setup: Setup[Any], last_write: LastWrite | None, loop: asyncio.AbstractEventLoop) -> None:
         self._setup = setup
         self._last_write = last_write
         self._loop = loop
         self.tainted: Tainted = Tainted()
+        self.transaction: Transaction | None = None
+        self._unit: UnitOfWork[Any] | None = None
+        self._giving_way: asyncio.Lock | None = None
+        self._failed: Transaction | None = None
+        self._retired: tuple[Transaction, ...] = ()
 
     def unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one if none is open."""

@@ -103,45 +103,56 @@ class Transaction:
         times: what it waits for is noted there, if an observer wants to know.
     """
 
-    # Defaults are the class's, not each one's: most units change few of them, and it is made for every call.
-    tainted: Tainted | None = None
-    enclosing: tuple[Transaction, ...] = ()
-    scope_read: bool = False
-    times: Times | None = None
-    idle: Idle | None = None  # if an observer wants to know of idling
-    phase: Phase = Phase.NEW
-    closer: greenlet | None = None
-    session: Any = None  # the unit's, until the end: the session names the transaction, which would be a cycle
-    final: Status | None = None  # what became of it
-    engine: Engine | None = None
-    connection: Connection | None = None
-    connect_failure: Failure | None = None
-    attached: WeakSet[InstanceState[Any]] | None = None
-    on_rollback: Callable[[Transaction, Session], None] | None = None
-    joined: int = 0
-    slot: Slot | None = None
-    lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
-    lifts_lock_wait: bool = False  # with the next statement
-    lifted_lock_wait: bool = False
-    chosen: BaseException | None = None  # an error that the `retry_on` of a joined call wants to be retried
-    lock_watch: Watch | None = None
-    self_wait: PropagationError | None = None  # its statement waits for a unit around it, and is being stopped
-    wrote: bool = False
-    raw_taken: bool = False  # user code has the driver's own connection
-    unwatch: tuple[Callable[[], object], ...] = ()  # what ends the watch on it
-    was_open: bool = False  # the driver has said that a transaction is open
-    stream: OpenStream | None = None  # whose rows are being read
-    wrote_rows: bool = False  # since the last COMMIT that DDL makes MariaDB do
-    watch: Callable[[bool], Ended | None] | None = None
-    pending_savepoint: str | None = None
-    rolling_back_to_savepoint: bool = False
-    replicas: ReplicaRouter | None = None  # that it may read from
-    replica: Replica | None = None  # that it reads from
-    beginnings: int = 0  # how often its first statement may be sent again, on another connection
-    last_write: LastWrite | None = None  # of its client, if the manager has replicas
-    stale: Failure | None = None  # the last write that found another version, even if a savepoint has undone it
-    versions: VersionGuard | None = None  # made by `mixins`, with the first version that matters
-    required: tuple[str, IsolationLevel] | None = None  # what a joined call needs, checked at the first connection
+    __slots__ = (
+        "__weakref__",
+        "attached",
+        "beginnings",
+        "chosen",
+        "clock",
+        "closer",
+        "connect_failure",
+        "connection",
+        "database",
+        "deadline",
+        "doom",
+        "enclosing",
+        "engine",
+        "final",
+        "hooks",
+        "idle",
+        "isolation",
+        "joined",
+        "last_write",
+        "lifted_lock_wait",
+        "lifts_lock_wait",
+        "lock_wait",
+        "lock_watch",
+        "name",
+        "on_rollback",
+        "owner",
+        "pending_savepoint",
+        "phase",
+        "raw_taken",
+        "read_only",
+        "replica",
+        "replicas",
+        "required",
+        "rolling_back_to_savepoint",
+        "scope_read",
+        "self_wait",
+        "session",
+        "slot",
+        "stale",
+        "stream",
+        "tainted",
+        "times",
+        "unwatch",
+        "versions",
+        "was_open",
+        "watch",
+        "wrote",
+        "wrote_rows",
+    )
 
     def __init__(
         self,
@@ -159,9 +170,51 @@ class Transaction:
         self.read_only: bool = read_only
         self.deadline: float | None = deadline
         self.clock: Callable[[], float] = clock
+        self.tainted: Tainted | None = None
+        self.enclosing: tuple[Transaction, ...] = ()
+        self.scope_read: bool = False
+        self.times: Times | None = None
+        self.idle: Idle | None = None  # if an observer wants to know of idling
         self.hooks: Hooks = Hooks()
         self.doom: Doom = Doom(self.hooks)
         self.owner: Owner = Owner(name, self.doom)
+        self.phase: Phase = Phase.NEW
+        self.closer: greenlet | None = None
+        self.session: Any = None  # the unit's, until the end: the session names the transaction, which would be a cycle
+        self.final: Status | None = None  # what became of it
+        self.engine: Engine | None = None
+        self.connection: Connection | None = None
+        self.connect_failure: Failure | None = None
+        self.attached: WeakSet[InstanceState[Any]] | None = None
+        self.on_rollback: Callable[[Transaction, Session], None] | None = None
+        self.joined: int = 0
+        self.slot: Slot | None = None
+        self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
+        self.lifts_lock_wait: bool = False  # with the next statement
+        self.lifted_lock_wait: bool = False
+        self.chosen: BaseException | None = None  # an error that the `retry_on` of a joined call wants to be retried
+        self.lock_watch: Watch | None = None
+        self.self_wait: PropagationError | None = None  # its statement waits for a unit around it, and is being stopped
+        self.wrote: bool = False
+        self.raw_taken: bool = False  # user code has the driver's own connection
+        self.unwatch: tuple[Callable[[], object], ...] = ()  # what ends the watch on it
+        self.was_open: bool = False  # the driver has said that a transaction is open
+        self.stream: OpenStream | None = None  # whose rows are being read
+        self.wrote_rows: bool = False  # since the last COMMIT that DDL makes MariaDB do
+        self.watch: Callable[[bool], Ended | None] | None = None
+        self.pending_savepoint: str | None = None
+        self.rolling_back_to_savepoint: bool = False
+        self.replicas: ReplicaRouter | None = None  # that it may read from
+        self.replica: Replica | None = None  # that it reads from
+        self.beginnings: int = 0  # how often its first statement may be sent again, on another connection
+        self.last_write: LastWrite | None = None  # of its client, if the manager has replicas
+        self.stale: Failure | None = (
+            None  # the last write that found another version, even if a savepoint has undone it
+        )
+        self.versions: VersionGuard | None = None  # made by `mixins`, with the first version that matters
+        self.required: tuple[str, IsolationLevel] | None = (
+            None  # what a joined call needs, checked at the first connection
+        )
 
     def seconds_left(self) -> float | None:
         """Return what is left until the deadline; None if there is no deadline."""

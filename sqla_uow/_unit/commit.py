@@ -20,6 +20,7 @@ from sqla_uow._tasks.shield import Shielded, shielded
 from sqla_uow._transaction.hooks import ROUNDS, Hook, HookOutcome, run_after_commit, run_after_rollback
 from sqla_uow._transaction.phase import Phase
 from sqla_uow._unit.ending import (
+    COMMITTED,
     Ended,
     close_unused,
     discard_connection,
@@ -122,7 +123,7 @@ async def commit(transaction: Transaction, unit: UnitOfWork[Any], verification: 
     session = transaction.session
     if session is None or transaction.connection is None:
         close_unused(transaction)
-        return await _committed(transaction, None)
+        return await _committed(transaction, None) if _note_committed(transaction) else COMMITTED
     # A read-only unit too: SQLAlchemy 2.0 loses a connection that is cut off on its way back into the pool.
     work = partial(session.run_sync, _commit_and_close, transaction, verification)
     limit = math.inf if transaction.deadline is None else transaction.deadline - transaction.clock()
@@ -137,6 +138,8 @@ async def commit(transaction: Transaction, unit: UnitOfWork[Any], verification: 
     if error is not None and failure is not None and failure.kind is Kind.AMBIGUOUS:
         return await _ambiguous(transaction, unit, error, verification, outcome.cancelled)
     if error is None:
+        if not _note_committed(transaction) and outcome.cancelled is None:
+            return COMMITTED
         return await _committed(transaction, outcome.cancelled)
     return await roll_back(transaction, outcome.cancelled or error, failure)
 
@@ -207,6 +210,7 @@ async def _ambiguous(
         cancelled = asked.cancelled
         committed = _answer(asked, transaction.name)
     if committed is True:
+        _note_committed(transaction)
         return await _committed(transaction, cancelled)
     if committed is False:
         ended = await roll_back(transaction, cancelled or error, Failure(Kind.LOST, None, error))
@@ -239,10 +243,15 @@ def _answer(asked: Shielded[bool | None], who: str) -> bool | None:
     return asked.task.result() if asked.finished else None
 
 
-async def _committed(transaction: Transaction, cancelled: asyncio.CancelledError | None) -> Ended:
-    """Note the outcome, free everything, run the hooks."""
+def _note_committed(transaction: Transaction) -> bool:
+    """Note the outcome, and free everything; say whether there are hooks to run."""
     transaction.final = Status.COMMITTED
     release(transaction, committed=True)
+    return bool(transaction.hooks.after_commit or transaction.hooks.undone)
+
+
+async def _committed(transaction: Transaction, cancelled: asyncio.CancelledError | None) -> Ended:
+    """Run the hooks of a unit that is committed."""
     failures: list[Exception] = []
     hooks = transaction.hooks
     ran = HookOutcome(None, cancelled)
@@ -270,4 +279,4 @@ async def _committed(transaction: Transaction, cancelled: asyncio.CancelledError
                 failures,
             )
         )
-    return Ended()
+    return COMMITTED

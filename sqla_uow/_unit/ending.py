@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sqla_uow._transaction.transaction import Transaction
 
 __all__ = [
+    "COMMITTED",
     "Ended",
     "close_unused",
     "discard_connection",
@@ -45,6 +46,10 @@ class Ended(NamedTuple):
 
     error: BaseException | None = None
     failure: Failure | None = None
+
+
+COMMITTED = Ended()
+"""With nothing to raise, as nearly all."""
 
 
 async def wait_briefly(future: asyncio.Future[Any]) -> asyncio.CancelledError | None:
