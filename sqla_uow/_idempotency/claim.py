@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._idempotency.table import Key
 
-__all__ = ["Claim", "Record", "claim", "find", "store"]
+__all__ = ["Claim", "Record", "claim", "find", "look", "store"]
 
 _MARK = 16
 _NOWAIT = 1205  # MariaDB: the row's lock is another's
@@ -93,6 +93,13 @@ async def find(connection: AsyncConnection, table: Table, key: Key) -> Record | 
         _tell_of_missing_table(error, table)
         raise
     return None if row is None else _record(row)
+
+
+async def look(connection: AsyncConnection, table: Table, key: Key) -> Record | Claim:
+    """Return what a claim would be answered, in a transaction that is rolled back afterwards."""
+    if _statements(connection, table).has_one_writer:  # whoever claims it would wait for that one
+        return await find(connection, table, key) or Claim.OURS
+    return await claim(connection, table, key, fingerprint=None, keep=1)
 
 
 async def store(connection: AsyncConnection, table: Table, key: Key, kept: Record) -> None:

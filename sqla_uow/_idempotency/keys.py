@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqlalchemy import Table
-    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from sqla_uow._api.manager import UnitOfWorkManager
     from sqla_uow._transaction.transaction import Transaction
@@ -34,8 +33,6 @@ __all__ = ["IdempotencyKeys"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_DATABASES = ("postgresql", "mysql", "mariadb", "sqlite")
 
 
 class IdempotencyKeys:
@@ -221,7 +218,6 @@ class IdempotencyKeys:
             raise ReadOnlyError(_transaction(unit).read_only_message("an idempotency key was claimed"))
         span = check_keep(keep, "keep") if keep is not None else self._keep
         connection = await unit.session.connection()
-        _check_database(connection)
         return await claiming.claim(connection, self._table, key, fingerprint=fingerprint, keep=_microseconds(span))
 
     async def look(self, manager: UnitOfWorkManager[Any], key: Key, /) -> Record | Claim:
@@ -235,9 +231,7 @@ class IdempotencyKeys:
             the record; ``Claim.TAKEN``; or ``Claim.OURS`` where whoever claims it next would have it, as far as can be told.
         """
         async with manager.engine.connect() as connection:
-            if connection.dialect.name == "sqlite":  # who could claim it here would be its writer
-                return await claiming.find(connection, self._table, key) or Claim.OURS
-            return await claiming.claim(connection, self._table, key, fingerprint=None, keep=1)
+            return await claiming.look(connection, self._table, key)
 
     async def store(self, unit: UnitOfWork[Any], key: Key, kept: Record, /) -> None:
         """Note what came of the work, in the unit that has the key.
@@ -303,16 +297,6 @@ def _check_text(given: object, what: str, *, limit: int | None = None) -> None:
         raise ValueError(
             f"an idempotency {what} has {len(given)} characters; use 1 or more"
             + (f", at most {limit}" if limit else "")
-        )
-
-
-def _check_database(connection: AsyncConnection) -> None:
-    """Refuse what cannot do what a claim needs: RETURNING, and a wait for locks that is none."""
-    dialect: Any = connection.dialect
-    if dialect.name not in _DATABASES or (dialect.name == "mysql" and not dialect.is_mariadb):
-        raise NotImplementedError(
-            f"idempotency keys were used on {dialect.name}, which has no claim that never waits; use PostgreSQL, MariaDB "
-            "10.6 or later, or SQLite"
         )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqla_uow._idempotency.statements import statements_of
+from sqla_uow._idempotency.statements import purging_level, statements_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from sqla_uow._api.manager import UnitOfWorkManager
-    from sqla_uow.typing import IsolationLevel
 
 __all__ = ["purge"]
 
@@ -26,8 +25,7 @@ async def purge(manager: UnitOfWorkManager[Any], table: Table, limit: int) -> in
         raise TypeError(f"purge() has limit={limit!r}; use a number of rows")
     if not 1 <= limit <= _LIMIT:
         raise ValueError(f"purge() has limit={limit!r}; use 1 to {_LIMIT}")
-    # At MariaDB's default level it would lock the gap behind the last row, where the next key goes.
-    level: IsolationLevel | None = None if manager.engine.dialect.name == "sqlite" else "READ COMMITTED"
+    level = purging_level(manager.engine.dialect.name)
     total = 0
     while True:
         removed = 0

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.sql.selectable import TextualSelect
 
-__all__ = ["Statements", "statements_of"]
+    from sqla_uow.typing import IsolationLevel
+
+__all__ = ["Statements", "purging_level", "statements_of"]
 
 # MariaDB's conditions see what was assigned before them, so `expires_at` is the last one.
 _TAKEN_OVER = ("space", "fingerprint", "status", "headers", "result", "created_at", "expires_at")
@@ -44,6 +46,10 @@ class _Dialect(NamedTuple):
         upsert: before what such a row becomes.
         insert: before an INSERT.
         skipping: behind a SELECT, locks its rows, but for those that others have locked.
+        in_digits: bytes are sent as hexadecimal digits.
+        locks: a claim tries for a lock, whose number is the parameter `lock`.
+        has_one_writer: so a claim waits for its turn, and never finds a key taken.
+        purging: the level of a unit that removes rows; None is the database's own.
     """
 
     now: str
@@ -53,6 +59,10 @@ class _Dialect(NamedTuple):
     upsert: str = "ON CONFLICT (digest) DO UPDATE SET"
     insert: str = ""
     skipping: str = " FOR UPDATE SKIP LOCKED"
+    in_digits: bool = False
+    locks: bool = False
+    has_one_writer: bool = False
+    purging: IsolationLevel | None = None
 
 
 _STRFTIME = "strftime('%Y-%m-%d %H\\:%M\\:%f', 'now'"  # with six digits, as SQLAlchemy writes a DateTime
@@ -63,6 +73,8 @@ _MARIADB = _Dialect(
     excluded="VALUES({})",
     upsert="ON DUPLICATE KEY UPDATE",
     insert="SET STATEMENT innodb_lock_wait_timeout=0 FOR ",
+    in_digits=True,
+    purging="READ COMMITTED",  # at the default level the gap behind the last row is locked, where the next key goes
 )
 _DIALECTS = {
     "postgresql": _Dialect(
@@ -70,6 +82,7 @@ _DIALECTS = {
         later="now() + :keep * INTERVAL '1 microsecond'",
         bytes="CAST(:{} AS bytea)",
         excluded="EXCLUDED.{}",
+        locks=True,
     ),
     "mariadb": _MARIADB,
     "mysql": _MARIADB,
@@ -79,6 +92,7 @@ _DIALECTS = {
         bytes=":{}",
         excluded="excluded.{}",
         skipping="",
+        has_one_writer=True,
     ),
 }
 
@@ -88,15 +102,14 @@ class Statements:
 
     Args:
         table: its name as SQL.
-        dialect: its name.
+        spelled: how the database spells it.
     """
 
-    def __init__(self, table: str, dialect: str) -> None:
-        self._in_digits = dialect in ("mysql", "mariadb")
-        self._spelled = spelled = _DIALECTS[dialect]
+    def __init__(self, table: str, spelled: _Dialect) -> None:
+        self._spelled = spelled
         self._table = table
-        self.locks: bool = dialect == "postgresql"
-        """Whether a claim has the parameter `lock`."""
+        self.locks: bool = spelled.locks
+        self.has_one_writer: bool = spelled.has_one_writer
         self.claim: TextualSelect = _recorded(self._claim())
         """Take a key; one row, or none where another transaction has it.  With the parameter `mark` as `headers` it is taken."""
         self.find: TextualSelect = _recorded(
@@ -117,7 +130,7 @@ class Statements:
 
     def parameters(self, **values: Any) -> dict[str, Any]:
         """Return parameters as this database takes them."""
-        if not self._in_digits:
+        if not self._spelled.in_digits:
             return values
         return {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
 
@@ -162,6 +175,16 @@ def _recorded(sql: str) -> TextualSelect:
     )  # fmt: skip
 
 
+def purging_level(dialect: str) -> IsolationLevel | None:
+    """Return the isolation level of a unit that removes rows, None for the database's own.
+
+    Args:
+        dialect: its name.
+    """
+    spelled = _DIALECTS.get(dialect)
+    return None if spelled is None else spelled.purging
+
+
 def statements_of(table: Table, connection: Connection) -> Statements:
     """Return the statements for a table where a connection leads."""
     translated: Mapping[str | None, str | None] | None
@@ -173,5 +196,11 @@ def statements_of(table: Table, connection: Connection) -> Statements:
 @functools.lru_cache(maxsize=64)
 def _made(name: str, schema: str | None, dialect: Dialect) -> Statements:
     preparer = dialect.identifier_preparer
+    spelled = _DIALECTS.get(dialect.name)
+    if spelled is None or not getattr(dialect, "is_mariadb", True):  # MySQL has no RETURNING
+        raise NotImplementedError(
+            f"idempotency keys were used on {dialect.name}, which has no claim that never waits; use PostgreSQL, MariaDB "
+            "10.6 or later, or SQLite"
+        )
     quoted = preparer.quote(name) if schema is None else f"{preparer.quote_schema(schema)}.{preparer.quote(name)}"
-    return Statements(quoted.replace(":", "\\:"), dialect.name)
+    return Statements(quoted.replace(":", "\\:"), spelled)
