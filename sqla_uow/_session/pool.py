@@ -72,7 +72,9 @@ def _returned(driver: Driver) -> Callable[[Any, ConnectionPoolEntry], None]:
     def returned(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
         if dbapi_connection is None:
             return
-        raw = dbapi_connection.driver_connection  # of the adapter, as all our drivers have one; the entry's asks the dialect
+        raw = (
+            dbapi_connection.driver_connection
+        )  # of the adapter, as all our drivers have one; the entry's asks the dialect
         lent = entry.info.pop(HANDED_OUT, False)
         if not lent and is_idle(raw) and driver.is_open(raw):
             return

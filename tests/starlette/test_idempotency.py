@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 from datetime import timedelta
+from typing import Annotated
 
 import pytest
+from fastapi import Body, Depends, FastAPI, Header
 from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.background import BackgroundTask
@@ -17,7 +19,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit
+from sqla_uow import UnitOfWorkManager, after_commit, current_session, current_unit, transactional
 from sqla_uow.idempotency import IdempotencyKeys
 from sqla_uow.testing import count_queries
 from sqla_uow_starlette import Idempotency, UnitOfWorkMiddleware, exception_handlers
@@ -600,3 +602,35 @@ async def test_a_header_of_the_middleware_itself_is_not_kept(db, serve, pay):
     ((headers,),) = await db.rows("SELECT headers FROM uow_idempotency")
     names = [line.partition(b":")[0] for line in bytes(headers).split(b"\n")]
     assert sorted(names) == [b"content-type", b"etag", b"location"]
+
+
+async def test_fastapi(db, manager, keys):
+    """Its validation reads the body, and its errors are as they were; a dependency that knows the user goes with `once`."""
+    app = FastAPI()
+    app.add_middleware(UnitOfWorkMiddleware, manager=manager, atomic=True, idempotency=Idempotency(keys, caller=caller))
+
+    @transactional
+    @keys.once(space="opening", key=lambda user, key, identity: f"{user}:{key}")
+    async def open_account(user, key, identity):
+        await add(identity)
+        return identity
+
+    @app.post("/accounts", status_code=201)
+    async def post(identity: Annotated[int, Body()]) -> dict[str, int]:
+        await add(identity)
+        return {"id": identity}
+
+    @app.put("/accounts")
+    async def put(
+        idempotency_key: Annotated[str, Header()], identity: int, user: Annotated[int, Depends(lambda: 7)]
+    ) -> int:
+        return await open_account(user, idempotency_key, identity)
+
+    async with client_of(app) as client:
+        bad = await client.post("/accounts", json="x", headers=key("k"))
+        posted = [await client.post("/accounts", json=100, headers=key("k")) for _ in range(2)]
+        again = [await client.put("/accounts?identity=101", headers=key("k")) for _ in range(2)]
+    assert bad.status_code == 422
+    assert [(answer.status_code, answer.json()) for answer in posted] == [(201, {"id": 100})] * 2
+    assert [(answer.status_code, answer.json()) for answer in again] == [(200, 101)] * 2
+    assert await count(db) == 3
