@@ -4,8 +4,8 @@ The tour:
 
 * Make one engine, and one `UnitOfWorkManager` over it.  Activate the manager where your program runs.
 * Write service functions with `transactional`.  Inside, `current_session` is the session, and nobody passes it around.
-* The outermost function owns the unit of work: one session, one transaction, committed at its end.  Conflicts that the
-  database reports, also at COMMIT, are retried with backoff; the others join.
+* The outermost function owns the unit of work: one session, one transaction, committed at its end.  Transactional
+  functions that it calls join it.  Conflicts that the database reports, at COMMIT too, are retried with backoff.
 * `after_commit` is for what must happen once, and only if the work is committed.
 
 ::

@@ -60,9 +60,9 @@ def _examine(options: argparse.Namespace) -> int:
         print(f"sqla_uow doctor: {error}", file=sys.stderr)  # noqa: T201  # a program's answer
         return _NO_ANSWER
     except KeyboardInterrupt:
-        print("sqla_uow doctor: interrupted; nothing is left behind", file=sys.stderr)  # noqa: T201  # likewise
+        print("sqla_uow doctor: interrupted; nothing is left behind", file=sys.stderr)  # noqa: T201  # a program's answer
         return _NO_ANSWER
-    print(as_json(findings) if options.json else as_table(findings))  # noqa: T201  # likewise
+    print(as_json(findings) if options.json else as_table(findings))  # noqa: T201  # a program's answer
     return _NOT_WELL if any(finding.level == "warning" for finding in findings) else _WELL
 
 

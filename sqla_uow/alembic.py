@@ -21,9 +21,10 @@ In migrations, written by hand or by ``alembic revision --autogenerate``::
     op.create_version_trigger("order")
 
 * ``op.add_version_column``, ``op.drop_version_column`` and ``op.rename_version_column``, also within
-  ``batch_alter_table``; ``op.create_version_trigger`` and ``op.drop_version_trigger``.  Their arguments are in the docstrings of the operations' classes below.
-* `migration_lock` lets one runner at a time migrate a database; `run_migrations` does what an async ``env.py`` has to do,
-  under it.
+  ``batch_alter_table``; ``op.create_version_trigger`` and ``op.drop_version_trigger``.  The classes of the operations
+  document their arguments.
+* `migration_lock` lets one runner at a time migrate a database; `run_migrations` does what an async ``env.py`` has to
+  do, with that lock.
 """
 
 from functools import cache
@@ -58,7 +59,7 @@ __all__ = [
 def install() -> None:
     """Make Alembic know the operations and write them into the migrations it generates; call it in ``env.py``.
 
-    A second call does nothing.  Renderers that were registered before are asked for all that is no version column.
+    A second call does nothing.  A renderer that was registered before still renders everything except version columns.
     """
     register()
     register_renderers()

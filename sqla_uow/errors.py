@@ -19,9 +19,9 @@
     ├─ AmbiguousCommitError                             COMMIT was sent and its answer lost; never retried
     └─ AfterCommitError          (ExceptionGroup)       committed; hooks failed
 
-`NPlusOneWarning` and `LateCommitWarning` (UserWarning) are none of them: they warn.
+`NPlusOneWarning` and `LateCommitWarning` (UserWarning) are warnings, not errors.
 
-Every message is one line: *fact with values; remedy*.  What a program may want to look at is an attribute too.
+Every message is one line: *fact with values; remedy*.  What a program may need is an attribute too.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class IsolationConflictError(PropagationError):
 
 
 class TaskBoundaryError(UnitOfWorkError, RuntimeError):
-    """Two live tasks, or a thread, used one unit of work.  The unit is doomed."""
+    """Two live tasks, or another thread, used one unit of work.  The unit is doomed."""
 
 
 class ReadOnlyError(UnitOfWorkError):
@@ -87,15 +87,15 @@ class ReadOnlyError(UnitOfWorkError):
 
 
 class LazyLoadError(UnitOfWorkError, InvalidRequestError):
-    """An attribute is not loaded: its unit refuses lazy loads, or asyncio gives it no chance to wait for the database.
+    """An attribute is not loaded, and its unit refuses lazy loads, or asyncio cannot wait for the database there.
 
-    Raised before anything is sent, and the unit can go on; where its manager allows lazy loads, though, it is the driver that
-    finds out, and what the driver could not send dooms the unit.
+    It is raised before anything is sent, and the unit can go on.  If the manager allows lazy loads, the driver finds
+    out instead; then the statement that it could not send dooms the unit.
 
     Attributes:
-        attribute: class and name, as ``"User.posts"``.
-        option: the loader option that would have loaded it, as ``"selectinload(User.posts)"``; None where only a refresh
-            helps.
+        attribute: class and name, such as ``"User.posts"``.
+        option: the loader option that would have loaded it, such as ``"selectinload(User.posts)"``; None if only a
+            refresh helps.
     """
 
     def __init__(self, message: str, *, attribute: str = "", option: str | None = None) -> None:
@@ -109,13 +109,13 @@ class NPlusOneWarning(UserWarning):
 
 
 class LateCommitWarning(UserWarning):
-    """A response starts while a unit of its request is open: when that commits, nobody can be told any more if it fails."""
+    """A response starts while a unit of its request is open: if its COMMIT fails later, the client is not told."""
 
 
 class RollbackOnlyError(UnitOfWorkError):
     """The body returned normally, but its transaction could only be rolled back; or SQL was sent after that was known.
 
-    `__cause__` is the first error that doomed the unit, where there was one.
+    `__cause__` is the first error that doomed the unit, if there was one.
     """
 
 
@@ -124,10 +124,10 @@ class ConflictError(UnitOfWorkError):
 
     Attributes:
         attempts: how many times the body ran.
-        elapsed: seconds from the first attempt's begin, waits included.
+        elapsed: seconds since the first attempt began, waits included.
         reason: what the last failure was: ``"conflict"``, ``"lock timeout"``, ``"stale version"``,
             ``"not started"``, ``"lost connection"``, ``"stale plan"`` or ``"retry_on"``.
-        code: the database's own code of it (``"40001"``, ``"1213"``, ``"SQLITE_BUSY"``), or None.
+        code: the database's own code for it (``"40001"``, ``"1213"``, ``"SQLITE_BUSY"``), or None.
     """
 
     def __init__(
@@ -149,13 +149,14 @@ class ConflictError(UnitOfWorkError):
 class StaleVersionError(ConflictError, StaleDataError):
     """The row changed, or vanished, since it was read; the version column says so.
 
-    Where a version was expected of the object (`sqla_uow.mixins.expect_version`) it is never retried and names the object.
+    If the unit expected a version of the object (`sqla_uow.mixins.expect_version`), the error is never retried, and it
+    names the object.
 
     Attributes:
-        model: the object's class; None where no row could be found that is not as it was.
+        model: the object's class; None if no row was found that has changed.
         key: its primary key, a tuple.
         expected: the version that the client, or the unit, had seen.
-        found: the version of the row afterwards, None where it is gone.
+        found: the version that the row had afterwards; None if the row is gone.
     """
 
     def __init__(
@@ -183,8 +184,8 @@ class TransactionTimeoutError(UnitOfWorkError, TimeoutError):
 
     Attributes:
         attempts: how many times the body ran or began to run.
-        elapsed: seconds from the first attempt's begin.
-        timeout: the deadline's length in seconds.
+        elapsed: seconds since the first attempt began.
+        timeout: the seconds that the call was given.
     """
 
     def __init__(self, message: str, *, attempts: int = 1, elapsed: float = 0.0, timeout: float = 0.0) -> None:
@@ -197,7 +198,8 @@ class TransactionTimeoutError(UnitOfWorkError, TimeoutError):
 class InstanceReuseError(UnitOfWorkError, RuntimeError):
     """An ORM object that a failed attempt attached or loaded was put into the next attempt's session.
 
-    Or the next attempt was to be given an argument that a failed one has used up: a generator, a file that cannot be rewound.
+    It is also raised if a failed attempt has used up an argument that the next one needs: a generator, or a file that
+    cannot be rewound.
     """
 
 
@@ -208,7 +210,8 @@ class KeyReusedError(UnitOfWorkError):
 class AmbiguousCommitError(UnitOfWorkError):
     """COMMIT was sent and its answer is unknown: the transaction is either wholly there or wholly absent.
 
-    Never retried by `sqla_uow`: a retry could apply the work twice.  `__cause__` is what was seen instead of the answer.
+    `sqla_uow` never retries it: a retry could apply the work twice.  `__cause__` is the error that came instead of the
+    answer.
 
     Attributes:
         unit: the unit of work; its status is ``Status.AMBIGUOUS``.

@@ -1,4 +1,4 @@
-"""What a manager tells its observers: a run of a body begins, is to be run again, and what became of the call.
+"""What a manager tells its observers: that a run of a body begins, that it will be run again, and how the call ended.
 
 ::
 
@@ -25,7 +25,7 @@ __all__ = ["AttemptEvent", "Call", "EndEvent", "Event", "IdleEvent", "Observer",
 
 
 class Call:
-    """Which call an event is of: the same object in all events of one, and of no other; good as a key."""
+    """The call that an event belongs to.  All events of one call have the same object, so it can be a key."""
 
     __slots__ = ("__weakref__",)
 
@@ -35,17 +35,17 @@ class Event:
     """What every event says.
 
     Attributes:
-        call: which call it is of.
-        function: whose: ``transfer()``; ``begin()`` and ``attempts()`` for blocks; an atomic request is
-            ``POST /accounts/{id}``, or ``POST request`` before it has its route.
-        manager: its name.
-        system: the database: ``postgresql``, ``cockroachdb``, ``mariadb``, ``mysql`` or ``sqlite``; MariaDB behind the dialect "mysql" is
-            known as such from the engine's first connection on.
-        namespace: the name of the database, None where the engine's URL has none; for SQLite the file.
-        attempt: which run of the body, from 1; in an outcome it may be one that never came to its turn.
+        call: the call that the event belongs to.
+        function: the name of what was called: ``transfer()``; for blocks ``begin()`` or ``attempts()``; for an atomic
+            request ``POST /accounts/{id}``, or ``POST request`` before it has its route.
+        manager: the manager's name.
+        system: the database: ``postgresql``, ``cockroachdb``, ``mariadb``, ``mysql`` or ``sqlite``; MariaDB behind the
+            dialect "mysql" is recognised with the engine's first connection.
+        namespace: the name of the database, None if the engine's URL has none; for SQLite the file.
+        attempt: the number of the run, from 1; in an outcome it may be a run that never got its turn.
         retries: how often the body may be run again.
         isolation: the level asked for; None is the database's default.
-        read_only: writes are refused.
+        read_only: whether writes are refused.
         status: where the unit of this run stands.
         elapsed: seconds since the call began, by the clock of its `RetryPolicy`.
     """
@@ -74,10 +74,10 @@ class EndEvent(Event):
 
     Attributes:
         error: the class of what the run, or the call, ended with; None for success.
-        connection_seconds: until the run had its connection: it waited for the pool, for a new one to be made, or, on
-            SQLite, for its turn to write; None where it needed none.
-        commit_at: when COMMIT was begun, in seconds since the call began; None where none was sent.
-        commit_seconds: until COMMIT was answered, or given up.
+        connection_seconds: seconds until the run had its connection: it waited for the pool, for a new connection or,
+            on SQLite, for its turn to write; None if it needed none.
+        commit_at: when COMMIT was begun, in seconds since the call began; None if no COMMIT was sent.
+        commit_seconds: seconds until COMMIT was answered or given up.
     """
 
     error: type[BaseException] | None
@@ -88,12 +88,12 @@ class EndEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryEvent(EndEvent):
-    """A run has failed and is rolled back; after a wait there is another.
+    """A run has failed and is rolled back; another one follows after a wait.
 
     Attributes:
         reason: as in `ConflictError.reason`.
-        code: the driver's, or None.
-        wait: seconds.
+        code: the driver's code, or None.
+        wait: seconds until the next run.
     """
 
     reason: str
@@ -110,8 +110,8 @@ class OutcomeEvent(EndEvent):
     Attributes:
         gave_up: a failure has outlived its retries.
         doomed: the body came to its end, and was rolled back all the same.
-        reason: of the last failure where it gave up, as in `ConflictError.reason`; else None.
-        code: likewise, of the driver.
+        reason: why the last run failed, if the call gave up, as in `ConflictError.reason`; else None.
+        code: the driver's code of that failure, or None.
     """
 
     gave_up: bool
@@ -124,7 +124,7 @@ class OutcomeEvent(EndEvent):
 class IdleEvent(Event):
     """A unit has held its connection, its transaction and its locks without sending anything: it called something slow.
 
-    Told when it goes on, by a statement or by its end.
+    The observer is told when the unit goes on: at its next statement or at its end.
 
     Attributes:
         idle: seconds between two statements, or between the last one and the end of the body.
@@ -134,13 +134,14 @@ class IdleEvent(Event):
 
 
 class Observer:
-    """Is told what the calls of a manager do.  Subclass it and override what is of interest.
+    """The base of objects that are told what the calls of a manager do.  Subclass it and override what you need.
 
     Attributes:
-        idle_seconds: from how many seconds on `on_idle` is called.
+        idle_seconds: after how many idle seconds `on_idle` is called.
 
-    Called in the task, or thread, where it happens, without await: be quick.  An `Exception` that is raised, or a
-    `CancelledError`, is logged with its traceback and changes nothing; what ends the program, as `KeyboardInterrupt`, goes on.
+    The methods are called, not awaited, in the task or thread where it happens: be quick.  If one raises an `Exception`
+    or a `CancelledError`, that is logged with its traceback and changes nothing.  What ends the program, such as
+    `KeyboardInterrupt`, goes on.
     """
 
     idle_seconds: float = 1.0
@@ -149,11 +150,11 @@ class Observer:
         """Take note that a run of the body begins; a context variable that is set here is seen in the body.
 
         Args:
-            event: which run, of what.
+            event: the run that begins, and its call.
         """
 
     def on_retry(self, event: RetryEvent, /) -> None:
-        """Take note that a run has failed, and that there is another after a wait.
+        """Take note that a run has failed, and that another one follows after a wait.
 
         Args:
             event: why, and how long the wait is.
@@ -163,11 +164,11 @@ class Observer:
         """Take note of how a call has ended.
 
         Args:
-            event: what became of it.
+            event: how the call ended.
         """
 
     def on_idle(self, event: IdleEvent, /) -> None:
-        """Take note that a unit was idle in its transaction; nobody looks at the clock where this is not overridden.
+        """Take note that a unit was idle in its transaction; the clock is read only if this is overridden.
 
         Args:
             event: which unit, and how long.

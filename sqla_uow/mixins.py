@@ -11,13 +11,14 @@
 
 * `Versioned`, `VersionedByUUID`, `VersionedByTimestamp` and `VersionedByXmin` are mixins for models.
 * `expect_version` and `get_versioned` hold a unit to the version that a client has seen.
-* An ORM ``update()`` counts for each row that it changes, in the same statement; `next_version` is for upserts.
-* `touch` counts a change that is in none of the object's columns; ``__version_follows__ = ("lines",)`` on a model does so
-  for each change of the objects of a relationship.
+* An ORM ``update()`` gives each row that it changes a new version, in the same statement; `next_version` is for
+  upserts.
+* `touch` counts a change that is in none of the object's columns; ``__version_follows__ = ("lines",)`` on a model does
+  so for each change of an object of that relationship.
 """
 
 import sqla_uow._versions.events  # pyright: ignore[reportUnusedImport]  # for its listeners
-import sqla_uow._versions.follows  # noqa: F401  # pyright: ignore[reportUnusedImport]  # likewise
+import sqla_uow._versions.follows  # noqa: F401  # pyright: ignore[reportUnusedImport]  # for its listeners too
 from sqla_uow._versions.bulk import next_version
 from sqla_uow._versions.expect import expect_version, get_versioned, touch
 from sqla_uow._versions.mapping import Versioned, VersionedByTimestamp, VersionedByUUID, VersionedByXmin

@@ -27,13 +27,13 @@ __all__ = ["OpenTelemetryObserver"]
 
 
 class OpenTelemetryObserver(Observer):
-    """Makes spans and metrics of what it is told; one may serve several managers.
+    """Makes spans and metrics of what managers do; one observer may serve several managers.
 
-    A call is a span, with one below it for each attempt, which is current in the body, and below that one for COMMIT.
+    A call has a span.  Below it each attempt has one, which is current in the body.  Below that COMMIT has one.
 
     Args:
-        tracer_provider: None is the global one.
-        meter_provider: None is the global one.
+        tracer_provider: makes the tracer; None is the global provider.
+        meter_provider: makes the meter; None is the global provider.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class OpenTelemetryObserver(Observer):
         """Report the turns, open attempts and pool of a manager as gauges, for as long as it lives.
 
         Args:
-            manager: with or without this observer.
+            manager: any manager, with or without this observer.
         """
         self._metrics.measure(manager)
 
     def on_attempt(self, event: AttemptEvent, /) -> None:
-        """Begin the span of the attempt, and before the first that of the call.
+        """Begin the span of the attempt; before the first attempt, begin the span of the call.
 
         Args:
-            event: which run, of what.
+            event: the run that begins, and its call.
         """
         self._metrics.attempt(event)
         self._spans.attempt(event)
@@ -72,7 +72,7 @@ class OpenTelemetryObserver(Observer):
         """End the spans of the attempt and of the call.
 
         Args:
-            event: what became of it.
+            event: how the call ended.
         """
         self._metrics.outcome(event)
         self._spans.outcome(event)

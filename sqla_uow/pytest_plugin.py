@@ -80,7 +80,7 @@ def uow_activated(uow_manager: UnitOfWorkManager[Any]) -> Generator[UnitOfWorkMa
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Activate the manager in the test's own task as well: anyio's may have begun before the fixture."""
+    """Activate the manager in the test's own task as well: under anyio that task may have begun before the fixture."""
     manager: Any = pyfuncitem.funcargs.get("uow_activated")
     test = pyfuncitem.obj
     if manager is None or not inspect.iscoroutinefunction(test):
@@ -134,7 +134,7 @@ def uow_count_queries(_uow_kit: Kit) -> CountQueries:
 
 @pytest.fixture
 def uow_assert_num_queries(_uow_kit: Kit) -> AssertNumQueries:
-    """Expect so many statements; see `sqla_uow.testing.assert_num_queries`.
+    """Fail unless the block sends so many statements; see `sqla_uow.testing.assert_num_queries`.
 
     ``with uow_assert_num_queries(2):``
     """
@@ -143,7 +143,7 @@ def uow_assert_num_queries(_uow_kit: Kit) -> AssertNumQueries:
 
 @pytest.fixture
 def uow_assert_max_num_queries(_uow_kit: Kit) -> AssertNumQueries:
-    """Expect no more statements; see `sqla_uow.testing.assert_max_num_queries`.
+    """Fail if the block sends more statements; see `sqla_uow.testing.assert_max_num_queries`.
 
     ``with uow_assert_max_num_queries(2):``
     """
@@ -152,7 +152,7 @@ def uow_assert_max_num_queries(_uow_kit: Kit) -> AssertNumQueries:
 
 @pytest.fixture
 def uow_assert_no_leaks(_uow_kit: Kit) -> AssertNoLeaks:
-    """Expect every connection back; see `sqla_uow.testing.assert_no_leaks`.
+    """Fail if a connection does not come back; see `sqla_uow.testing.assert_no_leaks`.
 
     ``with uow_assert_no_leaks():``
     """

@@ -1,11 +1,11 @@
-"""What users test their units of work with.
+"""Tools for tests of code that uses units of work.
 
-* `rolled_back` undoes at its end what a test did.
+* `rolled_back` undoes what a test did.
 * `capture_after_commit` collects the hooks of the units that commit.
-* `count_queries`, `assert_num_queries` and `assert_max_num_queries` look at what is sent.
-* `assert_no_leaks` sees that connections come back.
+* `count_queries`, `assert_num_queries` and `assert_max_num_queries` count the statements that are sent.
+* `assert_no_leaks` checks that all connections come back.
 * `FaultPlan` makes a unit meet a failure of its database, as the driver reports it; `cancel_at` cancels a call.
-* `run_twice` runs transactional functions in vain first, to show what they do that no rollback undoes.
+* `run_twice` first runs transactional functions in vain, to show what a rollback does not undo.
 """
 
 from sqla_uow._testing.cancel import cancel_at

@@ -18,14 +18,14 @@ Propagation = Literal["required", "requires_new", "nested", "mandatory", "durabl
 """What a call does when a unit is already open; see `sqla_uow.transactional`."""
 
 LazyLoads = Literal["allow", "warn", "raise"]
-"""What becomes of the loads that nobody asked for; see `sqla_uow.UnitOfWorkManager`."""
+"""What happens to loads that nobody asked for; see `sqla_uow.UnitOfWorkManager`."""
 
 
 class Status(enum.Enum):
-    """Where a unit of work stands.  `DOOMED` becomes `ROLLED_BACK`; that, `COMMITTED` and `AMBIGUOUS` are final."""
+    """Where a unit of work stands.  `DOOMED` becomes `ROLLED_BACK`; the last three are final."""
 
     NEW = "new"
-    """No SQL was sent yet, so no connection is held."""
+    """No SQL has been sent yet, so no connection is held."""
     ACTIVE = "active"
     """A transaction is open."""
     DOOMED = "doomed"
@@ -42,10 +42,10 @@ class Contention(NamedTuple):
     """What `UnitOfWorkManager.contention` returns.
 
     Attributes:
-        width: how many calls may run at once; None is no limit.
-        running: how many do.
+        width: how many calls may run at once; None means no limit.
+        running: how many run now.
         waiting: how many wait for their turn; they hold no connection.
-        wasted: share of the time, of late, that went into attempts ended by a conflict.
+        wasted: the share of recent time that went into attempts that a conflict ended.
     """
 
     width: int | None
@@ -55,13 +55,13 @@ class Contention(NamedTuple):
 
 
 class PoolState(NamedTuple):
-    """The engine's pool of connections now; None is what its class does not know.
+    """The engine's pool of connections now; None means that its class does not know.
 
     Attributes:
         size: how many connections it keeps.
         checked_out: how many are lent, to units and to anybody else.
         overflow: how many it has beyond its size.
-        limit: how many it can lend at once; None is no limit, or not known.
+        limit: how many it can lend at once; None means no limit, or not known.
         idle: how many are open and not lent.
     """
 
@@ -74,21 +74,22 @@ class PoolState(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What `UnitOfWorkManager.statistics` returns: what has happened since the manager was made, and what is now.
+    """What `UnitOfWorkManager.statistics` returns: what has happened since the manager was made, and its state now.
 
     Attributes:
         begun: calls that have begun a unit of their own; see `sqla_uow.events` for what a call is.
         committed: calls whose work is committed.
-        rolled_back: calls of which nothing is in the database.
-        ambiguous: calls of which that is unknown.
-        gave_up: of those rolled back: a failure outlived its retries.
-        doomed: of those rolled back: the body came to its end, but the unit could not be committed, or was not to be.
-        timed_out: of those rolled back: their deadline had passed.
+        rolled_back: calls that left nothing in the database.
+        ambiguous: calls whose outcome is unknown.
+        gave_up: calls that were rolled back because a failure outlived its retries.
+        doomed: calls that were rolled back although the body came to its end: the unit could not be committed, or was
+            not to be.
+        timed_out: calls that were rolled back because their deadline had passed.
         attempts: runs of a body, first ones and retries.
-        open: runs that go on now, or wait: for their turn, or to be run again.
-        retries: how many runs were run again, by reason and code.
-        readings: read sessions of scopes that were begun.
-        pool: of the engine.
+        open: runs that go on now, that wait for their turn, or that wait to be run again.
+        retries: how often a body was run again, by reason and code.
+        readings: how many read sessions of scopes were begun.
+        pool: the engine's pool.
         contention: name and state of each function whose calls may take turns.
     """
 

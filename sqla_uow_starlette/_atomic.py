@@ -59,7 +59,13 @@ def is_async(function: object) -> bool:
 
 
 class AtomicRequest:
-    """One request, in as many attempts as it takes."""
+    """One request, in as many attempts as it takes.
+
+    Attributes:
+        sending: what `send()` of an attempt is.
+    """
+
+    sending: type[AtomicSender]
 
     def __init__(
         self,
@@ -109,8 +115,8 @@ class AtomicRequest:
             await anext(units)
             while True:
                 unit = cast("UnitOfWork[Any]", await anext(units))  # None comes between two of them only
-                sender = self.sender(unit_scope, units, unit)
-                await self.attempt(sender)
+                sender = self.sending(self, unit_scope, units, unit)
+                await sender.run(self.app, self.body.replaying(unit))
                 if not sender.again:
                     return self._explained(sender.failure)
                 if await self.body.client_left():
@@ -121,14 +127,6 @@ class AtomicRequest:
         finally:
             if not self.ending.locked():  # by a child task that the application has left behind
                 await units.aclose()
-
-    def sender(self, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> AtomicSender:
-        """Return `send()` for an attempt."""
-        return AtomicSender(self, unit_scope, units, unit)
-
-    def attempt(self, sender: AtomicSender) -> Coroutine[Any, Any, None]:
-        """Run the application once."""
-        return sender.run(self.app, self.body.replaying(sender.unit))
 
     def _explained(self, failure: Exception | None) -> Exception | None:
         """Say where it is so that the request was not replayed for the length of its body."""
@@ -290,7 +288,7 @@ class AtomicSender(Sender):
     async def _roll_back(self) -> None:
         """Roll back; a response that tells of an error may leave, unless there is another attempt."""
         if self.unit.status is not Status.DOOMED:
-            self.unit.doom("the response is no success")
+            self.unit.doom("the response is not a success")
         # A unit that a conflict has doomed ends by that, also where a handler has made a response of it.
         await self._end(anext(self._units))
 
@@ -306,3 +304,6 @@ class AtomicSender(Sender):
         self.again = True
         self.refuse(None)
         return None
+
+
+AtomicRequest.sending = AtomicSender

@@ -84,109 +84,6 @@ class Fingerprint:
         return digest if self._complete else None
 
 
-class KeyedRequest(AtomicRequest):
-    """An atomic request that has a key."""
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        manager: UnitOfWorkManager[Any],
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        idempotency: Idempotency,
-        **options: Any,
-    ) -> None:
-        scope[IDEMPOTENT] = True
-        self.fingerprint = Fingerprint(receive)
-        super().__init__(app, manager, scope, self.fingerprint.receive, send, **options)
-        self.idempotency = idempotency
-        self.key: Key
-        self._found: Record | Claim = Claim.OURS
-        self._mine: Future[Record | None] | None = None
-
-    async def run(self, unit_scope: UnitScope) -> Exception | None:
-        """Carry it out, or answer it by the response that there is; return what is left to be answered."""
-        try:
-            self.key = key_of(self.idempotency, self.scope)
-            self.fingerprint.begin(self.idempotency, self.scope)
-        except Exception as error:  # of the client, or of the user's functions
-            return error
-        loop, others = asyncio.get_running_loop(), running(self.idempotency)
-        until = loop.time() + self.idempotency.wait
-        while (other := others.get((self.manager, self.key.digest))) is not None:
-            await asyncio.wait({other}, timeout=max(0.0, until - loop.time()))
-            if not other.done():
-                return _in_progress()
-            if (kept := other.result()) is not None:
-                return await self._replay(kept)
-        self._mine = others[self.manager, self.key.digest] = loop.create_future()
-        try:
-            failure = await self._carry_out(unit_scope, until)
-        finally:
-            self.settle(self._found if isinstance(self._found, Record) else None)
-        return await self._replay(self._found) if isinstance(self._found, Record) else failure
-
-    async def _carry_out(self, unit_scope: UnitScope, until: float) -> Exception | None:
-        """Run it as soon as no other transaction has the key."""
-        while True:
-            failure = await super().run(unit_scope)
-            if self._found is not Claim.TAKEN:
-                return failure
-            self._found = await self._look(until)
-            if self._found is not Claim.OURS:
-                return _in_progress() if self._found is Claim.TAKEN else None
-
-    async def _look(self, until: float) -> Record | Claim:
-        """Wait for another process, without a connection but for the moments in which it looks."""
-        clock = asyncio.get_running_loop().time
-        while (left := until - clock()) > 0:
-            await asyncio.sleep(min(left, _LOOK_SECONDS))
-            try:
-                found = await self.idempotency.keys.look(self.manager, self.key)
-            except Exception:  # of a database that is away: a unit will tell
-                return Claim.OURS
-            if found is not Claim.TAKEN:
-                return found
-        return Claim.TAKEN
-
-    def sender(self, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> AtomicSender:
-        """Return `send()` for an attempt."""
-        return KeyedSender(self, unit_scope, units, unit)
-
-    async def attempt(self, sender: AtomicSender) -> None:
-        """Run the application if the attempt gets the key."""
-        self._found = Claim.OURS
-        try:
-            self._found = await self.idempotency.keys.take(sender.unit, self.key, keep=self.idempotency.keep)
-        except BaseException as error:
-            await sender.fail(error)
-            return
-        if self._found is Claim.OURS:
-            await super().attempt(sender)
-        else:
-            await sender.withdraw()
-
-    def settle(self, kept: Record | None) -> None:
-        """Tell those who wait in this process what came of it."""
-        mine, self._mine = self._mine, None
-        if mine is not None:
-            del running(self.idempotency)[self.manager, self.key.digest]
-            mine.set_result(kept)
-
-    async def _replay(self, kept: Record) -> Exception | None:
-        if kept.fingerprint is not None:
-            try:
-                digest = await self.fingerprint.digest(self.body.replaying(None))
-                self.idempotency.keys.check(self.key, kept, digest)
-            except KeyReusedError as error:
-                return error
-        for message in decoded(self.idempotency, kept):
-            await self.send(message)
-        return None
-
-
 class KeyedSender(AtomicSender):
     """Holds a response that is to be kept until it is complete, and stores it before COMMIT."""
 
@@ -197,6 +94,20 @@ class KeyedSender(AtomicSender):
         self._parts: list[bytes] = []
         self._size = 0
         self._decision: bool | None = None
+
+    async def run(self, app: ASGIApp, receive: Receive) -> None:
+        """Run the application if the attempt gets the key."""
+        request = self.keyed
+        request.found = Claim.OURS
+        try:
+            request.found = await request.idempotency.keys.take(self.unit, request.key, keep=request.idempotency.keep)
+        except BaseException as error:
+            await self.fail(error)
+            return
+        if request.found is Claim.OURS:
+            await super().run(app, receive)
+        else:
+            await self.withdraw()
 
     async def __call__(self, message: Message) -> None:
         """Hold a message, or pass it on.
@@ -274,6 +185,98 @@ class KeyedSender(AtomicSender):
         )  # fmt: skip
         await self.fail(error)
         await super().__call__({"type": "http.response.body"})  # which unwinds the application
+
+
+class KeyedRequest(AtomicRequest):
+    """An atomic request that has a key.
+
+    Attributes:
+        found: what the last attempt to claim the key was answered.
+    """
+
+    sending = KeyedSender
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        manager: UnitOfWorkManager[Any],
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        idempotency: Idempotency,
+        **options: Any,
+    ) -> None:
+        scope[IDEMPOTENT] = True
+        self.fingerprint = Fingerprint(receive)
+        super().__init__(app, manager, scope, self.fingerprint.receive, send, **options)
+        self.idempotency = idempotency
+        self.key: Key
+        self.found: Record | Claim = Claim.OURS
+        self._mine: Future[Record | None] | None = None
+
+    async def run(self, unit_scope: UnitScope) -> Exception | None:
+        """Carry it out, or answer it by the response that there is; return what is left to be answered."""
+        try:
+            self.key = key_of(self.idempotency, self.scope)
+            self.fingerprint.begin(self.idempotency, self.scope)
+        except Exception as error:  # of the client, or of the user's functions
+            return error
+        loop, others = asyncio.get_running_loop(), running(self.idempotency)
+        until = loop.time() + self.idempotency.wait
+        while (other := others.get((self.manager, self.key.digest))) is not None:
+            await asyncio.wait({other}, timeout=max(0.0, until - loop.time()))
+            if not other.done():
+                return _in_progress()
+            if (kept := other.result()) is not None:
+                return await self._replay(kept)
+        self._mine = others[self.manager, self.key.digest] = loop.create_future()
+        try:
+            failure = await self._carry_out(unit_scope, until)
+        finally:
+            self.settle(self.found if isinstance(self.found, Record) else None)
+        return await self._replay(self.found) if isinstance(self.found, Record) else failure
+
+    async def _carry_out(self, unit_scope: UnitScope, until: float) -> Exception | None:
+        """Run it as soon as no other transaction has the key."""
+        while True:
+            failure = await super().run(unit_scope)
+            if self.found is not Claim.TAKEN:
+                return failure
+            self.found = await self._look(until)
+            if self.found is not Claim.OURS:
+                return _in_progress() if self.found is Claim.TAKEN else None
+
+    async def _look(self, until: float) -> Record | Claim:
+        """Wait for another process, without a connection but for the moments in which it looks."""
+        clock = asyncio.get_running_loop().time
+        while (left := until - clock()) > 0:
+            await asyncio.sleep(min(left, _LOOK_SECONDS))
+            try:
+                found = await self.idempotency.keys.look(self.manager, self.key)
+            except Exception:  # of a database that is away: a unit will tell
+                return Claim.OURS
+            if found is not Claim.TAKEN:
+                return found
+        return Claim.TAKEN
+
+    def settle(self, kept: Record | None) -> None:
+        """Tell those who wait in this process what came of it."""
+        mine, self._mine = self._mine, None
+        if mine is not None:
+            del running(self.idempotency)[self.manager, self.key.digest]
+            mine.set_result(kept)
+
+    async def _replay(self, kept: Record) -> Exception | None:
+        if kept.fingerprint is not None:
+            try:
+                digest = await self.fingerprint.digest(self.body.replaying(None))
+                self.idempotency.keys.check(self.key, kept, digest)
+            except KeyReusedError as error:
+                return error
+        for message in decoded(self.idempotency, kept):
+            await self.send(message)
+        return None
 
 
 def _in_progress() -> IdempotencyError:

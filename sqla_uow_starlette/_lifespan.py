@@ -27,12 +27,12 @@ def dispose_on_shutdown(
 
         app = Starlette(lifespan=dispose_on_shutdown(manager))
 
-    A database server then sees its connections closed, rather than lost.  Engines end in reverse order, each also if
-    another one, or the lifespan inside, fails.
+    The database server then sees that its connections are closed, not lost.  Engines are disposed of in reverse order,
+    each of them even if another one, or the lifespan inside, fails.
 
     Args:
-        manager: whose engine it is.
-        others: further ones.
+        manager: its engine is disposed of.
+        others: further managers.
         lifespan: the application's own, which runs inside: its engine still works at its end.
     """
 

@@ -27,34 +27,36 @@ _MIB = 1024 * 1024
 class UnitOfWorkMiddleware:
     """Pure ASGI middleware: opens a scope for each request and WebSocket connection.
 
-    In the scope `current_session()` reads, outside any transactional function; it ends before the response starts, so that
-    a streaming body or a background task gets `NoUnitError`.  `@transactional` functions commit before they return, so
-    before there is a response.
+    In the scope, outside any transactional function, `current_session()` is a read session.  The scope ends before the
+    response starts, so that a streaming body or a background task gets `NoUnitError`.  `@transactional` functions
+    commit before they return, so before there is a response.
 
     With ``atomic=True`` a request is one unit, which `@transactional` functions join.  The start of its response is held
-    until COMMIT has answered; if COMMIT fails, the application's own exception handlers answer instead.  A response of
-    status 400 or above, and an exception, also one that a handler answers, roll back.
+    until COMMIT has answered; if COMMIT fails, the application's own exception handlers answer instead.  The unit is
+    rolled back if the response has status 400 or above, or if an exception was raised, even one that a handler answers.
 
     Args:
         app: the application.
-        manager: whose scopes and units they are.  For several managers add the middleware several times.
+        manager: it opens the scopes and begins the units.  For several managers add the middleware several times.
         atomic: make each request a unit.
         isolation: the level of these units; None is the manager's.
         retries: how often a request is run again after a conflict, before any byte of a response has left; 0 is one run.
         timeout: seconds that all attempts and waits of one request may take together; None is the manager's.
         read_only_methods: the methods, say ``("GET", "HEAD")``, whose units are read-only.
-        should_commit: called with the ASGI scope and the response's status, decides instead of the rule above.
+        should_commit: a function of the ASGI scope and the response's status, which decides instead of the rule above.
             A unit that is doomed is rolled back all the same.
-        position_in: with replicas, where a client keeps between its requests how far it has written, so that it reads
-            nothing older: ``"cookie"``, or ``"header"``, ``Uow-Position``, which it has to send back; None keeps nothing.
-        max_replay_body: bytes of a request's body that are kept for another attempt; a request of which more was read
-            has only one.
-        server_timing: tell in the header `Server-Timing` what the units of a request took until its response started, in
-            all and for COMMIT, and how many attempts that were.  Everybody who may read the response can read it.
-        idempotency: carry out a request once that is sent again with its Idempotency-Key.
+        position_in: with replicas, where a client keeps how far it has written, so that its next requests read nothing
+            older.  ``"cookie"`` is a cookie; ``"header"`` is the header ``Uow-Position``, which the client has to send
+            back; None keeps nothing.
+        max_replay_body: bytes of a request's body that are kept for another attempt; if more was read, there is no
+            other attempt.
+        server_timing: tell in the header `Server-Timing` how long the units of a request took until its response
+            started, how long COMMIT took, and how many attempts there were.  Everybody who may read the response can
+            read it.
+        idempotency: carry out a request once, however often it is sent with the same Idempotency-Key.
 
     Raises:
-        TypeError, ValueError: what was passed cannot work, with what would.
+        TypeError, ValueError: an argument cannot work; the message says what would work.
     """
 
     def __init__(

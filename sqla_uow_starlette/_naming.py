@@ -13,7 +13,7 @@ __all__ = ["RequestName"]
 class RequestName:
     """The name of one request: ``POST /accounts/{id}`` as soon as it has its route, and for good.
 
-    Never its path, in which there may be what nobody else should read, and of which there are too many to count by.
+    It is never the path: a path may hold what nobody else should read, and there are too many paths to count by.
 
     Args:
         scope: in which routing notes what it has found.

@@ -30,7 +30,7 @@ _ELEMENT: Final = re.compile(r'[ \t]*+(?:(W/)?("[\x21\x23-\x7e\x80-\xff]*+"))?+[
 
 
 class PreconditionError(HTTPException):
-    """A conditional request that is not carried out; Starlette and FastAPI make a response of it by themselves.
+    """A conditional request is not carried out; Starlette and FastAPI turn this error into a response by themselves.
 
     Attributes:
         status_code: 304, 400, 412 or 428.
@@ -46,10 +46,11 @@ class PreconditionError(HTTPException):
 
 
 def etag(instance: AnyVersioned, /) -> str:
-    """Return the entity tag of an object: strong, and opaque, made of its type, its key and its version.
+    """Return the entity tag of an object: strong, opaque, and made of its type, its key and its version.
 
-    Take it after the flush or the commit that wrote the object, and from the object alone that the response shows: a
-    change of another object does not change it (unless that is a part of it: ``__version_follows__``).
+    Call it after the flush or the commit that wrote the object.  The tag is right only for a response that shows this
+    one object: a change of another object does not change it, unless that object is a part of this one
+    (``__version_follows__``).
 
     Args:
         instance: an object with a version mixin.
@@ -59,7 +60,7 @@ def etag(instance: AnyVersioned, /) -> str:
 
     Raises:
         TypeError: the object has no version mixin.
-        ValueError: it has no row yet, was changed since, or its version is not loaded.
+        ValueError: the object has no row yet, was changed since, or its version is not loaded.
 
     Example:
         ``JSONResponse(body, headers={"ETag": etag(order)})``
@@ -83,27 +84,27 @@ def check_preconditions(
 ) -> None:
     """Carry on only if the request's If-Match and If-None-Match hold for an object (RFC 9110, 13.2.2).
 
-    Call it in the unit that writes, where the object was loaded and nothing is changed yet.  An If-Match that holds
-    becomes `sqla_uow.mixins.expect_version`: the UPDATE's WHERE compares the version once more, so that of concurrent
-    requests with one tag one succeeds.  The others end in `StaleVersionError`, which is never retried and which
-    `exception_handlers` answers with 412.
+    Call it in the unit that writes, when the object is loaded and nothing is changed yet.  An If-Match that holds
+    becomes `sqla_uow.mixins.expect_version`: the UPDATE's WHERE compares the version once more, so that only one of
+    several concurrent requests with the same tag succeeds.  The others end in `StaleVersionError`, which is never
+    retried and which `exception_handlers` answers with 412.
 
     Dates (If-Unmodified-Since, If-Modified-Since) are ignored, as RFC 9110 asks where there is no Last-Modified.
 
     Args:
-        request: whose headers and method are looked at.
-        instance: an object with a version mixin; None where the resource does not exist, so that a PUT with
+        request: its headers and its method are looked at.
+        instance: an object with a version mixin; None if the resource does not exist, so that a PUT with
             ``If-None-Match: *`` may create it.
-        required: answer 428 where the request does not say what it has seen: no If-Match for an object; neither header
-            where there is none.
-        headers: of the response that the request gets otherwise. A 304 has its Cache-Control, Vary, Expires, Date and
-            Content-Location, beside the ETag; what else there is, it has not (RFC 9110, 15.4.5).
+        required: answer 428 if the request does not say what it has seen: for an object it needs If-Match; if there is
+            no object, either header will do.
+        headers: the headers of the response that the request gets otherwise.  A 304 has the ETag and, of these headers,
+            only Cache-Control, Vary, Expires, Date and Content-Location (RFC 9110, 15.4.5).
 
     Raises:
-        PreconditionError: 412 where a header does not hold, for GET and HEAD 304 by If-None-Match; 428; 400 for a header
-            that is no list of entity tags.
-        sqla_uow.errors.ReadOnlyError: a request that writes, and an object of a read-only unit or a read session.
-        sqla_uow.errors.NoUnitError: a request that writes, and an object of no open unit.
+        PreconditionError: 412 if a header does not hold, or 304 if that is If-None-Match of a GET or HEAD; 428 if a
+            required header is missing; 400 if a header is not a list of entity tags.
+        sqla_uow.errors.ReadOnlyError: the request writes, but the object is in a read-only unit or a read session.
+        sqla_uow.errors.NoUnitError: the request writes, but the object is in no open unit.
         TypeError: the object has no version mixin.
         ValueError: it has no row yet, or its version is not loaded.
     """

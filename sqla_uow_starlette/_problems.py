@@ -180,8 +180,9 @@ exception_handlers: Final[dict[int | type[Exception], _Handler]] = {
     KeyReusedError: _reused,
     IdempotencyError: _idempotency,
 }
-"""For ``Starlette(exception_handlers=exception_handlers)``, ``FastAPI(exception_handlers=exception_handlers)`` and each
-mounted application of its own; with handlers of yours: ``{**exception_handlers, MyError: answer}``.
+"""Pass them to ``Starlette(exception_handlers=exception_handlers)`` or
+``FastAPI(exception_handlers=exception_handlers)``, and to each mounted application.  Add handlers of your own with
+``{**exception_handlers, MyError: answer}``.
 
 Each answer is a document of type ``application/problem+json`` whose ``code`` is for programs:
 
@@ -195,9 +196,9 @@ status  code                      when
 409     ``stale-version``         `StaleVersionError`
 412     ``precondition-failed``   `StaleVersionError` where the request has an If-Match; a precondition that fails
 428     ``precondition-required`` a precondition is missing
-400     ``malformed-precondition``  If-Match or If-None-Match is no list of entity tags
-500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a repetition could be the second; with an
-                                  Idempotency-Key it has one, and ``"retry": "same-key"``
+400     ``malformed-precondition``  If-Match or If-None-Match is not a list of entity tags
+500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a second try could do the work twice; with
+                                  an Idempotency-Key it has one, and ``"retry": "same-key"``
 500     ``committed-hook-failed``  `AfterCommitError`: it is committed, and only a hook failed; no Retry-After
 400     ``idempotency-key-missing``, ``idempotency-key-malformed``: `IdempotencyError`; so are the next two
 409     ``idempotency-key-in-progress``  another request with the key is being carried out; Retry-After

@@ -25,7 +25,7 @@ _CONTAINERS = (dict, list, set)
 class Given:
     """What a request was given: its scope, and the dicts, lists and sets in it.
 
-    They are the same objects in each attempt, and to those around the middleware, who may hold any of them; only their
+    They are the same objects in each attempt, and to the code around the middleware, which may hold any of them; only their
     content is put back.  What is in them besides, connections say, cannot be known how to put back.
 
     Args:
@@ -89,7 +89,7 @@ class Body:
         """Return `receive()` for one attempt: what was recorded in one message, then what follows.
 
         Args:
-            unit: the attempt's; None for who answers what has failed, to whom a body that was too long is lost.
+            unit: the attempt's; None for the handler of a failure, to which a body that was too long is lost.
         """
         pending = self._read
 
@@ -147,7 +147,7 @@ class Body:
         looking = self.looking
         if looking is None:
             return await self._receive()
-        await asyncio.wait({looking})  # cut off here, it is there for who asks next
+        await asyncio.wait({looking})  # cut off here, it is there for the next call
         if self.looking is not looking:  # another task has it
             return await self._next()
         self.looking = None

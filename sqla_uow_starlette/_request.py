@@ -43,7 +43,7 @@ async def handle_request(
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
     known = sent(carrier, scope)
-    body = Body(receive, _KEPT)  # for who answers a failure that the application could not see
+    body = Body(receive, _KEPT)  # for the handler of a failure that the application could not see
     unit_scope: UnitScope | None = None
     sender: Sender | None = None
     try:

@@ -94,7 +94,7 @@ class Sender:
 
 
 async def run(app: ASGIApp, scope: Scope, receive: Receive, sender: Sender) -> None:
-    """Run the application; what unwinds it after a refusal is no news, but a cancellation goes on."""
+    """Run the application; what unwinds it after a refusal is ignored, but a cancellation goes on."""
     task: Any = asyncio.current_task()  # there is one: this is a coroutine
     cancelling = task.cancelling()
     try:
@@ -125,8 +125,8 @@ def _warn(scope: Scope) -> None:
     name, endpoint = RequestName(scope)(), scope.get("endpoint")
     code, names = getattr(endpoint, "__code__", None), getattr(endpoint, "__globals__", {})
     warnings.warn_explicit(
-        f"{name} begins its response while a unit of it is open, whose COMMIT comes too late to be told of; end the unit "
-        "before, in a FastAPI dependency by Depends(..., scope='function')",
+        f"{name} begins its response while a unit of it is open, whose COMMIT comes too late to tell the client; end "
+        "the unit before, in a FastAPI dependency by Depends(..., scope='function')",
         LateCommitWarning,
         name if code is None else code.co_filename,
         1 if code is None else code.co_firstlineno,

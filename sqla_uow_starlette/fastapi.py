@@ -22,7 +22,7 @@ def unit_of_work(
     propagation: Propagation = "required",
     timeout: float | None = None,
 ) -> Any:
-    """Return a dependency that is one unit, committed behind the endpoint and before the response.
+    """Return a dependency that is one unit, committed after the endpoint and before the response.
 
     ::
 
@@ -31,15 +31,15 @@ def unit_of_work(
         @app.post("/accounts/{number}/closing")
         async def close_account(number: int, unit: Unit) -> None: ...
 
-    Dependencies and the endpoint share it, and `@transactional` functions join it.  It is not run again after a conflict:
-    FastAPI cannot run an endpoint twice.
+    Dependencies and the endpoint share it, and `@transactional` functions join it.  A conflict is not retried: FastAPI
+    cannot run an endpoint twice.
 
     Args:
-        manager: whose unit it is.
+        manager: it begins the unit.
         isolation: the level; None is the manager's.
-        read_only: writes are refused, by the database as well.
+        read_only: refuse writes, in the database as well.
         propagation: what to do when a unit is open already; see `sqla_uow.transactional`.
-        timeout: seconds for the endpoint and the dependencies behind this one; None is the manager's.
+        timeout: seconds for the endpoint and the dependencies that run after this one; None is the manager's.
     """
 
     async def unit() -> AsyncIterator[UnitOfWork[Any]]:

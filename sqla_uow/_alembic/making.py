@@ -121,7 +121,7 @@ def child_trigger(impl: Any, own: Trigger, parent: str | None) -> ChildTrigger:
         if parent is not None:
             Target(impl, parent, own.schema).check_integer(own.column)
         raise CommandError(
-            f"the primary key of table {own.table!r} is no foreign key to {parent!r}; name the parent of its joined "
+            f"the primary key of table {own.table!r} is not a foreign key to {parent!r}; name the parent of its joined "
             "inheritance"
         )
     constraint, definition, written, name, schema, pairs = found

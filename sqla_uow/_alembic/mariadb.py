@@ -117,8 +117,8 @@ class MariaDBSchema(Schema):
             if error.orig is None or code_of(error.orig) not in _NOT_SUPPORTED:
                 raise
             raise CommandError(
-                f"MariaDB would have to write table {table!r} anew; use op.add_column() while nobody uses the table, or change "
-                "its ROW_FORMAT"
+                f"MariaDB would have to rewrite table {table!r}; use op.add_column() while nobody uses the table, or "
+                "change its ROW_FORMAT"
             ) from error
 
     def create(self, trigger: Trigger) -> list[str]:

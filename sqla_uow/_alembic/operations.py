@@ -35,16 +35,16 @@ logger = logging.getLogger("sqla_uow")
 
 
 class VersionOp(MigrateOperation, ABC):
-    """What they share: a table's version column, and the patience to wait for the table.
+    """What the operations share: a table's version column, and the patience to wait for the table.
 
     Args:
         table_name: a table with a primary key.
-        column_name: of the version.
+        column_name: the version column.
         kind: ``"integer"``, ``"uuid"`` or ``"timestamp"``.
-        parent: with joined inheritance, the table that has the version; of triggers.
-        schema: the table's.
+        parent: for a trigger with joined inheritance, the table that has the version.
+        schema: the table's schema.
         lock_timeout: seconds that one try waits for the table.
-        retries: further tries.
+        retries: how many tries may follow the first.
     """
 
     name: ClassVar[str]
@@ -74,7 +74,7 @@ class VersionOp(MigrateOperation, ABC):
 
     @abstractmethod
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script.
+        """Run the operation on a database, or write it into a script.
 
         Args:
             operations: given by Alembic.
@@ -124,20 +124,21 @@ class AddVersionColumnOp(VersionOp):
         """Add a version column to a table that may be in use.
 
         It is NOT NULL with one constant default, so no row is rewritten and none has to be filled in afterwards.  The
-        table's lock is waited for briefly and often, so that nobody waits behind it for longer than `lock_timeout`.
+        operation waits for the table's lock briefly and often, so that nobody waits behind it for longer than
+        `lock_timeout`.
 
         Args:
             operations: given by Alembic.
             table_name: a table with a primary key.
-            column_name: of the column.
+            column_name: the name of the new column.
             kind: "integer" for `Versioned`, "uuid" for `VersionedByUUID`, "timestamp" for `VersionedByTimestamp`.
-            schema: the table's.
+            schema: the table's schema.
             lock_timeout: seconds of one try; whole ones, 1 at least, on MariaDB.
             retries: further tries; none on PostgreSQL if this transaction has locked other tables before.
 
         Raises:
-            CommandError: the table is unknown, a view, without a primary key or in use for all tries, or the column exists
-                with another type.
+            CommandError: the table is unknown, is a view, has no primary key or was in use for all tries; or the column
+                exists with another type.
         """
         operations.invoke(
             cls(table_name, column_name, kind=kind, schema=schema, lock_timeout=lock_timeout, retries=retries)
@@ -153,15 +154,15 @@ class AddVersionColumnOp(VersionOp):
         lock_timeout: float = 1.0,
         retries: int = 30,
     ) -> None:
-        """Do so within ``batch_alter_table``, to its table."""
+        """Add a version column to the table of this ``batch_alter_table``."""
         cls._invoke_in_batch(operations, column_name, kind=kind, lock_timeout=lock_timeout, retries=retries)
 
     def reverse(self) -> VersionOp:
-        """Return what takes it back."""
+        """Return the operation that undoes this one."""
         return self._reversed(DropVersionColumnOp)
 
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script."""
+        """Run the operation on a database, or write it into a script."""
         column = version_column(self.column_name, kind_named(self.kind))
         target = self._target(operations)
         if target is not None:
@@ -195,7 +196,7 @@ class DropVersionColumnOp(VersionOp):
     ) -> None:
         """Remove a version column, and first the trigger on it where there is one.
 
-        The arguments are those of ``add_version_column``; `kind` is what taking this back will add.
+        The arguments are those of ``add_version_column``; `kind` is the kind that a downgrade adds again.
 
         Raises:
             CommandError: there is no such table or column, or the table was in use for all tries.
@@ -214,15 +215,15 @@ class DropVersionColumnOp(VersionOp):
         lock_timeout: float = 1.0,
         retries: int = 30,
     ) -> None:
-        """Do so within ``batch_alter_table``, to its table."""
+        """Remove the version column of the table of this ``batch_alter_table``."""
         cls._invoke_in_batch(operations, column_name, kind=kind, lock_timeout=lock_timeout, retries=retries)
 
     def reverse(self) -> VersionOp:
-        """Return what takes it back."""
+        """Return the operation that undoes this one."""
         return self._reversed(AddVersionColumnOp)
 
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script."""
+        """Run the operation on a database, or write it into a script."""
         context = operations.migration_context
         impl: Any = operations.impl
         column = version_column(self.column_name, kind_named(self.kind))
@@ -251,10 +252,10 @@ class RenameVersionColumnOp(VersionOp):
     """Rename a version column, and have its triggers count in it under its new name.
 
     Args:
-        table_name: that has the column.
-        column_name: of the version, until now.
-        new_column_name: from now on.
-        told: as of every `VersionOp`.
+        table_name: the table that has the column.
+        column_name: the old name of the version column.
+        new_column_name: its new name.
+        told: the other arguments of every `VersionOp`.
     """
 
     name = "rename_version_column"
@@ -279,12 +280,12 @@ class RenameVersionColumnOp(VersionOp):
 
         Args:
             operations: given by Alembic.
-            table_name: that has the column.
-            column_name: of the version column, until now.
-            new_column_name: from now on.
-            schema: the table's.
+            table_name: the table that has the column.
+            column_name: the old name of the version column.
+            new_column_name: its new name.
+            schema: the table's schema.
             lock_timeout: seconds of one try, as in ``add_version_column``.
-            retries: further tries.
+            retries: how many tries may follow the first.
 
         Raises:
             CommandError: there is no such table or column, or one of the new name too; or the table was in use for all tries; or
@@ -303,12 +304,12 @@ class RenameVersionColumnOp(VersionOp):
         lock_timeout: float = 1.0,
         retries: int = 30,
     ) -> None:
-        """Do so within ``batch_alter_table``, to its table."""
+        """Rename the version column of the table of this ``batch_alter_table``."""
         told: dict[str, Any] = {"lock_timeout": lock_timeout, "retries": retries}
         cls._invoke_in_batch(operations, column_name, new_column_name=new_column_name, **told)
 
     def reverse(self) -> VersionOp:
-        """Return what takes it back."""
+        """Return the operation that undoes this one."""
         told: dict[str, Any] = {"kind": self.kind, "parent": self.parent, "schema": self.schema}
         return type(self)(self.table_name, self.new_column_name, self.column_name, **told, **self.patience._asdict())
 
@@ -317,7 +318,7 @@ class RenameVersionColumnOp(VersionOp):
         return (*super().to_diff_tuple(), self.new_column_name)
 
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script."""
+        """Run the operation on a database, or write it into a script."""
         impl: Any = operations.impl
         old, new = self.column_name, self.new_column_name
         in_batch = isinstance(operations.impl, BatchOperationsImpl)
@@ -361,17 +362,18 @@ class CreateVersionTriggerOp(VersionOp):
     ) -> None:
         """Have the database count each UPDATE of a row in its integer version, whoever sends it and whatever it says.
 
-        The ORM's own counting is not doubled.  A trigger that is there already is replaced.  What it does not see is in
-        the guide to version columns.
+        The ORM's own counting is not doubled.  A trigger that is there already is replaced.  The guide to version
+        columns says what a trigger does not see.
 
         Args:
             operations: given by Alembic.
             table_name: a table with a primary key.
-            column_name: of the version column.
-            parent: with joined inheritance, the parent's table, which has the version; this is a child's.  PostgreSQL only.
-            schema: the table's.
+            column_name: the version column.
+            parent: with joined inheritance, the parent's table, which has the version; `table_name` is then a child's
+                table.  PostgreSQL only.
+            schema: the table's schema.
             lock_timeout: seconds of one try, as in ``add_version_column``.
-            retries: further tries.
+            retries: how many tries may follow the first.
 
         Raises:
             CommandError: there is no such table or column, or it is not an integer, or the table was in use for all tries.
@@ -381,11 +383,11 @@ class CreateVersionTriggerOp(VersionOp):
         )
 
     def reverse(self) -> VersionOp:
-        """Return what takes it back."""
+        """Return the operation that undoes this one."""
         return self._reversed(DropVersionTriggerOp)
 
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script."""
+        """Run the operation on a database, or write it into a script."""
         target = self._target(operations)
         own = self._trigger(target)
         trigger: Trigger | ChildTrigger = own
@@ -417,7 +419,7 @@ class DropVersionTriggerOp(VersionOp):
         lock_timeout: float = 1.0,
         retries: int = 30,
     ) -> None:
-        """Remove a table's version trigger, whatever the table was called when it was made; a warning is logged where it has none.
+        """Remove a table's version trigger, even if the table was renamed meanwhile; log a warning if it has none.
 
         The arguments are those of ``create_version_trigger``.
 
@@ -429,11 +431,11 @@ class DropVersionTriggerOp(VersionOp):
         )
 
     def reverse(self) -> VersionOp:
-        """Return what takes it back."""
+        """Return the operation that undoes this one."""
         return self._reversed(CreateVersionTriggerOp)
 
     def run(self, operations: Operations) -> None:
-        """Do it, on a database or into a script."""
+        """Run the operation on a database, or write it into a script."""
         impl: Any = operations.migration_context.impl
         trigger = self._trigger(self._target(operations))
         schema, derived = schema_for(impl), unnamed(impl)

@@ -30,13 +30,13 @@ _POLL = 0.1  # s
 
 
 async def run_migrations(engine: AsyncEngine, /, *, timeout: float | None = 60.0, **options: Any) -> None:
-    """Run what the ``alembic`` command asks for, one runner at a time; to be awaited by ``env.py`` when it is online.
+    """Run what the ``alembic`` command asks for, one runner at a time; ``env.py`` awaits it when it is online.
 
     Each migration is a transaction of its own (``transaction_per_migration``), so that its locks are gone before the next
     one begins; on SQLite too, where Alembic alone would leave half a migration behind.
 
     Args:
-        engine: that leads to the database; dispose of it afterwards.
+        engine: leads to the database; dispose of it afterwards.
         timeout: seconds to wait for another runner; None runs without the lock.
         options: handed to ``context.configure()``: for example ``target_metadata=Base.metadata``.
 
@@ -68,7 +68,7 @@ def _migrate() -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":  # autocommit_block()
-        begin(connection)
+        begin(connection, read_only=False)
 
 
 @contextmanager
@@ -78,17 +78,17 @@ def migration_lock(connection: Connection, *, timeout: float = 60.0) -> Generato
     Begin it before Alembic reads which revision the database is at: around ``context.begin_transaction()``.  The lock is an
     advisory lock (`GET_LOCK` on MariaDB, an exclusive transaction on ``<database file>.migration-lock`` on SQLite) on
     a connection of its own, outside the pool and outside every transaction: it survives ``autocommit_block()``, and the
-    database frees it when its holder dies.  It is asked for again and again, never waited for in the database, where
-    ``CREATE INDEX CONCURRENTLY`` of its holder would wait for the one that waits.
+    database frees it when its holder dies.  Another runner asks for it again and again.  It does not wait in the
+    database, because the holder's ``CREATE INDEX CONCURRENTLY`` would then wait for the runner that waits.
 
     Args:
-        connection: that the migrations will run on; it is not used itself.
+        connection: the migrations will run on it; the lock does not use it.
         timeout: seconds to wait for another runner.
 
     Raises:
         TimeoutError: another runner held it for longer.
-        CommandError: the connection is in a transaction; PostgreSQL is reached through a transaction-mode pooler, which keeps no session to hold a lock; or the
-            lock was lost while the migrations ran.
+        CommandError: the connection is in a transaction; PostgreSQL is reached through a transaction-mode pooler, which
+            keeps no session to hold a lock; or the lock was lost while the migrations ran.
     """
     if connection.in_transaction():
         raise CommandError(

@@ -1,4 +1,4 @@
-"""The unit and the session of this context, and hooks of it."""
+"""The current unit, its session, and the functions that register hooks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ P = ParamSpec("P")
 def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:
     """Return the unit of work of this context.
 
-    In a scope, outside any transactional function, that is the scope's read-only unit.
+    In a scope, outside any transactional function, it is the scope's read-only unit.
 
     Args:
         using: the name of a manager, or the manager itself.
@@ -40,7 +40,7 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
     Raises:
         NoUnitError: no unit is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
-        TaskBoundaryError: another live task uses it, or this is a worker thread.
+        TaskBoundaryError: another live task uses the unit, or this is a worker thread.
         TypeError: `using` is neither a name nor a manager.
     """
     place = innermost(using)
@@ -58,7 +58,7 @@ def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> Async
     Raises:
         NoUnitError: no unit is open, or the one that was open here has ended.
         NoManagerError: no manager of that name is activated.
-        TaskBoundaryError: another live task uses it, or this is a worker thread.
+        TaskBoundaryError: another live task uses the unit, or this is a worker thread.
         TypeError: `using` is neither a name nor a manager.
     """
     place = innermost(using)
@@ -89,13 +89,13 @@ def _place_of(using: object, who: str) -> ManagerPlace:
 def after_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` once after the current unit has committed; see `UnitOfWork.after_commit`.
 
-    In an `after_commit` hook, outside any unit, it adds to the hooks that are being run.  It is for the manager named
-    "default"; for another one use ``current_unit("name").after_commit(...)``.
+    If an `after_commit` hook calls it outside any unit, it adds to the hooks that are being run.  It registers with the
+    manager named "default"; for another one use ``current_unit("name").after_commit(...)``.
 
     Args:
-        hook: sync or async; what it returns is ignored.
-        args: passed to it.
-        kwargs: passed to it.
+        hook: a sync or async function; its result is ignored.
+        args: passed to the hook.
+        kwargs: passed to the hook.
 
     Raises:
         NoUnitError: no unit is open here.
@@ -108,9 +108,9 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
     """Call `hook` inside the transaction at the end of the current unit; see `UnitOfWork.before_commit`.
 
     Args:
-        hook: sync or async; what it returns is ignored.
-        args: passed to it.
-        kwargs: passed to it.
+        hook: a sync or async function; its result is ignored.
+        args: passed to the hook.
+        kwargs: passed to the hook.
 
     Raises:
         NoUnitError: no unit is open here.
@@ -122,12 +122,12 @@ def before_commit(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) 
 def after_rollback(hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """Call `hook` after a rollback of the current unit or savepoint; see `UnitOfWork.after_rollback`.
 
-    In an `after_rollback` hook, outside any unit, it adds to the hooks that are being run.
+    If an `after_rollback` hook calls it outside any unit, it adds to the hooks that are being run.
 
     Args:
-        hook: sync or async; what it returns is ignored.
-        args: passed to it.
-        kwargs: passed to it.
+        hook: a sync or async function; its result is ignored.
+        args: passed to the hook.
+        kwargs: passed to the hook.
 
     Raises:
         NoUnitError: no unit is open here.

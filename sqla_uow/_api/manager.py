@@ -54,7 +54,7 @@ class UnitOfWorkManager(Generic[S]):
 
     Args:
         bind: an `AsyncEngine`, or an `async_sessionmaker` bound to one (then units have its class of session).
-        name: by which `using=` finds it.
+        name: `using=` finds the manager by this name.
         isolation: the level of units that do not ask for one; None leaves it to the database.
         retries: how often a transactional function is run again after a retryable failure, if the function does not
             say; 0 means a single run.
@@ -66,14 +66,14 @@ class UnitOfWorkManager(Generic[S]):
             primary.
         ambiguous_commit: ``"raise"`` gives `AmbiguousCommitError` when the answer to a COMMIT is lost; ``"verify"`` asks
             the database what became of it, and costs one round trip in every unit that writes.
-        observers: are told of each run, retry and outcome; see `sqla_uow.events`.
-        lazy_loads: what becomes of relationships and deferred columns that are loaded when they are first used, object by
-            object.  ``"warn"`` gives an `NPlusOneWarning` when a unit sends the same SELECT more than ten times, lazily or
-            not; ``"raise"`` warns as well, and refuses each lazy load with a `LazyLoadError`.
+        observers: objects that are told of each run, retry and outcome; see `sqla_uow.events`.
+        lazy_loads: what happens when a relationship or a deferred column is loaded at its first use, object by object.
+            ``"warn"`` gives an `NPlusOneWarning` when a unit sends the same SELECT more than ten times, lazily or not;
+            ``"raise"`` warns as well, and refuses each lazy load with a `LazyLoadError`.
 
     Raises:
         TypeError, ValueError: an argument cannot work, such as an isolation level that this database does not have; the
-            message says what would.
+            message says what would work.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class UnitOfWorkManager(Generic[S]):
 
     @property
     def name(self) -> str:
-        """By which `using=` finds it."""
+        """The name by which `using=` finds the manager."""
         return self._setup.name
 
     @property
@@ -141,12 +141,12 @@ class UnitOfWorkManager(Generic[S]):
 
     @property
     def retries(self) -> int:
-        """The retries of functions that do not say how many."""
+        """How often a function is run again if it does not say so itself."""
         return self._setup.retries
 
     @property
     def timeout(self) -> float | None:
-        """The seconds of calls that do not say how many."""
+        """The seconds that a call may take if it does not say so itself; None sets no deadline."""
         return self._setup.timeout
 
     @property
@@ -156,11 +156,11 @@ class UnitOfWorkManager(Generic[S]):
 
     @property
     def lazy_loads(self) -> LazyLoads:
-        """What becomes of lazy loads in its units."""
+        """What happens to lazy loads in its units."""
         return self._lazy_loads
 
     def activate(self) -> AbstractContextManager[Self]:
-        """Make this the manager of its name in the ``with`` block and in the tasks started there."""
+        """Make this the current manager of its name in the ``with`` block, and in tasks that are started there."""
         return _Activation(self)
 
     def scope(
@@ -169,9 +169,10 @@ class UnitOfWorkManager(Generic[S]):
         """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
 
         Args:
-            position: with replicas, makes the scope a client of its own that has written up to here: what
-                `Scope.position` said, or "" if that is not known.  None goes on with the client around the scope.
-            observers: are told of the calls in this scope, after the observers of the manager.
+            position: with replicas, how far the client of this scope has written: what `Scope.position` said, or "" if
+                that is not known.  The scope is then a client of its own; with None it goes on with the client around
+                it.
+            observers: objects that are told of the calls in this scope, after the observers of the manager.
         """
         last_write = None
         if self._setup.replicas is not None:
@@ -192,7 +193,7 @@ class UnitOfWorkManager(Generic[S]):
 
         Args:
             isolation: the level; None is the manager's.
-            read_only: writes are refused, by the database as well.
+            read_only: refuse writes, in the database as well.
             propagation: what to do when a unit is open already; see `transactional`.
             timeout: seconds for the block; None is the manager's.
         """
@@ -219,18 +220,18 @@ class UnitOfWorkManager(Generic[S]):
                 async with attempt as unit:
                     ...
 
-        A retryable failure is swallowed by the block until the last attempt.  Always begins a unit of its own.
-        ``break`` and ``return`` in the block commit; if their COMMIT meets a conflict, it is raised as `ConflictError` at
-        once, because the loop is left and nobody would run the block again.  So it is where the block stands in another
-        function than the loop.  What follows the block inside the loop runs after a failed attempt as well.
+        Each attempt begins a unit of its own.  Until the last attempt, the block swallows a retryable failure.
+        ``break`` and ``return`` in the block commit.  If that COMMIT meets a conflict, `ConflictError` is raised at
+        once, because the loop is left and nobody would run the block again.  The same happens if the block is in
+        another function than the loop.  Code that follows the block inside the loop runs after a failed attempt too.
 
         Args:
             retries: how often the block may be run again.
             isolation: the level; None is the manager's.
-            read_only: writes are refused, by the database as well.
+            read_only: refuse writes, in the database as well.
             timeout: seconds over all attempts and waits; None is the manager's.
-            name: what errors, the log, observers and statistics call it instead of ``attempts()``; a function is called
-                whenever the name is needed, so that it can use what is known by then.
+            name: the name that errors, the log, observers and statistics use instead of ``attempts()``.  A function is
+                called whenever the name is needed, so that it can use what is known by then.
         """
         who = name if isinstance(name, str) else "attempts()"
         options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
@@ -252,7 +253,8 @@ class UnitOfWorkManager(Generic[S]):
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
 
-        It is a snapshot: the difference of two is what happened between them.  Calls in all threads count.
+        The result is a snapshot: the difference between two of them is what happened in between.  Calls in all threads
+        count.
         """
         states: dict[object, list[Contention]] = {}
         for gates in self._setup.gates.everywhere():

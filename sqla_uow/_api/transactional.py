@@ -77,16 +77,19 @@ def transactional(
             begin; ``"durable"`` begins, and refuses to join.
         timeout: seconds for all attempts and waits together; None is the manager's.
         retry: how long to wait between attempts; None is the manager's.
-        retry_on: called with an exception that is not known to be retryable; return True to retry.  For a function that
-            knows better: an allocator of keys that tries another key after a unique violation.  If the function joins a
-            unit, the owner of the unit retries.
+        retry_on: a function that is called with an exception that is not known to be retryable, and returns True to
+            retry.  Use it where your code knows better, such as an allocator of keys that tries another key after a
+            unique violation.  If the function joins a unit, the owner of the unit retries.
 
     Raises:
-        TypeError: at decoration: the function is not ``async def``, an option has the wrong type, or `retry_on` is async.
-        ValueError: an option has a value that cannot work; at decoration, or at the call if it depends on the database.
+        TypeError: the function is not ``async def``, an option has the wrong type, or `retry_on` is async; raised at
+            decoration.
+        ValueError: an option has a value that cannot work; raised at decoration, or at the call if it depends on the
+            database.
 
-    Calls raise, besides what the function raises: `ConflictError`, `TransactionTimeoutError`, `AmbiguousCommitError`,
-    `RollbackOnlyError`, `AfterCommitError`, `PropagationError`, `TaskBoundaryError`, `NoManagerError`.
+    Besides what the function itself raises, a call may raise: `ConflictError`, `TransactionTimeoutError`,
+    `AmbiguousCommitError`, `RollbackOnlyError`, `AfterCommitError`, `PropagationError`, `TaskBoundaryError`,
+    `NoManagerError`.
     """
     if isinstance(using, UnitOfWorkManager):
         manager: str | Setup[Any] = setup_of(using)

@@ -5,5 +5,5 @@
 * `retry_or_raise`: what a failed run becomes
 * `arguments`: what an attempt used up, and how the next one gets it back
 * `loop`: ``async for attempt in ...``, and whether the end of a block leads back to it
-* `observers`: tells them
+* `observers`: tells observers what happens
 """

@@ -114,10 +114,8 @@ class Attempt(Generic[S]):
             deadline=deadline,
             clock=clock,
         )
-        if call.tainted is not None:
-            transaction.tainted = call.tainted
-        if call.enclosing:
-            transaction.enclosing = call.enclosing
+        transaction.tainted = call.tainted
+        transaction.enclosing = call.enclosing
         if call.observers:
             transaction.times = call.times
             transaction.idle = idle_of(call)
@@ -216,7 +214,8 @@ class Attempt(Generic[S]):
         who = self._call.options.who
         log(
             logging.WARNING, "%s was left because the async generator around it was closed; what was written in it is rolled "
-            "back, also by who took its items: let them begin the unit, or pass a list", who, function=who,
+            "back, also what the code that took its items wrote; let that code begin the unit, or pass a list",
+            who, function=who,
         )  # fmt: skip
 
     async def _disarm(self, timeout: asyncio.Timeout, error: BaseException | None) -> BaseException | None:

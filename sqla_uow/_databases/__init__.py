@@ -1,6 +1,6 @@
 """All that differs from database to database, and from driver to driver.
 
-* `database`: one engine, its system, its driver
+* `database`: one engine, its system, its driver; the names of all systems and drivers
 * `system`: what each database has to say
 * `driver`: what each driver has to say
 * `postgresql`: PostgreSQL, asyncpg, psycopg

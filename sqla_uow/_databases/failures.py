@@ -78,7 +78,7 @@ _SQLSTATES = {
     "25P04": Kind.LOST,  # transaction_timeout: the connection is gone
     "08007": Kind.AMBIGUOUS,
     "40003": Kind.AMBIGUOUS,
-    "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, but for the DDL in it
+    "XXA00": Kind.AMBIGUOUS,  # CockroachDB: committed, except the DDL in it
     "57P03": Kind.NOT_STARTED,
     "53300": Kind.NOT_STARTED,
     "26000": Kind.STALE_PLAN,  # the prepared statement is gone: a pooler gave us another session of the server
@@ -266,13 +266,14 @@ _DONE = (AmbiguousCommitError, AfterCommitError)
 def is_retryable(error: BaseException) -> bool:
     """Say whether `sqla_uow` would retry for this error if the caller's own unit had reported it.
 
-    For code outside a unit of work: a worker that decides whether to put its job back, for example.  An outcome that is unknown
-    (`AmbiguousCommitError`, 40003, 08007) is never retryable, nor is work that is committed (`AfterCommitError`, whatever
-    its hooks met), nor what ran out of time.  A lost connection is: outside a unit, only if you know that COMMIT was not
-    sent yet.
+    Use it in code outside a unit of work, such as a worker that decides whether to put its job back.  Three things are
+    never retryable: an unknown outcome (`AmbiguousCommitError`, 40003, 08007), work that is committed
+    (`AfterCommitError`, whatever its hooks met), and work that ran out of time.  A lost connection is retryable;
+    outside a unit, rely on that only if you know that COMMIT was not sent yet.
 
     Args:
-        error: any exception; what it was raised from is looked at too, but not past ``raise ... from None``.
+        error: any exception.  The exceptions that it was raised from are looked at too, but not past ``raise ... from
+            None``.
     """
     links = list(chain(error))
     if isinstance(error, TransactionTimeoutError) or any(isinstance(link, _DONE) for link in links):

@@ -25,7 +25,7 @@ def check_exists(isolation: object, *, who: str) -> None:
     """
     if isolation is not None and isolation not in LEVELS:
         raise ValueError(
-            f"{who} asks for isolation {isolation!r}, which is no SQL level; use one of {', '.join(LEVELS)}"
+            f"{who} asks for isolation {isolation!r}, which is not an SQL level; use one of {', '.join(LEVELS)}"
         )
 
 

@@ -126,8 +126,8 @@ class Watch:
                 if found is None or unit.connection is not connection or unit.owner.busy() is None:
                     return
                 unit.self_wait = PropagationError(
-                    f"{unit.name} waits for a lock that {pids[found].name} around it holds, and would for ever; join the "
-                    "outer unit, or have the inner one touch no rows that the outer one has locked or written"
+                    f"{unit.name} waits for a lock that {pids[found].name} around it holds, and would wait for ever; "
+                    "join the outer unit, or have the inner one touch no rows that the outer one has locked or written"
                 )
                 await spare.execute(text(system.stop_session.format(**who)))
         finally:
@@ -193,8 +193,8 @@ async def connect_unless_stuck(unit: Waiter, connect: Callable[[], Connection]) 
             raise
         raise PropagationError(
             f"{unit.name} needs a connection beside that of {unit.enclosing[0].name} around it, but all {capacity} of the pool "
-            "are held by units that wait for another one as well; make the pool larger than the calls at once times the depth "
-            "of nesting beyond the first, or join the outer unit"
+            "are held by units that also wait for another one; make the pool larger than the number of calls at once "
+            "times the depth of nesting beyond the first, or join the outer unit"
         ) from error
     finally:
         waiting.discard(unit)

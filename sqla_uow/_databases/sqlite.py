@@ -97,7 +97,7 @@ class SQLite(System):
         return queue
 
 
-def begin(connection: Connection, *, read_only: bool = False) -> None:
+def begin(connection: Connection, *, read_only: bool) -> None:
     """Begin a transaction: the driver does not begin one before DDL or a SELECT."""
     raw: Any = raw_connection(connection)
     if not raw.in_transaction:  # else the user's own BEGIN recipe has spoken; two would be an error

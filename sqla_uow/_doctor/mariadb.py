@@ -37,7 +37,7 @@ async def _settings(subject: Subject) -> list[Finding]:
     found.append(Finding("innodb_rollback_on_timeout", str(await _variable(subject, "innodb_rollback_on_timeout"))))
     found.append(Finding("innodb_lock_wait_timeout", f"{await _variable(subject, 'innodb_lock_wait_timeout')} s"))
     limit = float(await _variable(subject, "max_statement_time") or 0)
-    advice = "ends statements of units too, which is no conflict; give timeout= to the functions instead"
+    advice = "ends statements of units too, which is not a conflict; give timeout= to the functions"
     found.append(judged("max_statement_time", f"{limit:g} s" if limit else "off", advice, wrong=limit > 0))
     level = await _variable(subject, "tx_isolation") or await _variable(subject, "transaction_isolation")
     found.append(Finding("default isolation", str(level).replace("-", " ")))

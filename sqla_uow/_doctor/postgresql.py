@@ -30,7 +30,7 @@ async def _settings(subject: Subject) -> list[Finding]:
     found = [judged("deadlock_timeout", f"{deadlock} ms", slow, wrong=deadlock >= _LONG_DEADLOCK)]
     advice = {
         "lock_timeout": "a lock that is waited for longer is a conflict, and retried",
-        "statement_timeout": "ends statements of units too, which is no conflict; give timeout= to the functions instead",
+        "statement_timeout": "ends statements of units too, which is not a conflict; give timeout= to the functions",
         "idle_in_transaction_session_timeout": "ends units that wait for something else; they are retried",
     }
     for name, meaning in advice.items():

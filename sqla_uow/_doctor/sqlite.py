@@ -25,7 +25,7 @@ async def _settings(subject: Subject) -> list[Finding]:
     journal = str(await subject.value("PRAGMA journal_mode"))
     busy = int(await subject.value("PRAGMA busy_timeout"))
     foreign = bool(await subject.value("PRAGMA foreign_keys"))
-    blocks = "who reads holds up who writes, and the other way round; PRAGMA journal_mode=WAL, once"
+    blocks = "readers hold up writers, and the other way round; PRAGMA journal_mode=WAL, once"
     at_once = "other processes' locks are a conflict at once; connect_args={'timeout': 5}"
     lax = "not enforced; PRAGMA foreign_keys=ON for each connection"
     return [

@@ -47,10 +47,11 @@ def parsed(url: str) -> URL:
     try:
         read = make_url(url)
     except ArgumentError:
-        raise UnreachableError("this is no database URL; use one as postgresql+asyncpg://me@host/bank") from None
+        raise UnreachableError("this is not a database URL; use one like postgresql+asyncpg://me@host/bank") from None
     except ValueError:
         raise UnreachableError(
-            f"the URL was read with a port that is no number; use one as postgresql+asyncpg://me@host/bank, and {_ESCAPE}"
+            f"the URL was read with a port that is not a number; use one like postgresql+asyncpg://me@host/bank, "
+            f"and {_ESCAPE}"
         ) from None
     if "@" in (read.host or ""):
         raise UnreachableError(f"the URL was read with an @ in its host, which is perhaps the password's; {_ESCAPE}")
@@ -78,7 +79,7 @@ def refused_arguments(url: str, engine: AsyncEngine) -> str:
     driver, query = engine.dialect.driver, engine.url.query
     known = _known(engine)
     said = [
-        f"{name!r} is no argument of {driver}; {_instead(driver, query[name], name)}"
+        f"{name!r} is not an argument of {driver}; {_instead(driver, query[name], name)}"
         for name in engine.dialect.create_connect_args(engine.url)[1]
         if known and name in query and name not in known
     ]

@@ -44,9 +44,7 @@ class Metrics:
         )
         self._conflicts = meter.create_counter("sqla_uow.conflicts", "{attempt}", "Runs that a retryable failure ended")
         self._give_ups = meter.create_counter("sqla_uow.give_ups", "{call}", "Calls whose failure outlived the retries")
-        self._ambiguous = meter.create_counter(
-            "sqla_uow.ambiguous_commits", "{call}", "COMMITs of which no answer came"
-        )
+        self._ambiguous = meter.create_counter("sqla_uow.ambiguous_commits", "{call}", "COMMITs whose answer was lost")
         self._durations = self._histogram("sqla_uow.call.duration", "Calls, with all attempts, waits and hooks")
         self._commits = self._histogram("db.client.operation.duration", "COMMITs")
         self._waits = self._histogram("db.client.connection.wait_time", "Until an attempt had its connection")

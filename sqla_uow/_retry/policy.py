@@ -20,21 +20,21 @@ __all__ = ["RetryPolicy"]
 class RetryPolicy:
     """Full-jitter backoff: before retry *n* (from 0) wait ``uniform(0, min(cap, base * 2**n))`` seconds.
 
-    Full jitter spreads competitors best (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).  The
-    defaults mean: a first wait of 5 ms on average, which is a few round trips, and never more than one second.
+    Full jitter spreads competitors best (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).  With
+    the defaults the first wait is 5 ms on average, which is a few round trips, and no wait is longer than one second.
 
     Args:
         base: upper bound of the first wait, in seconds.
         cap: upper bound of any wait, in seconds; clamped *before* the jitter, so that late waits stay spread out.
         contention: ``"auto"`` lets fewer calls of a function run at once while their attempts waste time on conflicts;
             ``"off"`` lets all of them run, always.
-        clock: monotonic seconds.
-        sleep: waits that many seconds, and can be cancelled.
-        rng: returns a float between its two arguments.
+        clock: a function that returns monotonic seconds.
+        sleep: an async function that waits that many seconds, and can be cancelled.
+        rng: a function that returns a float between its two arguments.
 
     Raises:
         TypeError: `clock`, `sleep` or `rng` is not callable; or `clock` or `rng` is async.
-        ValueError: a bound is negative, not a number, or the cap is below the base; or `contention` is something else.
+        ValueError: a bound is negative or not a number, the cap is below the base, or `contention` is something else.
     """
 
     base: float = 0.01
@@ -65,7 +65,7 @@ class RetryPolicy:
         """Return how long to wait before a retry.
 
         Args:
-            retry: its number, from 0.
+            retry: the number of the retry, from 0.
 
         Returns:
             Seconds.

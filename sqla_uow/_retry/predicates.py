@@ -30,7 +30,7 @@ def check_sync(function: Any, what: str) -> None:
     if any(_answers_late(one) for one in (inner, call)):
         raise TypeError(
             f"{what} is given {_name(inner)}, which is async or a generator: its answer would always count as true; "
-            "pass a plain function, and look up before what it has to know"
+            "pass a plain function, and look up beforehand what it has to know"
         )
 
 
@@ -58,6 +58,6 @@ def ask(function: Callable[..., Any], what: str, *args: object) -> bool:
             answer.close()  # nobody will await it
         raise TypeError(
             f"{what} returned a {type(answer).__name__}, which would always count as true; "
-            "let it return True or False, and look up before what it has to know"
+            "let it return True or False, and look up beforehand what it has to know"
         )
     return bool(answer)

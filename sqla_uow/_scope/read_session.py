@@ -101,8 +101,8 @@ class ReadSession:
             return None
         what = failure.kind.value if failure.code is None else f"{failure.kind.value} {failure.code}"
         conflict = ConflictError(
-            f"{_NAME} failed by {what}; do all of it again, or read in a @transactional(read_only=True) function, which is "
-            "run again by itself",
+            f"{_NAME} failed with {what}; do all of it again, or read in a @transactional(read_only=True) function, "
+            "which is run again by itself",
             reason=failure.kind.value, code=failure.code,
         )  # fmt: skip
         conflict.__cause__ = error

@@ -28,10 +28,10 @@ class Scope:
     """A request, a job or a test: outside any unit, `current_session()` is its read session.
 
     The read session is a read-only unit that begins with its first SQL.  Before an outermost transactional function
-    begins, it gives way: its transaction is ended, so that the task never holds two connections, and its objects stay
-    readable.  After that function the next use begins a fresh one.
+    begins, the read session gives way: its transaction ends, so that the task never holds two connections, and its
+    objects stay readable.  Its first use after that function begins a new one.
 
-    Made by `UnitOfWorkManager.scope` and by middleware, never by hand.
+    `UnitOfWorkManager.scope` and the middleware make scopes; do not make one by hand.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Scope:
         self.reading: ReadSession = ReadSession(setup, last_write, self._loop)
 
     def is_of_this_loop(self) -> bool:
-        """Say whether the running event loop is its own; another loop may not use its read session."""
+        """Say whether the running event loop is the scope's; another loop may not use its read session."""
         task = running_task()
         return task is not None and task.get_loop() is self._loop
 
@@ -58,25 +58,25 @@ class Scope:
     def position(self) -> str | None:
         """How far a replica must be to show what was written here; None where the manager has no replicas.
 
-        Digits, points and minus signs, made for a cookie or a message; "" if nothing was written.  Give it to the scope in
-        which the same client goes on: ``manager.scope(position=...)``.
+        It is made of digits, points and minus signs, so it fits into a cookie or a message; it is "" if nothing was
+        written.  Pass it to the scope in which the same client goes on: ``manager.scope(position=...)``.
         """
         return None if self.last_write is None else to_text(self.last_write.position)
 
     def conflict_behind(self, error: BaseException) -> ConflictError | None:
-        """Return what a transactional function would have raised, had it failed as the read session has; None if it has not.
+        """Return what a transactional function would raise if it failed as the read session did; None if that did not.
 
-        With it a read in an outage, or one that met a conflict, is answered as a write is.
+        With it a read that met an outage or a conflict can be answered as a write is.
 
         Args:
-            error: what came out of the code in the scope.
+            error: the exception that left the code in the scope.
         """
         return self.reading.conflict_behind(error)
 
     def open_unit(self) -> UnitOfWork[Any] | None:
-        """Return the unit, of any manager, that was begun here inside this scope and is still open; None if there is none.
+        """Return the unit, of any manager, that was begun here inside this scope and is open; None if there is none.
 
-        Units of other tasks that were started here are not seen.
+        It does not see units of other tasks that were started here.
         """
         for place in current_places():
             if place is self.place:
@@ -86,23 +86,24 @@ class Scope:
         return None
 
     async def rest(self) -> None:
-        """End the reading before a wait of unknown length; the next use begins a new one.
+        """End the read session before a wait of unknown length; its next use begins a new one.
 
-        Does nothing while another live task uses the read session, unless this task descends from it.
+        It does nothing while another live task uses the read session, unless this task descends from it.
 
         Raises:
-            ReadOnlyError: an object of it was changed: nothing would ever write it.
+            ReadOnlyError: an object of the read session was changed, and nothing would ever write the change.
         """
         await self.reading.rest()
 
     async def close(self) -> None:
-        """End the scope before its block does; whoever still sees it gets `NoUnitError`.
+        """End the scope before its block ends; code that still looks for a unit in it gets `NoUnitError`.
 
         Use it if the rest of the block must not read any more, as when the response of a web request begins.
         Transactional functions still work, each with a unit of its own.  Closing it again does nothing.
 
         Raises:
-            ReadOnlyError: an object of the read session was changed: nothing would ever write it.  It is closed all the same.
+            ReadOnlyError: an object of the read session was changed, and nothing would ever write the change.  The
+                scope is closed all the same.
         """
         if self.place is not None:  # else its block has ended, and a task that it left behind goes on
             self.place.closed = True

@@ -60,8 +60,7 @@ class UnitEngine(LendingEngine):
         began = 0.0 if times is None else times.clock()
         try:
             before_connect(transaction)
-            if transaction.database.system.queues_writers:
-                _take_turn(transaction)
+            _take_turn(transaction)
             connection = (
                 None if transaction.replicas is None else self._connect_to_replica(transaction.replicas, transaction)
             )

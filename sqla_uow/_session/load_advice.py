@@ -77,7 +77,8 @@ def repeated(origin: Origin, times: int, unit: str, place: CodeLine | None) -> s
     if origin.cause is Cause.SELECT:
         what = "the same SELECT" if origin.mapper is None else f"the same SELECT of {origin.mapper.class_.__name__}"
         return (
-            f"{what} was sent {times} times in {unit}{where}; read all that is wanted with one statement, as with in_()"
+            f"{what} was sent {times} times in {unit}{where}; read all of them with one statement, "
+            "for example with in_()"
         )
     what, instead = _words(origin)
     return f"{what} {times} times in {unit}, one object at a time{where}; {instead}"

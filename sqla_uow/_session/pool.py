@@ -34,7 +34,7 @@ class LendingEngine(OptionEngine):
     settings: tuple[tuple[str, ConnectionCharacteristic, Any], ...] = ()
     """What is set on each of its connections: an isolation level, or that it only reads."""
     unit_driver: Driver
-    """What is known of its driver, of which SQLAlchemy's own `driver` is the name."""
+    """What is known of its driver; SQLAlchemy's own `driver` is the driver's name."""
     is_idle: Callable[[Any], bool]
     """Says whether surely no transaction is open on the driver's own connection."""
     reset: Callable[[Any], None]
@@ -72,9 +72,8 @@ def _returned(driver: Driver) -> Callable[[Any, ConnectionPoolEntry], None]:
     def returned(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
         if dbapi_connection is None:
             return
-        raw = (
-            dbapi_connection.driver_connection
-        )  # of the adapter, as all our drivers have one; the entry's asks the dialect
+        # The adapter's, as all our drivers have one; the entry's asks the dialect.
+        raw = dbapi_connection.driver_connection
         lent = entry.info.pop(HANDED_OUT, False)
         if not lent and is_idle(raw) and driver.is_open(raw):
             return

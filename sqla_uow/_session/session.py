@@ -354,9 +354,8 @@ def _after_begin(session: UnitSession, session_transaction: SessionTransaction, 
 def _after_commit(session: UnitSession) -> None:
     transaction = session.transaction_of_unit
     if transaction is not None and transaction.phase is Phase.SENT:  # else it is the release of a savepoint
-        transaction.phase = (
-            Phase.ENDING
-        )  # answered: an error of the user's listeners is not an error of COMMIT from now on
+        # Answered: from now on an error of the user's listeners is not an error of COMMIT.
+        transaction.phase = Phase.ENDING
         if transaction.last_write is not None and transaction.wrote and transaction.connection is not None:
             _note_position(transaction, transaction.last_write, transaction.connection)
 

@@ -133,8 +133,8 @@ class Stream:
         transaction = self._transaction
         if self._is_over or not transaction.phase.is_open:
             raise NoUnitError(
-                f"the rows of {self._name} were read on when its part of {transaction.name} had ended; read them to their end inside "
-                "it, or read by pages"
+                f"the rows of {self._name} were read on after its part of {transaction.name} had ended; read them to "
+                "their end inside it, or read by pages"
             )
         before = transaction.owner.hold()
         self._note_reader()

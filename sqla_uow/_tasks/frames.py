@@ -77,7 +77,7 @@ def check_loop(name: str, loop: asyncio.AbstractEventLoop) -> Task:
     if task is None or task.get_loop() is not loop:
         raise TaskBoundaryError(
             f"{name} was used from a thread other than the one of its event loop; "
-            "read what the thread needs before, or open a unit inside it"
+            "read beforehand what the thread needs, or open a unit inside it"
         )
     return task
 

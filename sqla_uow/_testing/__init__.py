@@ -10,6 +10,6 @@
 * `queries`: statements, counted
 * `statements`: which of them are a program's own
 * `leaks`: connections that did not come back
-* `pytest_kit`: the same for the database of a test
-* `pytest_types`: for type checkers
+* `pytest_kit`: all of this for the database of one test
+* `pytest_types`: the types of the pytest fixtures
 """

@@ -23,19 +23,19 @@ async def cancel_at(nth: int, call: Coroutine[Any, Any, object], /) -> bool:
             nth += 1
             ...  # look at what is in the database
 
-    An await counts when it makes the task wait; that of COMMIT is one.
+    An await counts if it makes the task wait; the await of COMMIT does.
 
     Args:
-        nth: at which await, from 1.
-        call: what the async function returned, not awaited yet.
+        nth: the number of the await, from 1.
+        call: the coroutine that the async function returned, not awaited yet.
 
     Returns:
-        True if it was cancelled; False if it came to its end before.
+        True if the call was cancelled; False if it came to its end before.
 
     Raises:
-        Exception: what the call raised other than its cancellation.
-        TypeError: `call` is something else, as the function itself.
-        ValueError: `nth` is no whole number from 1.
+        Exception: what the call raised, except its cancellation.
+        TypeError: `call` is something else, such as the function itself.
+        ValueError: `nth` is not a whole number from 1.
     """
     if not isinstance(call, Coroutine):
         raise TypeError(f"cancel_at() got {call!r}; call an async function there, cancel_at(1, transfer(1, 2))")

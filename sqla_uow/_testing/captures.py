@@ -17,9 +17,9 @@ class CapturedHook(NamedTuple):
     """A hook of a unit that has committed; ``await hook()`` runs it.
 
     Attributes:
-        function: what was registered.
-        args: what it is called with.
-        kwargs: likewise, by name.
+        function: the function that was registered.
+        args: the positional arguments that it is called with.
+        kwargs: the keyword arguments that it is called with.
     """
 
     function: Callable[..., object]
@@ -27,7 +27,7 @@ class CapturedHook(NamedTuple):
     kwargs: dict[str, Any]
 
     async def __call__(self) -> None:
-        """Run it, sync or async, as the unit would have."""
+        """Run the hook, sync or async, as the unit would have."""
         await Hook.of(self.function, self.args, self.kwargs).run()
 
 
@@ -35,11 +35,12 @@ class CapturedHook(NamedTuple):
 def capture_after_commit(*, execute: bool = False) -> Generator[list[CapturedHook]]:
     """Collect the `after_commit` hooks of all units that commit in the block, in order.
 
-    Those of a failed attempt, and of a unit or savepoint that is rolled back, are dropped as ever and not among them.  A block
-    within another takes those of its units, and `execute` is its own; the outer block gets the others.
+    Hooks of a failed attempt, and of a unit or savepoint that is rolled back, are dropped as always; they are not
+    collected.  A block within another collects the hooks of its own units, and has its own `execute`; the outer block
+    collects the others.
 
     Args:
-        execute: run them as well, where they would run; else they do not run.
+        execute: run the hooks as well, at the time at which they would run; without it they do not run.
     """
     captured: list[CapturedHook] = []
 

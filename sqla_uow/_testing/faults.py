@@ -52,29 +52,30 @@ class FaultPlan:
         with FaultPlan(manager, "conflict", at="commit"):
             await transfer(1, 2, Decimal(10))
 
-    proves that `transfer` survives a COMMIT that is refused once.  The block fails if nothing was struck in it, so that
-    it cannot prove nothing.  Only units are struck, of whichever task, not the plain connections of the engine.
+    This proves that `transfer` survives a COMMIT that is refused once.  The block fails if no unit was struck in it,
+    because then it proves nothing.  Only units are struck, in any task; plain connections of the engine are not.
 
     Args:
-        bind: the engine, or a manager over it; that of `rolled_back` too.
+        bind: the engine, or a manager over it; the one that `rolled_back` gives works too.
         fault: ``"conflict"``: a serialization failure (PostgreSQL 40001; MariaDB 1020, and 1213 at COMMIT, as Galera;
             SQLITE_BUSY).  ``"deadlock"``: 40P01, 1213.  ``"lock timeout"``: 55P03, 1205, SQLITE_BUSY.
             ``"lost"``: the link to the server breaks.  ``"refused"``: nobody answers at connect.
             ``"latency"``: nothing but a pause.  ``"cancel"``: the unit's task is cancelled.
         at: ``"connect"``: where a unit takes its connection, new or from the pool.  ``"statement"``: in place of one of
             the function's own; what the unit sends for itself is not counted.  ``"flush"``: in place of its first
-            statement.  ``"commit"``: in place of COMMIT, which is not sent.  ``"after commit"``: the server has
-            applied COMMIT, and its answer is what the fault befalls.
-        nth: which one, from 1: of each unit's statements or flushes; for the other points, of the units of the block.
+            statement.  ``"commit"``: in place of COMMIT, which is not sent.  ``"after commit"``: the fault hits the
+            answer to COMMIT, which the server has applied.
+        nth: which one is struck, from 1: which of a unit's statements or flushes; for the other points, which of the
+            block's units.
         times: how many units in a row are struck; an attempt is a unit.
-        seconds: how long a ``"latency"`` is.
+        seconds: how long a ``"latency"`` lasts.
 
     Attributes:
-        struck: how many units were.
+        struck: how many units were struck.
 
     Raises:
         TypeError: `bind` is neither an engine nor a manager.
-        ValueError: a fault that cannot be there, or that this database does not have.
+        ValueError: the fault cannot happen at that point, or not on this database.
     """
 
     def __init__(
@@ -253,7 +254,7 @@ def _cancel(unit: Transaction) -> None:
 def _check_place(database: str, fault: object, at: object) -> None:
     points = next((points for known, points in _POINTS.items() if known == fault), None)
     if points is None:
-        raise ValueError(f"FaultPlan() got {fault!r}, which is no fault; use one of {', '.join(map(repr, _POINTS))}")
+        raise ValueError(f"FaultPlan() got {fault!r}, which is not a fault; use one of {', '.join(map(repr, _POINTS))}")
     if at not in points:
         raise ValueError(f"FaultPlan({fault!r}) got at={at!r}; use {' or '.join(map(repr, points))}")
     if database == "sqlite" and fault in _NOT_ON_SQLITE:

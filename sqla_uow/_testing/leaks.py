@@ -36,8 +36,8 @@ def assert_no_leaks(bind: Bind, /) -> Generator[None]:
         bind: the engine, or a manager over it.
 
     Raises:
-        AssertionError: how many there are, which task took each, and where.
-        TypeError: neither an engine nor a manager.
+        AssertionError: there is such a connection; the message says how many, which task took each, and where.
+        TypeError: `bind` is neither an engine nor a manager.
     """
     engine = engine_of(bind, "assert_no_leaks()")
     taken: dict[ConnectionPoolEntry, str] = {}

@@ -18,7 +18,7 @@ __all__ = ["Queries", "assert_max_num_queries", "assert_num_queries", "count_que
 
 
 class Queries:
-    """What was sent, in order.
+    """The statements that were sent, in order.
 
     Attributes:
         statements: the text of each statement, without its parameters.
@@ -29,7 +29,7 @@ class Queries:
 
     @property
     def count(self) -> int:
-        """How many there were; one that was sent for many rows counts once."""
+        """How many statements there were; one that was sent for many rows counts once."""
         return len(self.statements)
 
     def __repr__(self) -> str:
@@ -38,7 +38,7 @@ class Queries:
 
 @contextmanager
 def count_queries(bind: Bind, /) -> Generator[Queries]:
-    """Count the statements that are sent to a database in the block, by whichever task.
+    """Count the statements that any task sends to a database in the block.
 
     What a unit sends for itself is left out, since it differs from database to database: BEGIN, SAVEPOINT, COMMIT,
     isolation levels, deadlines.
@@ -47,7 +47,7 @@ def count_queries(bind: Bind, /) -> Generator[Queries]:
         bind: the engine, or a manager over it.
 
     Raises:
-        TypeError: neither of them.
+        TypeError: `bind` is neither an engine nor a manager.
     """
     engine, queries = engine_of(bind, "count_queries()"), Queries()
 
@@ -64,15 +64,15 @@ def count_queries(bind: Bind, /) -> Generator[Queries]:
 
 @contextmanager
 def assert_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
-    """Fail unless the block sends exactly so many statements; see `count_queries`.
+    """Fail unless the block sends exactly `number` statements; see `count_queries`.
 
     Args:
         bind: the engine, or a manager over it.
-        number: of statements.
+        number: how many statements.
 
     Raises:
-        AssertionError: it sent fewer or more; with their text.
-        ValueError: `number` is no whole number from 0.
+        AssertionError: it sent fewer or more; the message has their text.
+        ValueError: `number` is not a whole number from 0.
     """
     _check(number, "assert_num_queries()")
     with count_queries(bind) as queries:
@@ -83,15 +83,15 @@ def assert_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
 
 @contextmanager
 def assert_max_num_queries(bind: Bind, number: int, /) -> Generator[Queries]:
-    """Fail if the block sends more statements than that; see `count_queries`.
+    """Fail if the block sends more than `number` statements; see `count_queries`.
 
     Args:
         bind: the engine, or a manager over it.
-        number: of statements.
+        number: how many statements.
 
     Raises:
-        AssertionError: it did; with their text.
-        ValueError: `number` is no whole number from 0.
+        AssertionError: it sent more; the message has their text.
+        ValueError: `number` is not a whole number from 0.
     """
     _check(number, "assert_max_num_queries()")
     with count_queries(bind) as queries:

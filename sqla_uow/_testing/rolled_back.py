@@ -56,21 +56,21 @@ def rolled_back(
     it, so that the units that follow see its rows, and ROLLBACK goes back to it.  Units, retries, savepoints, hooks and
     errors behave as in production.  On PostgreSQL deferred constraints are checked where a COMMIT would check them.
 
-    What cannot be said of savepoints is an error that says so: a unit at a stronger isolation level than the outer
+    What a savepoint cannot do is an error that says so: a unit at a stronger isolation level than the outer
     transaction's, two units open at once in one task (``requires_new``), and everything after the connection was lost.
-    Units of several tasks wait for each other.  What other connections commit is seen as the outer transaction's level
-    has it.
+    Units of several tasks wait for each other.  The level of the outer transaction decides when rows that other
+    connections commit are seen.
 
     Args:
-        bind: the engine, whose connection is used; or a manager, then the block has one of the same name and options,
-            activated.
+        bind: the engine whose connection is used, or a manager.  For a manager, the block gets one of the same name and
+            options, activated.
         isolation: the level of the outer transaction, at least as strong as that of every unit; None is the engine's.
 
     Raises:
-        PropagationError: the engine, or the manager, of another such block.
+        PropagationError: `bind` is the engine, or the manager, of another such block.
         TaskBoundaryError: the engine's pool has a connection of another event loop.
-        TypeError: neither an engine nor a manager.
-        ValueError: a level that this database does not have.
+        TypeError: `bind` is neither an engine nor a manager.
+        ValueError: this database does not have the level.
     """
     if WITHIN in engine_of(bind, "rolled_back()").get_execution_options():
         raise PropagationError("rolled_back() got what another rolled_back() has made; one undoes all, leave one out")

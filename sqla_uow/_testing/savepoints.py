@@ -105,7 +105,7 @@ class Outer:
             self._send("SET TRANSACTION READ ONLY")  # until the end of the savepoint, whatever that end is
 
     def release(self) -> None:
-        """Do what COMMIT does, but for making it durable."""
+        """Do what COMMIT does, except that nothing is made durable."""
         if self._at_commit is not None:
             self._send(self._at_commit)
         self._send_or_lose(f"RELEASE SAVEPOINT {_NAME}")

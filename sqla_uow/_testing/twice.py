@@ -32,7 +32,7 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
     The first run ends where COMMIT would be sent: what it wrote is rolled back and its `after_commit` hooks are dropped,
     as in an attempt that meets a conflict.  Whatever is there twice after the second run does not belong in a
     transaction: a mail, a file, an entry in a list, an object made outside (`InstanceReuseError`).  What the first run
-    raises is dropped as well.  Blocks, ``begin()`` and ``attempts()``, cannot be run again, and are not.
+    raises is dropped as well.  Blocks of ``begin()`` and ``attempts()`` cannot be run again; they run once.
 
     ::
 
@@ -42,13 +42,14 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
         await run_twice(transfer)(1, 2, Decimal(10))
 
     Args:
-        function: calls transactional functions, or is one.  While it runs, those of all tasks are run twice.
+        function: an async function that calls transactional functions, or is one.  While it runs, the transactional
+            functions of all tasks are run twice.
 
     Raises:
-        TypeError: no ``async def`` function.
+        TypeError: `function` is not an ``async def`` function.
 
-    Calls raise `AssertionError` if no transactional function was run, or if one has changed an argument: a dict, a list, a
-    set, a dataclass, a model of pydantic; and `InstanceReuseError` if it has used up one, such as a generator.
+    A call raises `AssertionError` if no transactional function was run, or if one has changed an argument: a dict, a
+    list, a set, a dataclass, a model of pydantic; and `InstanceReuseError` if it has used up one, such as a generator.
     """
     if not inspect.iscoroutinefunction(function):
         raise TypeError(f"run_twice() got {function!r}; pass an 'async def' function, without calling it")
@@ -66,8 +67,8 @@ def run_twice(function: Callable[P, Coroutine[Any, Any, R]], /) -> Callable[P, C
             for name, value, as_it_was in before:
                 if value != as_it_was:
                     raise AssertionError(
-                        f"{call.options.who} changed its argument {name!r} in the run in vain, and another attempt would "
-                        "be given what it left of it; let it change a copy"
+                        f"{call.options.who} changed its argument {name!r} in the run in vain, so another attempt "
+                        "would get the changed one; let it change a copy"
                     )
             await renew(called, 1)
 
@@ -95,7 +96,7 @@ def _copies(called: Called) -> Iterator[tuple[str, Any, Any]]:
         known = isinstance(value, _CHANGEABLE) or hasattr(kind, "model_dump")
         if name == "self" or not (known or dataclasses.is_dataclass(kind)):
             continue
-        with contextlib.suppress(Exception):  # of whatever stands in it: that can be no copy
+        with contextlib.suppress(Exception):  # of whatever stands in it: that cannot be copied
             as_it_was = copy.deepcopy(value)
             if bool(as_it_was == value):
                 yield name, value, as_it_was

@@ -1,4 +1,4 @@
-"""COMMIT: asked for, handed to the driver, answered or not."""
+"""What is checked before COMMIT is sent, and when it was answered; `_session.connection` sends it."""
 
 from __future__ import annotations
 

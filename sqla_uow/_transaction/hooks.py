@@ -43,7 +43,7 @@ class Hook(NamedTuple):
         if not callable(function):  # a coroutine, for example, which would be noticed only after COMMIT
             raise TypeError(
                 f"a hook is of type {type(function).__name__}, which cannot be called; pass the function, and its arguments "
-                "behind it: after_commit(send, address)"
+                "after it: after_commit(send, address)"
             )
         return cls(function, args, kwargs, next(_numbers))
 

@@ -1,4 +1,4 @@
-"""Where a transaction stands: new, active, ending, over."""
+"""Where a transaction stands: new, active, committing, sent, ending, ended."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def transaction_begun(transaction: Transaction, connection: Connection) -> None:
     if transaction.phase is Phase.NEW and transaction.database.driver.in_autocommit(connection):
         error = IsolationConflictError(
             f"the connection of {transaction.name} is in autocommit, where nothing can be rolled back; leave autocommit out of "
-            "connect_args, and of what listens to connect and checkout"
+            "connect_args, and out of listeners to connect and checkout"
         )
         transaction.doom.mark(error, hard=True)
         raise error

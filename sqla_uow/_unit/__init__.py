@@ -8,6 +8,6 @@
 * `rollback`: the end that fails
 * `ending`: what every end lets go of
 * `verify`: what became of a COMMIT whose answer was lost
-* `markers`: the rows that tell
+* `markers`: rows that tell whether a transaction has committed
 * `statistics`: what has happened, in numbers
 """

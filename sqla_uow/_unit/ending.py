@@ -151,8 +151,7 @@ def release(transaction: Transaction, *, committed: bool = False) -> None:
     """Let others run, and keep nothing alive by a unit that has ended."""
     if transaction.slot is not None:  # before the hooks: one may call the same function
         transaction.slot.free(committed=committed)
-    if transaction.database.system.queues_writers:
-        transaction.give_back_turn()
+    transaction.give_back_turn()
     transaction.phase = Phase.ENDED
     if transaction.unwatch:
         transaction.unwatch_raw()

@@ -28,7 +28,7 @@ P = ParamSpec("P")
 class UnitOfWork(Generic[S]):
     """One session, one transaction, one attempt; used once.
 
-    Made by `UnitOfWorkManager` and by `transactional`, never by hand.
+    `UnitOfWorkManager` and `transactional` make units; do not make one by hand.
 
     Attributes:
         attempt: which run of the body this is, from 1.
@@ -49,7 +49,8 @@ class UnitOfWork(Generic[S]):
     def is_last_attempt(self) -> bool:
         """Whether a retryable failure of this attempt will reach the caller.
 
-        Set it to True in a body that has done what cannot be done again; it then waits for locks as a last attempt does.
+        Set it to True once the body has done something that it cannot do again; the unit then waits for locks as in a
+        last attempt.
         """
         return self._is_last
 
@@ -72,7 +73,7 @@ class UnitOfWork(Generic[S]):
 
     @property
     def status(self) -> Status:
-        """Where the unit stands; once it has ended, what became of it, reliably."""
+        """Where the unit stands.  After the end it says reliably how the unit ended."""
         if self._transaction.final is not None:
             return self._transaction.final
         if self._transaction.doom.marked is not None:
@@ -81,7 +82,7 @@ class UnitOfWork(Generic[S]):
 
     @property
     def isolation(self) -> IsolationLevel | None:
-        """The isolation level it was begun with; None is the database's default."""
+        """The isolation level that the unit was begun with; None is the database's default."""
         return self._transaction.isolation
 
     @property
@@ -91,22 +92,22 @@ class UnitOfWork(Generic[S]):
 
     @property
     def has_written(self) -> bool:
-        """Whether it has sent a statement that may have written; also once it has ended, whatever became of it.
+        """Whether the unit has sent a statement that may have written; still true after the end, however it ended.
 
-        What is told apart is how a statement begins, so a SELECT of a function that writes counts as reading.
+        Only the beginning of a statement is looked at, so a SELECT of a function that writes counts as reading.
         """
         return self._transaction.wrote
 
     def after_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` once after this unit has committed, in order of registration, with no transaction open.
 
-        It is dropped with a failed attempt, and with the savepoint it was registered under.  A hook may open a unit of
-        its own, and register further hooks, which run after those that wait already.
+        The hook is dropped if the attempt fails, or if the savepoint is rolled back under which it was registered.  A
+        hook may open a unit of its own.  It may register further hooks, which run after those that wait already.
 
         Args:
-            hook: sync or async; what it returns is ignored, what it raises ends in `AfterCommitError`.
-            args: passed to it.
-            kwargs: passed to it.
+            hook: a sync or async function; its result is ignored, and what it raises ends up in an `AfterCommitError`.
+            args: passed to the hook.
+            kwargs: passed to the hook.
 
         Raises:
             NoUnitError: the unit has ended, or is a scope's read session.
@@ -118,12 +119,12 @@ class UnitOfWork(Generic[S]):
         hooks.append(Hook.of(hook, args, kwargs))
 
     def before_commit(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call `hook` inside the transaction, at its end, in each attempt; it may write, and its errors roll back.
+        """Call `hook` inside the transaction, just before COMMIT; it may write, and its errors roll back.
 
         Args:
-            hook: sync or async; what it returns is ignored.
-            args: passed to it.
-            kwargs: passed to it.
+            hook: a sync or async function; its result is ignored.
+            args: passed to the hook.
+            kwargs: passed to the hook.
 
         Raises:
             NoUnitError: the unit has ended, or is a scope's read session.
@@ -139,12 +140,12 @@ class UnitOfWork(Generic[S]):
     def after_rollback(self, hook: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `hook` after a rollback of this unit, or of the savepoint it was registered under; errors are logged.
 
-        A hook may register further ones, which run after those that wait already.
+        A hook may register further hooks, which run after those that wait already.
 
         Args:
-            hook: sync or async; what it returns is ignored.
-            args: passed to it.
-            kwargs: passed to it.
+            hook: a sync or async function; its result is ignored.
+            args: passed to the hook.
+            kwargs: passed to the hook.
 
         Raises:
             NoUnitError: the unit has ended, or is a scope's read session.
@@ -162,7 +163,7 @@ class UnitOfWork(Generic[S]):
         owner did not ask for the rollback and gets `RollbackOnlyError`.
 
         Args:
-            reason: said in the errors that follow.
+            reason: the errors that follow give it.
 
         Raises:
             NoUnitError: the unit has ended.

@@ -5,7 +5,7 @@
 * `reading`: which moment a version in memory belongs to
 * `rows`: reads and locks versions
 * `events`: what a flush tells
-* `bulk`: UPDATE in bulk
+* `bulk`: UPDATE in bulk, and `next_version()` for upserts
 * `bulk_statement`: makes such a statement set new versions
 * `follows`: `__version_follows__`
 * `expectations`: what one unit knows of versions

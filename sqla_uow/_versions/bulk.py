@@ -50,7 +50,7 @@ def next_version(model: type[VersionMixin], /) -> dict[str, Any]:
 
         insert(Order).values(...).on_conflict_do_update(index_elements=["id"], set_={"name": ..., **next_version(Order)})
 
-    MariaDB: ``on_duplicate_key_update(name=..., **next_version(Order))``.  Empty for `VersionedByXmin`.
+    MariaDB: ``on_duplicate_key_update(name=..., **next_version(Order))``.  It is empty for `VersionedByXmin`.
 
     Args:
         model: a model with a version mixin.

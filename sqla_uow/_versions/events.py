@@ -51,7 +51,8 @@ def _writing(mapper: Mapper[Any], connection: Connection, instance: object) -> V
         name = f"{dialect.name}+{dialect.driver}"
         raise TypeError(
             f"the version of {describe(instance)} cannot be checked, as the dialect {name} says that its driver does not count "
-            "rows; set engine.dialect.supports_sane_rowcount = True where it does, as psycopg 3, or use another driver"
+            "rows; set engine.dialect.supports_sane_rowcount = True if it does, as psycopg 3 does, or use "
+            "another driver"
         )
     versions = versions_of(transaction)
     state: InstanceState[Any] = inspect(instance)

@@ -27,13 +27,13 @@ V = TypeVar("V", bound=VersionMixin)
 def expect_version(instance: VersionMixin, version: Any, /) -> None:
     """Let the unit succeed only if nobody has changed this object since the client saw that version of it.
 
-    It is compared at once, again before the object is written and by the UPDATE itself; where the body changes nothing,
-    by one locking SELECT before COMMIT.  A unit that expects a version never retries a stale one, whatever its
-    `retries`: running the body again does not change what the client has seen.
+    The version is compared at once, again before the object is written, and by the UPDATE itself.  If the body does not
+    change the object, one locking SELECT before COMMIT compares it.  A unit that expects a version never retries a
+    stale one, whatever its `retries`: running the body again does not change what the client has seen.
 
     Args:
-        instance: an object with a version mixin, of the session of an open unit.
-        version: what the client has seen: an int, a UUID or an aware datetime, as its model's.
+        instance: an object with a version mixin, in the session of an open unit.
+        version: what the client has seen: an int, a UUID or an aware datetime, as the model has it.
 
     Raises:
         StaleVersionError: the object is at another version.
@@ -60,7 +60,7 @@ async def get_versioned(
     """Load an object by its key and expect a version of it.
 
     Args:
-        session: of the open unit.
+        session: the session of the open unit.
         model: a class with a version mixin.
         key: the primary key, as `AsyncSession.get` takes it.
         version: what the client has seen: see `expect_version`.
@@ -78,10 +78,10 @@ async def get_versioned(
 def touch(instance: VersionMixin, /) -> None:
     """Give an object a new version with the next flush, though none of its own columns has changed.
 
-    A change of its columns in the same flush counts with it, once.  A new object has its first version anyway.
+    If its columns change in the same flush, that is one change, not two.  A new object has its first version anyway.
 
     Args:
-        instance: an object with a version mixin, of the session of an open unit; it may be expired.
+        instance: an object with a version mixin, in the session of an open unit; it may be expired.
 
     Raises:
         NoUnitError: the object is in no open unit.

@@ -70,7 +70,7 @@ class VersionMixin:
 
 
 class Versioned(VersionMixin):
-    """Count a row's changes: ``version`` is 1 at first, and one more after each UPDATE.
+    """Count a row's changes: ``version`` is 1 at first, and grows by one with each UPDATE.
 
     An UPDATE or DELETE of a row that somebody else has changed since it was read raises `StaleVersionError`.  Put it
     before the base: ``class Order(Versioned, Base)``.  For another column name say
@@ -85,7 +85,7 @@ class Versioned(VersionMixin):
 
 
 class VersionedByUUID(VersionMixin):
-    """As `Versioned`, with a random UUID for each version: it does not tell how often a row has changed."""
+    """Like `Versioned`, but each version is a random UUID, which does not tell how often a row has changed."""
 
     __version_kind__ = UUID
     if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class VersionedByUUID(VersionMixin):
 
 
 class VersionedByTimestamp(VersionMixin):
-    """As `Versioned`, with the time of the last change, aware and in UTC: always later than the one before, by 1 us or more."""
+    """Like `Versioned`, but the version is the time of the last change, in UTC and aware; it grows by 1 us or more."""
 
     __version_kind__ = TIMESTAMP
     if TYPE_CHECKING:
@@ -101,9 +101,10 @@ class VersionedByTimestamp(VersionMixin):
 
 
 class VersionedByXmin(VersionMixin):
-    """As `Versioned`, on PostgreSQL and with no column of its own: the version is ``xmin``, the row's last transaction.
+    """Like `Versioned`, for PostgreSQL and without a column: the version is ``xmin``, the row's last transaction.
 
-    Writes past the ORM count too.  It does not see other writes of its own transaction, and is not for partitioned tables.
+    Writes past the ORM count too.  It does not see other writes of its own transaction.  It cannot be used with
+    partitioned tables.
     """
 
     __version_kind__ = XMIN

@@ -115,7 +115,7 @@ def _refreshed(instance: VersionMixin, context: Any, names: Collection[str] | No
     state: InstanceState[Any] = inspect(instance)
     attribute = attribute_of(state.mapper)
     if names is None:
-        # All was read, but for what a load_only() left out: that is still in memory as it was (SQLAlchemy 2.0.58, 2.1.9).
+        # All was read, except what a load_only() left out: that is still in memory as it was (SQLAlchemy 2.0.58, 2.1.9).
         before = bool(state.callables) and any(key in state.dict for key in state.callables)
         noted = None
     elif attribute not in names or context.session._flushing:
@@ -136,7 +136,7 @@ def _refreshed(instance: VersionMixin, context: Any, names: Collection[str] | No
 
 @event.listens_for(VersionMixin, "expire", propagate=True)
 def _expired(instance: VersionMixin, names: Collection[str] | None) -> None:
-    """Take note that a savepoint's rollback has expired data of which nothing tells the version.
+    """Take note that a savepoint's rollback has expired data whose version nothing tells.
 
     Where something does, it is noted by now, or brought back behind this.
     """
@@ -201,8 +201,8 @@ def _drop_note(state: InstanceState[Any]) -> None:
 def _unread(state: InstanceState[Any]) -> InvalidRequestError:
     assert state.key is not None
     return InvalidRequestError(
-        f"{_name(state)} is to be written, and nothing tells at which version its data were read; refresh() it before, or "
-        "write it by an update()"
+        f"{_name(state)} is to be written, and nothing tells at which version its data were read; refresh() it first, "
+        "or write it by an update()"
     )
 
 

@@ -35,7 +35,7 @@ async def test_a_table_that_had_to_be_copied_is_left(db, operate):
     with pytest.raises(CommandError) as caught:
         await operate(lambda op: op.add_version_column("account"))
     assert str(caught.value) == (
-        "MariaDB would have to write table 'account' anew; use op.add_column() while nobody uses the table, or change its "
+        "MariaDB would have to rewrite table 'account'; use op.add_column() while nobody uses the table, or change its "
         "ROW_FORMAT"
     )
     assert await identity(db) == before

@@ -236,7 +236,7 @@ async def test_a_parent_that_cannot_be_counted_in(db, operate):
     """A3: another database, or no reference: one clear error."""
     await operate(lambda op: op.add_version_column("account"))
     message = (
-        "the primary key of table 'note' is no foreign key to 'account'; name the parent of its joined inheritance"
+        "the primary key of table 'note' is not a foreign key to 'account'; name the parent of its joined inheritance"
         if db.family == "postgresql"
         else f"a trigger of table 'note' cannot count for its parent 'account' on { {'mysql': 'MariaDB', 'sqlite': 'SQLite'}[db.family] }, where it cannot tell "
         "whether the ORM has; leave it out, and where others write 'note' have them set version = version in 'account' "

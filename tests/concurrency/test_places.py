@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from sqlalchemy import text
 
-from sqla_uow import Status, UnitOfWorkManager, current_unit, errors
+from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors
 from tests.kit.models import Note
 
 
@@ -51,6 +51,62 @@ async def test_units_that_end_in_the_order_they_began(manager):
         assert current_unit() is inner
         await second.aclose()
         assert current_unit() is around
+
+
+@pytest.mark.parametrize("crosswise", [False, True])
+async def test_a_child_whose_own_units_have_ended(manager, crosswise):
+    """In whatever order: it is still a child."""
+
+    async def own():
+        async with manager.begin(read_only=True, propagation="requires_new"):
+            yield
+
+    async def child():
+        first, second = own(), own()
+        await anext(first)
+        await anext(second)
+        for one in (first, second) if crosswise else (second, first):
+            await one.aclose()
+        return await current_unit().session.scalar(text("SELECT 1"))
+
+    async with manager.begin() as unit:
+        await unit.session.execute(text("SELECT 1"))
+        assert await asyncio.create_task(child()) == 1
+
+
+async def test_who_has_opened_a_scope_and_reads_only_after_its_child(manager):
+    """Though the child is still alive: who opens a scope is known as its parent."""
+    used, go_on = asyncio.Event(), asyncio.Event()
+
+    async def child():
+        await current_session().execute(text("SELECT 1"))
+        used.set()
+        await go_on.wait()
+
+    async with manager.scope():
+        task = asyncio.create_task(child())
+        await used.wait()
+        assert await current_session().scalar(text("SELECT 1")) == 1
+        go_on.set()
+        await task
+
+
+async def test_a_unit_of_another_manager_around_one_that_has_ended(db):
+    """A task that has inherited both finds the one that is still open, also below a place of its own."""
+    first, second = UnitOfWorkManager(db.engine(), name="first"), UnitOfWorkManager(db.engine(), name="second")
+    ended = asyncio.Event()
+
+    async def late():
+        await ended.wait()
+        with first.activate():
+            assert current_unit("second") is around
+
+    async with second.begin() as around:
+        async with first.begin():
+            task = asyncio.create_task(late())
+            await asyncio.sleep(0)
+        ended.set()
+        await task
 
 
 async def test_a_grandchild_of_whom_the_unit_was_taken_back_from(manager):

@@ -13,8 +13,9 @@ import weakref
 import anyio
 import anyio.to_thread
 import pytest
+import sqlalchemy
+from sqlalchemy import event, literal_column, select, text
 from sqlalchemy import insert as insert_into
-from sqlalchemy import literal_column, select, text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._tasks.frames import Frame, Place
@@ -405,7 +406,7 @@ def of_own_loop():
 
 THREAD_MESSAGE = (
     "{name} was used from a thread other than the one of its event loop; "
-    "read what the thread needs before, or open a unit inside it"
+    "read beforehand what the thread needs, or open a unit inside it"
 )
 
 
@@ -534,6 +535,7 @@ LAYERS = [
     [{"before": True, "after": True}],
     [{}, {"after": True}],  # outermost first: the inner one looks only when its child is alive and was the last
     [{"after": True}, {"after": True}],
+    [{}, {"after": True}, {}],  # the middle one looks when its grandchild was the last
     [{"before": True, "after": True}, {}, {"before": True, "after": True}],
 ]
 
@@ -560,11 +562,57 @@ async def test_ancestry_without_anyio(db, looked, monkeypatch):
     manager = pool_of_three(db)
     app = Layer(Layer(endpoint, before=looked, after=True, group=asyncio.TaskGroup), group=asyncio.TaskGroup)
     expected = contextlib.nullcontext() if looked else pytest.raises(ExceptionGroup)
-    with manager.activate(), monkeypatch.context() as patch, expected:
+    with manager.activate(), monkeypatch.context() as patch, expected as caught:
         patch.delitem(sys.modules, "anyio")
         async with manager.begin():
             await app(asyncio.Event(), gone())
+    if caught is not None:
+        assert caught.value.split(errors.TaskBoundaryError)[1] is None
     assert await db.scalar("SELECT count(*) FROM account") == (3 if looked else 0)
+
+
+@few_drivers
+async def test_a_child_of_anyio_that_was_started_before_its_parent_used_the_unit(db):
+    """S3: it has inherited nothing that tells of its parent; anyio knows."""
+    manager = pool_of_three(db)
+    turn = asyncio.Event()
+
+    async def child():
+        await turn.wait()
+        await insert(2)
+
+    async def parent():
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+            await asyncio.sleep(0)
+            await insert(1)
+            turn.set()
+
+    with manager.activate():
+        async with manager.begin():
+            await asyncio.create_task(parent())
+    assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
+
+
+@few_drivers
+async def test_a_statement_of_a_child_that_was_never_sent(db):
+    """S3: a listener raises; when the child is done, it has nothing in flight, and is not what its parent is told of."""
+    manager = pool_of_three(db)
+
+    def refuse(_connection, _cursor, statement, *_rest):
+        if "wrong" in statement:
+            raise ValueError(statement)
+
+    event.listen(manager.engine.sync_engine, "before_cursor_execute", refuse)
+    dooms = sqlalchemy.__version__ >= "2.1"  # 2.0 tells nobody of such an error, and nothing was sent
+    with pytest.raises(errors.RollbackOnlyError) if dooms else contextlib.nullcontext():
+        async with manager.begin() as unit:
+            await unit.session.execute(row(1))
+            with pytest.raises(ValueError, match="wrong"):
+                await asyncio.create_task(unit.session.execute(text("SELECT 'wrong'")))
+            await unit.session.execute(row(2))
+    assert await db.rows("SELECT id FROM account ORDER BY id") == ([] if dooms else [(1,), (2,)])
+    await assert_pool_is_whole(manager)
 
 
 @few_drivers

@@ -292,7 +292,7 @@ async def test_a_dialect_that_does_not_count_rows_is_refused(versioned):
             (await unit.session.get_one(tables.Plain, 1)).value = 1
     assert str(caught.value) == (
         "the version of Plain(1) cannot be checked, as the dialect cockroachdb+psycopg says that its driver does not count "
-        "rows; set engine.dialect.supports_sane_rowcount = True where it does, as psycopg 3, or use another driver"
+        "rows; set engine.dialect.supports_sane_rowcount = True if it does, as psycopg 3 does, or use another driver"
     )
 
 

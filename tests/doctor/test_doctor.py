@@ -195,7 +195,7 @@ async def test_what_cannot_be_examined(db, say):
         "sqlite": "sqlite:///x",
     }
     cases = {
-        "geheim": "this is no database URL; use one as postgresql+asyncpg://me@host/bank",
+        "geheim": "this is not a database URL; use one like postgresql+asyncpg://me@host/bank",
         "postgresql+asyncpg://me:geheim@127.0.0.1:1/x": (
             "postgresql+asyncpg at 127.0.0.1:1 does not let us in: ConnectionRefusedError"
         ),
@@ -299,22 +299,23 @@ def test_a_url_where_none_belongs(arguments, capsys):
 
 UNKNOWN = {
     "asyncpg": {
-        "sslmode=verify-full": "'sslmode' is no argument of asyncpg; write ssl=verify-full",
-        "sslmode=geheim": "'sslmode' is no argument of asyncpg; write ssl=require",
+        "sslmode=verify-full": "'sslmode' is not an argument of asyncpg; write ssl=verify-full",
+        "sslmode=geheim": "'sslmode' is not an argument of asyncpg; write ssl=require",
         "sslmode=require&channel_binding=require": (
-            "'sslmode' is no argument of asyncpg; write ssl=require; 'channel_binding' is no argument of asyncpg; leave it out"
+            "'sslmode' is not an argument of asyncpg; write ssl=require; "
+            "'channel_binding' is not an argument of asyncpg; leave it out"
         ),
-        "connect_timeout=5": "'connect_timeout' is no argument of asyncpg; pass connect_args={'timeout': seconds}",
+        "connect_timeout=5": "'connect_timeout' is not an argument of asyncpg; pass connect_args={'timeout': seconds}",
     },
-    "psycopg": {"ssl=require": "'ssl' is no argument of psycopg; write sslmode=require"},
+    "psycopg": {"ssl=require": "'ssl' is not an argument of psycopg; write sslmode=require"},
     "asyncmy": {
         "sslmode=geheim": (
-            "'sslmode' is no argument of asyncmy; leave it out, or pass what it is called there in connect_args"
+            "'sslmode' is not an argument of asyncmy; leave it out, or pass what it is called there in connect_args"
         )
     },
     "aiomysql": {
         "sslmode=geheim": (
-            "'sslmode' is no argument of aiomysql; leave it out, or pass what it is called there in connect_args"
+            "'sslmode' is not an argument of aiomysql; leave it out, or pass what it is called there in connect_args"
         )
     },
 }

@@ -71,7 +71,7 @@ async def test_the_program_in_vain(db, capsys):
     assert await asyncio.to_thread(main, ["purge", "nonsense"]) == 2
     told = capsys.readouterr().err
     assert "did not do it" in told
-    assert "this is no database URL" in told
+    assert "this is not a database URL" in told
     assert ":secret@" not in told
 
 

@@ -113,7 +113,7 @@ def _no_key(_element, _compiler, **_options):
     return "1"
 
 
-IN = "read all that is wanted with one statement, as with in_()"
+IN = "read all of them with one statement, for example with in_()"
 FRESH = ".execution_options(populate_existing=True)"
 TOLD = {
     _relationships: ("User.posts was loaded", f"add .options(selectinload(User.posts)){TO_USER}"),

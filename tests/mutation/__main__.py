@@ -34,10 +34,23 @@ from tests.mutation.mutants import Mutant, mutants
 from tests.mutation.reach import Reach
 
 MODULES = (
-    "_transaction.doom", "_databases.failures", "_transaction.hooks", "_unit.commit", "_unit.rollback", "_transaction.transaction", "_attempts.attempt", "_attempts.call", "_attempts.retry_or_raise", "_unit.ending", "_unit.verify", "_unit.markers", "_tasks.owner", "_tasks.frames",
-    "_databases.levels", "_transaction.reports", "_transaction.committing", "_transaction.failing", "_transaction.raw_calls",
+    "_transaction.doom", "_transaction.hooks", "_transaction.transaction", "_transaction.reports", "_transaction.committing",
+    "_transaction.failing", "_transaction.raw_calls", "_transaction.refusals", "_attempts.attempt", "_attempts.call",
+    "_attempts.retry_or_raise", "_unit.commit", "_unit.rollback", "_unit.ending", "_unit.verify", "_unit.markers",
+    "_tasks.owner", "_tasks.frames", "_databases.failures", "_databases.levels", "_databases.system", "_databases.driver",
+    "_databases.postgresql", "_databases.mariadb", "_databases.sqlite", "_databases.distributed",
 )  # fmt: skip
-TESTS = ("core", "concurrency", "isolation", "properties", "testing", "versioning", "starlette")
+TESTS = (
+    "core",
+    "concurrency",
+    "isolation",
+    "properties",
+    "testing",
+    "versioning",
+    "starlette",
+    "replicas",
+    "distributed",
+)
 HERE = Path(__file__).parent
 BUDGET = 60.0
 """Seconds of tests for one mutant, of those that reach it.  Lines that all pass would take hours otherwise."""

@@ -155,7 +155,7 @@ async def test_endpoints_of_every_kind(db):
         assert [(await http.get(path)).text for path in ("/function", "/method", "/inner/")] == ["1", "2", "3"]
         assert (await http.get("/sync")).text == (
             "the read session of this scope was used from a thread other than the one of its event loop; "
-            "read what the thread needs before, or open a unit inside it"
+            "read beforehand what the thread needs, or open a unit inside it"
         )
     assert await db.scalar("SELECT balance FROM account") == 3
     assert engine.pool.checkedout() == 0

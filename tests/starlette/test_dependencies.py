@@ -85,5 +85,5 @@ async def test_a_sync_dependency_runs_in_a_thread(db):
     async with client_of(app, raise_app_exceptions=True) as http:
         assert (await http.get("/")).json() == (
             "the read session of this scope was used from a thread other than the one of its event loop; "
-            "read what the thread needs before, or open a unit inside it"
+            "read beforehand what the thread needs, or open a unit inside it"
         )

@@ -84,7 +84,7 @@ async def test_sync_endpoints(db, manager, atomic):
         assert (await client.get("/idle")).text == "done"
         assert (await client.get("/using")).text.endswith(
             " was used from a thread other than the one of its event loop; "
-            "read what the thread needs before, or open a unit inside it"
+            "read beforehand what the thread needs, or open a unit inside it"
         )
 
 

@@ -48,8 +48,8 @@ async def test_a_dependency_without_the_scope_function(manager, db):
             await client.post("/accounts/7")
     (warning,) = told
     assert str(warning.message) == (
-        "POST /accounts/{number} begins its response while a unit of it is open, whose COMMIT comes too late to be told of; "
-        "end the unit before, in a FastAPI dependency by Depends(..., scope='function')"
+        "POST /accounts/{number} begins its response while a unit of it is open, whose COMMIT comes too late to tell "
+        "the client; end the unit before, in a FastAPI dependency by Depends(..., scope='function')"
     )
     assert (warning.filename, warning.lineno) == (__file__, inspect.getsourcelines(endpoint)[1])
 

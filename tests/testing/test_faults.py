@@ -235,8 +235,8 @@ async def test_a_plan_that_struck_nothing_hides_no_error(service):
 
 
 NO_FAULT = (
-    "FaultPlan() got 'meteor', which is no fault; use one of 'conflict', 'deadlock', 'lock timeout', 'lost', 'refused', "
-    "'latency', 'cancel'"
+    "FaultPlan() got 'meteor', which is not a fault; use one of 'conflict', 'deadlock', 'lock timeout', 'lost', "
+    "'refused', 'latency', 'cancel'"
 )
 NOT_THERE = "FaultPlan('conflict') got at='after commit'; use 'statement' or 'flush' or 'commit'"
 NOT_ON_SQLITE = "FaultPlan('lost') was asked of SQLite, which has none; use 'conflict' or 'lock timeout'"

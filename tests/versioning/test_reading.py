@@ -159,8 +159,8 @@ async def test_an_object_that_was_never_read(db, one):
             unit.session.add(row)
             row.other = 4
     assert str(refused.value) == (
-        "Plain(1) is to be written, and nothing tells at which version its data were read; refresh() it before, or write it "
-        "by an update()"
+        "Plain(1) is to be written, and nothing tells at which version its data were read; refresh() it first, or "
+        "write it by an update()"
     )
 
 

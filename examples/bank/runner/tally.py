@@ -25,7 +25,7 @@ class Row:
         calls: how many were made.
         done: how many were answered with a success, so that their transaction is committed.
         refused: how many the bank said no to.
-        outrun: how often an edit was told that somebody else was first (412), and began anew.
+        outrun: how often an edit was told that somebody else was first (412), and began again.
         retries: how often an attempt was run again, inside the service.
         conflicts: why attempts failed, by reason and code.
         gave_up: calls that failed in every attempt (503).
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def attempts(self) -> int:
-        """How often the service began: an edit that was told 412 began anew, and so does a retry."""
+        """How often the service began: an edit that was told 412 began again, and so does a retry."""
         return self.calls + self.outrun + self.retries
 
     def count(self, status: int, seconds: float) -> None:

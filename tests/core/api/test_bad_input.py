@@ -35,11 +35,11 @@ WRONG = [
     ({"retry": 5}, TypeError, "has retry=5; pass a RetryPolicy, and the number as retries="),
     (
         {"isolation": "serializable"}, ValueError,
-        ("asks for isolation 'serializable', which is no SQL level; use one of READ UNCOMMITTED, READ COMMITTED, REPEATABLE "
-        "READ, SERIALIZABLE"),
+        ("asks for isolation 'serializable', which is not an SQL level; use one of READ UNCOMMITTED, READ COMMITTED, "
+        "REPEATABLE READ, SERIALIZABLE"),
     ),
-    ({"isolation": 3}, ValueError, ("asks for isolation 3, which is no SQL level; use one of READ UNCOMMITTED, READ COMMITTED, "
-     "REPEATABLE READ, SERIALIZABLE")),
+    ({"isolation": 3}, ValueError, ("asks for isolation 3, which is not an SQL level; use one of READ UNCOMMITTED, "
+     "READ COMMITTED, REPEATABLE READ, SERIALIZABLE")),
 ]  # fmt: skip
 OF_A_CALL = [
     ({"propagation": "new"}, ValueError, ("has propagation='new', which is unknown; use one of 'required', 'requires_new', "
@@ -171,7 +171,7 @@ def test_a_manager_of_which_no_unit_is_open(engine):
 async def test_a_hook_that_cannot_be_called(engine, register):
     """Refused where it is registered; behind COMMIT it would be too late."""
     message = (
-        "a hook is of type NoneType, which cannot be called; pass the function, and its arguments behind it: "
+        "a hook is of type NoneType, which cannot be called; pass the function, and its arguments after it: "
         "after_commit(send, address)"
     )
     with UnitOfWorkManager(engine).activate() as manager:

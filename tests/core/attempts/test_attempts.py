@@ -325,6 +325,18 @@ async def test_the_last_attempt_raises_and_the_message_of_one_that_leaves(loop, 
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
+async def test_the_message_of_the_last_but_one_that_leaves(loop):
+    """There was one more attempt, so that is not what is missing."""
+    mine = loop(conflicts=9)
+    with pytest.raises(
+        errors.ConflictError, match=r"failed in attempt 1 of 2, which leaves its loop, .*; let the block"
+    ):
+        async for attempt in mine.attempts(retries=1):
+            async with attempt as unit:
+                await mine.work(unit)
+                break
+
+
 async def test_a_conflict_in_the_body_is_swallowed_though_the_block_would_have_returned(loop, db):
     """The body never came to its `return`, so the loop does go on."""
     trouble = QUICK[db.family](db)

@@ -95,8 +95,9 @@ async def test_a_body_that_swallows_its_deadline(db, manager):
     for cancelled_too in (False, True):
         units = []
         task = asyncio.create_task(late(cancelled_too=cancelled_too))
-        with pytest.raises(errors.TransactionTimeoutError):
+        with pytest.raises(errors.TransactionTimeoutError) as told:
             await task
+        assert isinstance(told.value.__cause__, asyncio.CancelledError) is cancelled_too  # which is not lost for it
         assert units[0].status is Status.ROLLED_BACK
     assert await notes(db) == []
     assert manager.engine.pool.checkedout() == 0

@@ -207,7 +207,7 @@ async def test_a_level_that_nobody_has_is_refused_at_decoration(db):
     with pytest.raises(ValueError, match="isolation") as caught:
         transactional(isolation="SNAPSHOT")(until)
     assert str(caught.value) == (
-        "until() asks for isolation 'SNAPSHOT', which is no SQL level; "
+        "until() asks for isolation 'SNAPSHOT', which is not an SQL level; "
         "use one of READ UNCOMMITTED, READ COMMITTED, REPEATABLE READ, SERIALIZABLE"
     )
 

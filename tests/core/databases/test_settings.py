@@ -112,6 +112,37 @@ async def test_the_smaller_limit_holds_however_the_server_writes_it(db, isolatio
 
 
 @POSTGRESQL
+async def test_the_end_waits_while_the_limits_are_set(wire):
+    """A4: a child's first statement waits for them; they come to their end, and the connection is as good as before."""
+    manager = UnitOfWorkManager(wire.engine, isolation="REPEATABLE READ")
+    held = wire.proxy.on_client_bytes(b"SET LOCAL", "hold")
+    with pytest.raises(KeyError):
+        async with manager.begin(timeout=20) as unit:
+            child = asyncio.create_task(unit.session.execute(text("SELECT 1")))
+            assert await asyncio.to_thread(held.wait)
+            asyncio.get_running_loop().call_later(0.3, held.release)
+            raise KeyError
+    await asyncio.wait({child})
+    async with manager.begin(timeout=20) as unit:
+        assert await unit.session.scalar(text("SELECT 1")) == 1
+    assert wire.connected == 1
+
+
+@POSTGRESQL
+async def test_limits_that_cannot_be_set(wire):
+    """A4: what the server says to that is the error, and not what comes of it."""
+    manager = UnitOfWorkManager(wire.engine, isolation="REPEATABLE READ")
+    others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+    wire.proxy.on_client_bytes(
+        b"SET LOCAL", lambda: wire.db.server.execute(f"SELECT pg_terminate_backend(pid, 5000) {others}")
+    )
+    with pytest.raises(errors.ConflictError) as caught:
+        async with manager.begin(timeout=20) as unit:
+            await unit.session.execute(text("SELECT 1"))
+    assert caught.value.__cause__.statement.startswith("SET LOCAL")
+
+
+@POSTGRESQL
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("seconds", [None, 10])
 async def test_a_deadline_takes_no_snapshot(db, isolation, seconds):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._retry.budget import LARGEST, PER_CALL, PER_SECOND, Budget
@@ -34,6 +36,28 @@ async def test_calls_while_the_database_is_away(db):
     with socket.socket() as nobody:  # bound, so that nobody else listens there, and not listening
         nobody.bind(("127.0.0.1", 0))
         await calls_refused(UnitOfWorkManager(db.engine(port=nobody.getsockname()[1], pool_size=100)))
+
+
+@pytest.mark.drivers("asyncpg", "asyncmy")
+async def test_a_call_earns_once_and_only_if_it_may_be_run_again(db, monkeypatch):
+    """R2: neither its own retries fill the budget up again, nor calls that never take from it."""
+    monkeypatch.setattr("sqla_uow._attempts.retry_or_raise.time", SimpleNamespace(monotonic=lambda: 0.0))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        manager = UnitOfWorkManager(db.engine(port=nobody.getsockname()[1]), retry=RetryPolicy(base=0, cap=0))
+
+        async def attempts(retries):
+            """Return how many are made."""
+            with pytest.raises((errors.ConflictError, OSError, DBAPIError)):
+                async for attempt in manager.attempts(retries=retries):
+                    async with attempt as unit:
+                        await unit.session.execute(text("SELECT 1"))
+            return unit.attempt
+
+        assert await attempts(retries=50) == 1 + LARGEST
+        assert [await attempts(retries=0) for _ in range(10)] == [1] * 10
+        assert await attempts(retries=5) == 1
+        assert 2 in [await attempts(retries=1) for _ in range(5)]
 
 
 async def calls_refused(manager):

@@ -640,3 +640,25 @@ async def test_transfers_in_four_processes(db, quick_deadlocks):
     assert off > 2
     assert auto < off  # 0.4 to 0.9 of it; 1.1 to 1.9 where the others are not noticed
     assert await db.scalar("SELECT sum(balance) FROM account") == 0
+
+
+async def test_what_is_rolled_back_is_no_progress(db, monkeypatch):
+    """R10: the width follows the commits alone."""
+    manager, commits, committed = UnitOfWorkManager(db.engine()), [], Controller.committed
+
+    def note(self, *arguments):
+        commits.append(self)
+        committed(self, *arguments)
+
+    monkeypatch.setattr(Controller, "committed", note)  # what it makes of them, the simulations above show
+
+    @transactional(using=manager, retries=1)
+    async def work(*, fails):
+        await current_session(manager).execute(text("SELECT 1"))
+        if fails:
+            raise KeyError
+
+    await work(fails=False)
+    with pytest.raises(KeyError):
+        await work(fails=True)
+    assert len(commits) == 1

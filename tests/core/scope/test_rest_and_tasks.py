@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import anyio
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.util import await_only
@@ -43,6 +44,26 @@ async def test_by_a_child_of_whom_has_read(manager):
         await asyncio.create_task(scope.rest())
         assert manager.engine.pool.checkedout() == 0
         assert await read() == 10
+
+
+async def test_by_a_child_of_anyio_that_was_started_before_its_parent_has_read(manager):
+    """It has inherited nothing that tells of its parent; anyio knows."""
+    turn = asyncio.Event()
+
+    async def child(scope):
+        await turn.wait()
+        await scope.rest()
+        assert manager.engine.pool.checkedout() == 0
+
+    async def parent(scope):
+        async with anyio.create_task_group() as group:
+            group.start_soon(child, scope)
+            await asyncio.sleep(0)
+            await read()
+            turn.set()
+
+    async with manager.scope() as scope:
+        await asyncio.create_task(parent(scope))
 
 
 async def test_under_a_statement_of_a_child(manager):

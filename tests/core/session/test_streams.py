@@ -141,7 +141,7 @@ async def test_a_stream_that_is_left_in_the_middle_ends_with_the_unit(db, manage
         assert len(await anext(rows)) == 10
         unit.session.add(Note(text="at the end"))
     assert hooks == [1]
-    with pytest.raises(errors.NoUnitError, match="were read on when its part of"):
+    with pytest.raises(errors.NoUnitError, match="were read on after its part of"):
         await anext(rows)
     assert await db.rows("SELECT text FROM note ORDER BY id") == [("before",), ("at the end",)]
     await _is_sound(manager, db)
@@ -155,10 +155,39 @@ async def test_a_stream_of_a_savepoint_that_is_undone(manager, db):
                 rows = (await unit.session.stream_scalars(accounts())).partitions()
                 assert len(await anext(rows)) == 10
                 raise ValueError("undo")
-        with pytest.raises(errors.NoUnitError, match="were read on when its part of"):
+        with pytest.raises(errors.NoUnitError, match="were read on after its part of"):
             await anext(rows)
         unit.session.add(Note(text="after"))
     assert await db.rows("SELECT text FROM note") == [("after",)]
+    await _is_sound(manager, db)
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")
+@pytest.mark.parametrize("swallowed", [False, True])
+async def test_a_stream_that_cannot_be_closed(manager, db, swallowed):
+    """To close it, the rest of its rows are read: that the connection is lost is found out there, and all is run again."""
+    runs = []
+
+    @transactional(using=manager, retries=1)
+    async def work():
+        session = current_session()
+        runs.append(1)
+        session.add(Note(text="once"))
+        await session.flush()
+        number = await session.scalar(text("SELECT connection_id()"))
+        result = await session.stream(
+            text("SELECT id, REPEAT('x', 100000) FROM account"), execution_options={"yield_per": 10}
+        )
+        assert len(await result.fetchmany(10)) == 10
+        if len(runs) == 1:
+            await db.run(f"KILL {number}")
+        del result
+        with contextlib.suppress(Exception if swallowed else KeyError):
+            await session.execute(text("SELECT 1"))
+
+    await work()
+    assert len(runs) == 2
+    assert await db.rows("SELECT text FROM note") == [("once",)]
     await _is_sound(manager, db)
 
 

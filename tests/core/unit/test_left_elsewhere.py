@@ -67,8 +67,8 @@ async def test_a_generator_that_is_left_in_the_middle(db, caplog):
     assert await db.scalar("SELECT count(*) FROM note") == 0
     [message] = caplog.messages
     assert message == (
-        "begin() was left because the async generator around it was closed; what was written in it is rolled back, also by "
-        "who took its items: let them begin the unit, or pass a list"
+        "begin() was left because the async generator around it was closed; what was written in it is rolled back, "
+        "also what the code that took its items wrote; let that code begin the unit, or pass a list"
     )
 
 

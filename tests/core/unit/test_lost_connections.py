@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, transactional
@@ -133,6 +134,22 @@ async def test_a_rollback_that_is_not_answered_is_given_up(wire, monkeypatch, ca
     await until(lambda: not wire.engine.pool.checkedout(), seconds=2)
     await wire.add_one()
     assert await wire.balance() == 1
+
+
+async def test_a_rollback_of_a_doomed_reading_that_is_not_answered(wire, monkeypatch):
+    """D4: likewise; it is not ended by COMMIT, as a sound one is."""
+    for limit in ("_unit.rollback.ROLLBACK_SECONDS", "_unit.ending.IDLE_SECONDS", "_databases.interrupt.STOP_SECONDS"):
+        monkeypatch.setattr(f"sqla_uow.{limit}", 0.2)
+    await wire.add_one(read_only=True)
+    held = wire.proxy.on_client_bytes(b"ROLLBACK", "hold")
+    async with asyncio.timeout(8):
+        async with UnitOfWorkManager(wire.engine).scope():
+            with pytest.raises(DBAPIError):
+                await current_session().execute(text("SELECT wrong"))
+            assert not held.fired
+    assert held.fired
+    wire.proxy.cut()  # else psycopg takes its time: 5 s
+    await until(lambda: not wire.engine.pool.checkedout(), seconds=2)
 
 
 async def test_another_failure_after_a_lost_connection_was_swallowed(db, manager):

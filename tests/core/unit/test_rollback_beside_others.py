@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, literal_column, select, text
 from sqlalchemy.util import await_only
 
 from sqla_uow import Status, UnitOfWorkManager, errors
@@ -48,8 +49,43 @@ async def test_a_statement_of_a_child_that_comes_to_its_end(db, manager, connect
 
 
 @pytest.mark.drivers(*SERVERS)
-async def test_a_long_call_on_the_drivers_connection(db, manager):
-    """It is cut off, not waited for."""
+async def test_a_flush_of_a_child_that_comes_to_its_end(db, manager, connected):
+    """Likewise; the end goes on as soon as it can."""
+    slow = text(SLEEP[db.family].format(0.3)).columns().subquery()
+    with pytest.raises(KeyError):
+        async with manager.begin() as unit:
+            await unit.session.execute(text("SELECT 1"))
+            unit.session.add(Account(id=1, balance=select(literal_column("1")).select_from(slow).scalar_subquery()))
+            child = asyncio.create_task(unit.session.flush())
+            await asyncio.sleep(0)
+            raise KeyError
+    await asyncio.wait({child})
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=2))
+    assert connected == [1]
+    assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+@pytest.mark.drivers("asyncmy", "aiomysql")  # PostgreSQL's tell only of calls that are over
+async def test_a_short_call_on_the_drivers_connection(db, manager, connected):
+    """Likewise, where it is the first that the child does."""
+    with pytest.raises(KeyError):
+        async with manager.begin() as unit:
+            unit.session.add(Account(id=1))
+            await unit.session.flush()
+            child = asyncio.create_task(send(await raw_of(unit.session), SLEEP[db.family].format(0.3)))
+            await asyncio.sleep(0)
+            raise KeyError
+    await child
+    async with manager.begin() as unit:
+        unit.session.add(Account(id=2))
+    assert connected == [1]
+    assert await db.rows("SELECT id FROM account") == [(2,)]
+
+
+@pytest.mark.drivers(*SERVERS)
+async def test_a_long_call_on_the_drivers_connection(db, manager, caplog):
+    """It is cut off, not waited for; nothing goes wrong on the way."""
     async with asyncio.timeout(8):
         with pytest.raises(KeyError):
             async with manager.begin() as unit:
@@ -63,6 +99,8 @@ async def test_a_long_call_on_the_drivers_connection(db, manager):
     async with manager.begin() as unit:
         unit.session.add(Account(id=2))
     assert await db.rows("SELECT id FROM account") == [(2,)]
+    gc.collect()  # asyncio tells of an error that nobody asks for
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 async def test_a_connection_that_the_body_has_given_up(db, manager, caplog):

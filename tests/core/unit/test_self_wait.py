@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 
 import pytest
 from sqlalchemy import event, text
@@ -22,6 +24,18 @@ async def manager(db):
     """Over two accounts."""
     await db.run("INSERT INTO account (id, balance) VALUES (1, 0), (2, 0)")
     return UnitOfWorkManager(db.engine())
+
+
+async def test_nothing_looks_after_a_unit_that_has_ended(manager):
+    """And so nothing keeps it, however long the one around it goes on."""
+    async with manager.begin() as outer:
+        await outer.session.execute(text("SELECT 1"))
+        async with manager.begin(propagation="requires_new") as inner:
+            await inner.session.execute(text("SELECT 1"))
+        seen = weakref.ref(inner._transaction)
+        del inner
+        gc.collect()
+        assert seen() is None
 
 
 OUTER = {

@@ -44,6 +44,17 @@ async def test_the_first_unit_makes_the_marker_table(unmarked):
     assert await unmarked.scalar(COUNT) == 1
 
 
+@pytest.mark.drivers(*MARKED)
+async def test_a_marker_table_that_another_process_has_made(unmarked):
+    """It serves both, each with a row of its own."""
+    for key in (1, 2):
+        async with UnitOfWorkManager(unmarked.engine(), ambiguous_commit="verify").begin() as unit:
+            unit.session.add(Account(id=key))
+        assert unit.status is Status.COMMITTED
+    assert await unmarked.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
+    assert await unmarked.scalar(COUNT) == 2
+
+
 @pytest.mark.drivers("asyncmy", "aiomysql")
 async def test_another_process_makes_the_marker_table_meanwhile(unmarked):
     """Between the look whether it is there and its making: that is as good."""
