@@ -229,13 +229,13 @@ class KeyedRequest(AtomicRequest):
             if not other.done():
                 return _in_progress()
             if (kept := other.result()) is not None:
-                return await self._replay(kept)
+                return await self._replay(kept, unit_scope)
         self._mine = others[self.manager, self.key.digest] = loop.create_future()
         try:
             failure = await self._carry_out(unit_scope, until)
         finally:
             self.settle(self.found if isinstance(self.found, Record) else None)
-        return await self._replay(self.found) if isinstance(self.found, Record) else failure
+        return await self._replay(self.found, unit_scope) if isinstance(self.found, Record) else failure
 
     async def _carry_out(self, unit_scope: UnitScope, until: float) -> Exception | None:
         """Run it as soon as no other transaction has the key."""
@@ -267,13 +267,15 @@ class KeyedRequest(AtomicRequest):
             del running(self.idempotency)[self.manager, self.key.digest]
             mine.set_result(kept)
 
-    async def _replay(self, kept: Record) -> Exception | None:
+    async def _replay(self, kept: Record, unit_scope: UnitScope) -> Exception | None:
         if kept.fingerprint is not None:
             try:
                 digest = await self.fingerprint.digest(self.body.replaying(None))
                 self.idempotency.keys.check(self.key, kept, digest)
             except KeyReusedError as error:
                 return error
+        if unit_scope.last_write is not None:  # the client may never have got the position of that COMMIT
+            unit_scope.last_write.lose()
         for message in decoded(self.idempotency, kept):
             await self.send(message)
         return None
