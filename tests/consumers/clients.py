@@ -22,6 +22,7 @@ from sqla_uow.errors import KeyReusedError
 AT_ONCE = 20
 AGAIN_AFTER = 0.05  # s
 ID = "Nats-Msg-Id"
+DEAD_ID = "Dead-Msg-Id"  # of a name that NATS does not know: it would leave out the second dead letter of an id
 CONFIG = ConsumerConfig(ack_wait=2)
 """A consumer that has died is found out after `ack_wait` seconds: RabbitMQ sees its connection end, NATS does not."""
 
@@ -35,7 +36,7 @@ async def nats_plain(url, queue, work):
         try:
             await work(message.headers[ID], message.data)
         except KeyReusedError:
-            await jetstream.publish(f"{queue}_dead", message.data, headers=message.headers)
+            await jetstream.publish(f"{queue}_dead", message.data, headers={DEAD_ID: message.headers[ID]})
             await message.term()
         except Exception:  # noqa: BLE001  # whatever it is
             await message.nak(delay=AGAIN_AFTER)
@@ -70,7 +71,8 @@ async def nats_faststream(url, queue, work):
         try:
             await work(message.headers[ID], message.body)
         except KeyReusedError as error:
-            await broker.publish(message.body, f"{queue}_dead", headers=message.headers, stream=f"{queue}_dead")
+            letter = {DEAD_ID: message.headers[ID]}
+            await broker.publish(message.body, f"{queue}_dead", headers=letter, stream=f"{queue}_dead")
             raise RejectMessage from error
         except Exception as error:
             raise NackMessage(delay=AGAIN_AFTER) from error

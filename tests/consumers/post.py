@@ -6,7 +6,7 @@ import aio_pika
 import nats
 from nats.js.api import StreamConfig
 
-from tests.consumers.clients import ID
+from tests.consumers.clients import DEAD_ID, ID
 from tests.kit.waiting import until
 
 
@@ -67,21 +67,26 @@ class NATSPost:
         name = f"{self._queue}_dead"
         last = (await self._jetstream.stream_info(name)).state.last_seq
         letters = [await self._jetstream.get_msg(name, number) for number in range(1, last + 1)]
-        return [(letter.headers[ID], letter.data) for letter in letters]
+        return [(letter.headers[DEAD_ID], letter.data) for letter in letters]
 
 
 class RabbitPost:
-    """A queue for messages, and one for dead letters; as for NATS."""
+    """A queue for messages, and one for dead letters; as for NATS.
 
-    def __init__(self, url, queue):
+    Args:
+        arguments: of the first one, if not as here.
+    """
+
+    def __init__(self, url, queue, arguments=None):
         self._url, self._queue = url, queue
+        dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{queue}_dead"}
+        self._arguments = arguments or dead
 
     async def __aenter__(self):
         self._connection = await aio_pika.connect(self._url)
         self._channel = await self._connection.channel()
-        dead = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": f"{self._queue}_dead"}
         await self._channel.declare_queue(f"{self._queue}_dead", durable=True)
-        await self._channel.declare_queue(self._queue, durable=True, arguments=dead)
+        await self._channel.declare_queue(self._queue, durable=True, arguments=self._arguments)
         return self
 
     async def __aexit__(self, *exc_info):
