@@ -94,6 +94,10 @@ class Worker:
         """Return the lines that it has written."""
         return self._file.read_text().splitlines() if self._file.exists() else []
 
+    def is_at_work(self):
+        """Tell whether it lives and has worked a message."""
+        return self.is_alive and self._file.exists() and self._file.stat().st_size > 0
+
     async def kill(self):
         """Kill it, and return when it is gone; it is an error if it has ended by itself."""
         self.is_alive = False
