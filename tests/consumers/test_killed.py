@@ -15,7 +15,7 @@ from tests.kit.waiting import until
 
 MESSAGES = int(os.environ["SQLA_UOW_CONSUMERS"])
 WORKERS = 3
-LIFE = 0.2, 1.0  # s between two kills
+LIFE = 0.5, 2.5  # s between two kills
 MINUTES = 10
 
 pytestmark = [pytest.mark.parametrize("client", CLIENTS), pytest.mark.timeout(60 * MINUTES)]

@@ -36,6 +36,18 @@ async def page(client, broker, queue, tmp_path, monkeypatch):
     await namespace["engine"].dispose()
 
 
+def failing_at_first(work, bad):
+    """Return the work, which fails once at a message."""
+    failures = [ConnectionError]
+
+    async def work_or_fail(message, payload):
+        if message == bad and failures:
+            raise failures.pop()
+        return await work(message, payload)
+
+    return work_or_fail
+
+
 @pytest.mark.drivers("sqlite")
 @pytest.mark.parametrize("client", STARTS)
 async def test_the_consumer_of_the_page(driver, client, broker, queue, page):
@@ -48,6 +60,7 @@ async def test_the_consumer_of_the_page(driver, client, broker, queue, page):
             return await unit.session.scalar(select(page["Account"].balance))
 
     assert await balance() == 5  # of the first block
+    page["deposit"] = failing_at_first(page["deposit"], "m-3")
     async with POSTS[kind](broker.url(), queue, **options) as post:
         consuming = asyncio.ensure_future(eval(STARTS[client], page))  # noqa: S307  # our own page
         await post.send("m-2", b"7")
