@@ -16,10 +16,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._retry import controller as _contention
 from sqla_uow._retry.controller import Controller, _Rate
-from sqla_uow._retry.gate import ANY, Entry, Gate, _too_late
+from sqla_uow._retry.gate import ANY, Entry, _too_late
 from sqla_uow._unit.statistics import name_of
 from sqla_uow.typing import Contention
 from tests.kit.models import Account
+from tests.kit.queueing import narrow
 from tests.kit.waiting import until
 
 OFF = RetryPolicy(contention="off")
@@ -272,17 +273,6 @@ def test_a_narrower_width_that_brings_more_leads_on(driver):
 
 
 # -- the gate, in front of real units
-
-
-def narrow(manager, function):
-    """Let one call of `function` run at a time, from now on, as if it had met conflicts."""
-    groups, gate = manager._setup.groups.here(), Gate(manager.retry.clock, set())
-    groups.gates.append(gate)
-    groups._join(groups.member(function.__transactional__, name_of), gate)
-    gate.controller.opening = False
-    gate.controller._best = 0
-    gate.controller._go(0)
-    return gate
 
 
 class Busy:
@@ -544,20 +534,10 @@ async def test_who_is_cancelled_while_the_process_backs_off_lets_the_next_one_in
 SERVERS = pytest.mark.drivers("asyncpg", "asyncmy")
 
 
-@pytest.fixture
-async def quick_deadlocks(db):
-    """Have PostgreSQL look for deadlocks after 50 ms instead of a second: a control without turns has many."""
-    if db.family != "postgresql":
-        yield
-        return
-    await db.run(f"ALTER DATABASE {db.name} SET deadlock_timeout = '50ms'")  # of sessions that begin now
-    yield
-    await db.run(f"ALTER DATABASE {db.name} RESET deadlock_timeout")
-
-
 @SERVERS
 @pytest.mark.parametrize("contention", ["off", "auto"])
-async def test_transfers_between_three_rows(db, quick_deadlocks, contention):
+@pytest.mark.usefixtures("quick_deadlocks")
+async def test_transfers_between_three_rows(db, contention):
     """R10: the control spends most of its attempts on conflicts; in turns hardly any, and no one gives up."""
     for key in range(3):
         await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
@@ -597,7 +577,8 @@ async def test_transfers_between_three_rows(db, quick_deadlocks, contention):
 
 
 @pytest.mark.drivers("asyncpg")
-async def test_transfers_in_four_processes(db, quick_deadlocks):
+@pytest.mark.usefixtures("quick_deadlocks")
+async def test_transfers_in_four_processes(db):
     """R10: four managers know as little of each other as processes do; each finds out, and waits as a whole."""
     for key in range(3):
         await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
@@ -621,9 +602,8 @@ async def test_transfers_in_four_processes(db, quick_deadlocks):
                 for turn in range(turns):
                     await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
                     attempts_so_far.append(len(attempts))
-                    if (
-                        contention == "auto"
-                        and any(gate.controller.crowded for gate in manager._setup.groups.here().gates)
+                    if contention == "auto" and any(
+                        gate.controller.crowded for gate in manager._setup.groups.here().gates
                     ):
                         crowded.add(number % 4)
 

@@ -13,7 +13,7 @@ from sqla_uow._retry.gate import ANY
 from sqla_uow._retry.groups import Groups
 from sqla_uow._retry.tables import tables_of
 from sqla_uow.typing import Contention
-from tests.core.retry.test_contention import narrow, quick_deadlocks  # noqa: F401  # a fixture
+from tests.kit.queueing import narrow
 from tests.kit.waiting import until
 
 one_driver = pytest.mark.drivers("sqlite")  # what is about no database
@@ -249,7 +249,8 @@ async def test_when_conflicts_have_become_few_the_group_ends(db):
 
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 @pytest.mark.parametrize("contention", ["off", "auto"])
-async def test_four_functions_on_the_same_rows(db, quick_deadlocks, caplog, contention):
+@pytest.mark.usefixtures("quick_deadlocks")
+async def test_four_functions_on_the_same_rows(db, caplog, contention):
     """R14: they are one group, named with the table, and none gives up; without turns, most attempts are in vain."""
     caplog.set_level(logging.INFO, logger="sqla_uow")
     for key in range(3):
@@ -262,7 +263,8 @@ async def test_four_functions_on_the_same_rows(db, quick_deadlocks, caplog, cont
             session = current_session(manager)
             for key, amount in ((payer, -1), (payee, 1)):
                 await session.execute(
-                    text("UPDATE account SET balance = balance + :amount WHERE id = :key"), {"key": key, "amount": amount}
+                    text("UPDATE account SET balance = balance + :amount WHERE id = :key"),
+                    {"key": key, "amount": amount},
                 )
 
         transfer.__qualname__ = name
@@ -283,7 +285,6 @@ async def test_four_functions_on_the_same_rows(db, quick_deadlocks, caplog, cont
     await asyncio.gather(*(worker(number) for number in range(12)))
     assert await db.scalar("SELECT sum(balance) FROM account") == 0
     in_vain = sum(manager.statistics().retries.values()) + len(gave_up)
-    print(in_vain, len(gave_up))
     if contention == "off":
         assert in_vain > 50
         assert not groups
