@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,6 @@ class Ours(Side):
         contention: Literal["auto", "off"] = "auto",
         retries: int = RETRIES,
         cap: float = 1.0,
-        functions: int = 1,
     ) -> None:
         clock = asyncio.get_running_loop().time
         policy = RetryPolicy(cap=cap, contention=contention, clock=clock, rng=chance.uniform)
@@ -74,13 +74,13 @@ class Ours(Side):
             unit.before_commit(self._telling, session.commit)
             try:
                 await self._telling(transfer, session, cell, payer, payee)
-            except DBAPIError:
+            except (DatabaseError, DBAPIError):
                 await session.roll_back()
                 raise
 
         decorate = transactional(using=self.manager, retries=retries, isolation="SERIALIZABLE", retry=policy)
-        self.transfers = [decorate(call) for _ in range(functions)]
-        self._chance = chance
+        self.transfer = decorate(call)
+        self.transfers = itertools.cycle([decorate(call) for _ in range(4)])
 
     async def _telling(self, what: Callable[..., object], *arguments: object) -> None:
         """Do it, and tell the unit of an error as a connection does."""
@@ -90,14 +90,14 @@ class Ours(Side):
         except DatabaseError as error:
             if error.sqlstate == "53300":
                 connect_failed(transaction, error)
-            else:
-                operation_failed(transaction, error, None, lost=False, sent=True)
+                raise
+            operation_failed(transaction, error, None, lost=False, sent=True)
             raise DBAPIError(UPDATE, None, error) from error
 
     async def call(self, cell: Cell, payer: int, payee: int) -> bool:
         """Return whether it was committed."""
         try:
-            await self._chance.choice(self.transfers)(cell, payer, payee)
+            await (next(self.transfers) if cell.four else self.transfer)(cell, payer, payee)
         except (ConflictError, PoolTimeoutError):
             return False
         return True
