@@ -17,7 +17,7 @@ from sqla_uow._attempts.observers import check_observers
 from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
 from sqla_uow._replicas.router import LastWrite, ReplicaRouter
-from sqla_uow._retry.groups import FREE, names, together
+from sqla_uow._retry.groups import FREE, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
@@ -260,14 +260,14 @@ class UnitOfWorkManager(Generic[S]):
         everywhere = self._setup.groups.everywhere()
         if function is None:
             return tuple(
-                ContentionGroup(names(gate), tuple(sorted(gate.tables)), gate.state())
+                ContentionGroup(group.names(), tuple(sorted(group.tables)), group.gate.state())
                 for groups in everywhere
-                for gate in list(groups.gates)
+                for group in list(groups.hot)
             )
         key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None) or function
         members = [member for groups in everywhere if (member := groups.known(key)) is not None]
-        gates = [gate for member in members if (gate := member.gate) is not None]
-        return together([gate.state() for gate in gates]) if gates else FREE
+        states = [group.gate.state() for member in members if (group := member.group) is not None]
+        return together(states) if states else FREE
 
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.

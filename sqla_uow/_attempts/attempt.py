@@ -76,7 +76,7 @@ class Attempt(Generic[S]):
         try:
             if call.reading is not None:
                 await call.reading.give_way()
-            if call.groups is not None and call.groups.gates:
+            if call.groups is not None and call.groups.hot:
                 await self._take_turn(call.groups)
             if call.observers:
                 call.times = Times(call.policy.clock)

@@ -88,7 +88,9 @@ async def retry_or_raise(
     failure = ended.failure if ended.failure and ended.failure.retryable else _failure(call, transaction, error)
     groups = call.groups
     if groups is not None and failure is not None and failure.kind in _CONTENDED:
-        groups.conflict(member_of(call, groups), transaction.turn, _statement(error), call.policy.clock)
+        groups.conflict(member_of(call, groups), _statement(error), call.policy.clock)
+        if transaction.turn is not None:
+            transaction.turn.conflicted()
     versions = transaction.versions
     if versions is not None and versions.expectations:
         await _check_expectations(call, versions, failure, error, beside)

@@ -9,15 +9,12 @@ import itertools
 import math
 from collections import deque
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from sqla_uow._retry.controller import Controller
 from sqla_uow.typing import Contention
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    from sqla_uow._retry.groups import Member
 
 __all__ = ["ANY", "Entry", "Gate"]
 
@@ -42,18 +39,15 @@ class Gate:
 
     Args:
         clock: monotonic seconds.
-        tables: on which its functions have met conflicts.
     """
 
     __slots__ = (
         "_again", "_backing_off", "_into", "_loop", "_moved", "_numbers", "_queue", "_running", "_shy", "_timer", "_waiting",
-        "clock", "controller", "members", "tables",
+        "clock", "controller",
     )  # fmt: skip
 
-    def __init__(self, clock: Callable[[], float], tables: set[str]) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self.clock: Callable[[], float] = clock
-        self.tables: set[str] = tables
-        self.members: WeakSet[Member] = WeakSet()
         self.controller: Controller = Controller(clock)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[int, asyncio.Future[Entry]]] = deque()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqla_uow._log import log
 from sqla_uow._retry.gate import Gate
@@ -19,9 +19,7 @@ from sqla_uow.typing import Contention
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqla_uow._retry.turn import Turn
-
-__all__ = ["FREE", "Groups", "Member", "names", "together"]
+__all__ = ["FREE", "Group", "Groups", "Member", "together"]
 
 FREE = Contention(None, 0, 0, 0.0)
 """The state of a function that waits for nobody."""
@@ -43,14 +41,14 @@ class Member:
         name: for the log.
 
     Attributes:
-        gate: of its group; None where it waits for nobody.
+        group: with which it takes turns; None where it waits for nobody.
     """
 
-    __slots__ = ("__weakref__", "_changed", "_inserted", "_met", "_read", "attempts", "conflicts", "gate", "name")
+    __slots__ = ("__weakref__", "_changed", "_inserted", "_met", "_read", "attempts", "conflicts", "group", "name")
 
     def __init__(self, name: str) -> None:
         self.name: str = name
-        self.gate: Gate | None = None
+        self.group: Group | None = None
         self.attempts: int = 0
         self.conflicts: int = 0
         self._changed: set[str] = set()
@@ -103,22 +101,52 @@ class Member:
 
     def forget(self) -> None:
         """Begin anew: its group has ended."""
-        self.gate = None
+        self.group = None
         self.conflicts = self.attempts = 0
         self._met.clear()
+
+
+class Group:
+    """Functions that meet conflicts on the same tables.
+
+    Args:
+        clock: monotonic seconds.
+
+    Attributes:
+        gate: where their calls wait for their turn.
+        members: the functions, as long as somebody else knows them.
+        tables: on which they have met conflicts.
+    """
+
+    __slots__ = ("gate", "members", "tables")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.gate: Gate = Gate(clock)
+        self.members: WeakSet[Member] = WeakSet()
+        self.tables: set[str] = set()
+
+    def names(self) -> tuple[str, ...]:
+        """Return what the log calls its functions."""
+        return tuple(sorted({member.name for member in self.members}))
+
+    def add(self, member: Member) -> None:
+        """Let a function take turns with the others."""
+        member.group = self
+        self.members.add(member)
+        self.gate.controller.who = ", ".join(self.names())
 
 
 class Groups:
     """The groups of one manager in one event loop.
 
     Attributes:
-        gates: of each group, one; none where nothing has conflicted lately.
+        hot: each group that has met conflicts lately.
     """
 
-    __slots__ = ("_of_functions", "_of_names", "gates")
+    __slots__ = ("_of_functions", "_of_names", "hot")
 
     def __init__(self) -> None:
-        self.gates: list[Gate] = []
+        self.hot: list[Group] = []
         self._of_functions: WeakKeyDictionary[object, Member] = WeakKeyDictionary()
         self._of_names: dict[str, Member] = {}
 
@@ -142,74 +170,63 @@ class Groups:
                 self._of_functions[key] = member
         return member
 
-    def conflict(self, member: Member, turn: Turn | None, statement: str | None, clock: Callable[[], float]) -> None:
-        """Take note of an attempt that a conflict has ended, and let its function take turns with those that it meets.
+    def conflict(self, member: Member, statement: str | None, clock: Callable[[], float]) -> None:
+        """Let a function that has met a conflict take turns with those that it meets.
 
         Args:
             member: the function.
-            turn: of the attempt; None if it began before anything had conflicted.
             statement: that has failed; None where it was COMMIT, or is not known.
             clock: monotonic seconds.
         """
-        member.meet(statement, [other for gate in self.gates for other in gate.members])
-        if turn is not None:
-            turn.conflicted()
+        member.meet(statement, [other for group in self.hot for other in group.members])
         tables = member.where()
-        there = [gate for gate in self.gates if gate.tables & tables and gate is not member.gate]
+        there = [group for group in self.hot if group.tables & tables and group is not member.group]
         if there and not member.conflicts_often():
             return
-        gate = member.gate
+        group = member.group
         for other in there:
-            gate = other if gate is None else self._merge(gate, other)
-        if gate is None:
-            gate = Gate(clock, set())
-            self._sweep()
-            self.gates.append(gate)
-        new = tables - gate.tables
-        gate.tables |= tables
-        if member.gate is not gate or new:
-            self._join(member, gate)
+            group = other if group is None else self._merge(group, other)
+        if group is None:
+            # Groups whose functions are gone are in nobody's way.
+            self.hot[:] = [one for one in self.hot if one.members or not one.gate.is_idle()]
+            group = Group(clock)
+            self.hot.append(group)
+        new = tables - group.tables
+        group.tables |= tables
+        if member.group is not group or new:
+            group.add(member)
+            _tell(group)
 
-    def end(self, gate: Gate) -> None:
+    def end(self, group: Group) -> None:
         """End a group: its conflicts have become few."""
-        if gate not in self.gates:  # another has taken it over
+        if group not in self.hot:  # another has taken it over
             return
-        self.gates.remove(gate)
-        for member in gate.members:
+        self.hot.remove(group)
+        for member in group.members:
             member.forget()
-        gate.end()
-        if not self.gates:
+        group.gate.end()
+        if not self.hot:
             self._of_names.clear()
 
-    def _join(self, member: Member, gate: Gate) -> None:
-        member.gate = gate
-        gate.members.add(member)
-        gate.controller.who = ", ".join(names(gate))
-        if len(gate.members) > 1:
-            log(
-                logging.INFO, "%s meet conflicts on %s; their calls take turns together", gate.controller.who,
-                ", ".join(sorted(gate.tables)) or "the same rows", function=gate.controller.who, tables=sorted(gate.tables),
-            )  # fmt: skip
-
-    def _merge(self, one: Gate, other: Gate) -> Gate:
-        """Make one group of two; the gate that holds more back stays."""
-        stays, goes = (one, other) if one.controller.width <= other.controller.width else (other, one)
-        self.gates.remove(goes)
+    def _merge(self, one: Group, other: Group) -> Group:
+        """Make one group of two; the one that holds more back stays."""
+        stays, goes = (one, other) if one.gate.controller.width <= other.gate.controller.width else (other, one)
+        self.hot.remove(goes)
         stays.tables |= goes.tables
         for member in goes.members:
-            member.gate = stays
-            stays.members.add(member)
-        goes.end(stays)
+            stays.add(member)
+        goes.gate.end(stays.gate)
         return stays
 
-    def _sweep(self) -> None:
-        """Forget the groups whose functions are gone."""
-        self.gates[:] = [gate for gate in self.gates if gate.members or not gate.is_idle()]
 
-
-def names(gate: Gate) -> tuple[str, ...]:
-    """Return what the log calls the functions of a group."""
-    return tuple(sorted({member.name for member in gate.members}))
+def _tell(group: Group) -> None:
+    names = group.names()
+    if len(names) > 1:
+        who, tables = ", ".join(names), sorted(group.tables)
+        log(
+            logging.INFO, "%s meet conflicts on %s; their calls take turns together", who, ", ".join(tables) or "the same rows",
+            function=who, tables=tables,
+        )  # fmt: skip
 
 
 def together(states: list[Contention]) -> Contention:

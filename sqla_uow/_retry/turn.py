@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqla_uow._retry.gate import Gate
-    from sqla_uow._retry.groups import Groups, Member
+    from sqla_uow._retry.groups import Group, Groups, Member
 
 __all__ = ["Turn"]
 
@@ -36,7 +36,7 @@ class Turn:
     """
 
     __slots__ = (
-        "_attempt", "_began", "_beside", "_find", "_gate", "_groups", "_rng", "_seconds", "is_last", "lock_wait", "member", "taken",
+        "_attempt", "_began", "_beside", "_find", "_group", "_groups", "_rng", "_seconds", "is_last", "lock_wait", "member", "taken",
     )  # fmt: skip
 
     def __init__(
@@ -51,14 +51,14 @@ class Turn:
         self._attempt = attempt
         self._beside = ANY if attempt == 1 or left >= len(BESIDE) else BESIDE[left]
         self._rng = rng
-        self._gate: Gate | None = None
+        self._group: Group | None = None
         self._began = 0.0
         self._seconds: float | None = None
 
     @property
     def gate(self) -> Gate | None:
         """Where it has waited; None if its function waits for nobody."""
-        return self._gate
+        return None if self._group is None else self._group.gate
 
     async def take(self, until: float | None = None) -> bool:
         """Wait for it.
@@ -71,12 +71,13 @@ class Turn:
         """
         member = self.member = self._find()
         member.begin()
-        while (gate := member.gate) is not None:
+        while (group := member.group) is not None:
+            gate = group.gate
             entry = Entry.IN if gate.try_enter(self._beside) else await self._wait(gate, until)
             if entry is Entry.LATE:
                 return False
             if entry is Entry.IN:
-                self._gate, self._began = gate, gate.clock()
+                self._group, self._began = group, gate.clock()
                 if not self.is_last:
                     self.lock_wait = self._lock_wait(gate)
                 break
@@ -98,14 +99,15 @@ class Turn:
 
     def free(self, *, committed: bool) -> None:
         """Give it back; called as soon as the transaction has ended, before its hooks."""
-        gate = self._gate
-        if gate is not None and self._seconds is None:
+        group = self._group
+        if group is not None and self._seconds is None:
+            gate = group.gate
             self._seconds = gate.clock() - self._began
             gate.left(self._began, self._seconds, self._beside, committed=committed)
             if gate.controller.calm:
-                self._groups.end(gate)
+                self._groups.end(group)
 
     def conflicted(self) -> None:
         """Say that a conflict had ended the attempt."""
-        if self._gate is not None:
-            self._gate.conflicted(self._began, self._seconds or 0.0)
+        if self._group is not None:
+            self._group.gate.conflicted(self._began, self._seconds or 0.0)

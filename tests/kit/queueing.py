@@ -7,17 +7,18 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from sqla_uow._retry.gate import Gate
+from sqla_uow._retry.groups import Group
 from sqla_uow._unit.statistics import name_of
 from sqla_uow.errors import TransactionTimeoutError
 
 
 def narrow(manager, function, *, width=1):
     """Let so many calls of a function, a loop or a route run at a time, from now on, as if they had met conflicts."""
-    groups, gate = manager._setup.groups.here(), Gate(manager.retry.clock, set())
-    groups.gates.append(gate)
+    groups, group = manager._setup.groups.here(), Group(manager.retry.clock)
+    groups.hot.append(group)
     key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None) or function
-    groups._join(groups.member(key, name_of), gate)
+    group.add(groups.member(key, name_of))
+    gate = group.gate
     gate.controller.opening = False
     gate.controller._best = width.bit_length() - 1
     gate.controller._go(gate.controller._best)

@@ -444,7 +444,7 @@ async def test_how_long_a_lock_is_waited_for_is_left_to_chance(db):
         return limit
 
     groups = manager._setup.groups.here()
-    groups.conflict(groups.member(call.__transactional__, name_of), None, None, manager.retry.clock)
+    groups.conflict(groups.member(call.__transactional__, name_of), None, manager.retry.clock)
     first = asyncio.create_task(call(waits=True))
     async with asyncio.timeout(5):
         await runs.wait()
@@ -603,7 +603,7 @@ async def test_transfers_in_four_processes(db):
                     await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
                     attempts_so_far.append(len(attempts))
                     if contention == "auto" and any(
-                        gate.controller.crowded for gate in manager._setup.groups.here().gates
+                        group.gate.controller.crowded for group in manager._setup.groups.here().hot
                     ):
                         crowded.add(number % 4)
 

@@ -53,10 +53,10 @@ class Functions:
     def conflict(self, name, statement, times=1):
         for _ in range(times):
             self.members[name].begin()
-            self.groups.conflict(self.members[name], None, statement, asyncio.get_running_loop().time)
+            self.groups.conflict(self.members[name], statement, asyncio.get_running_loop().time)
 
     def grouped(self):
-        return sorted(sorted(member.name for member in gate.members) for gate in self.groups.gates)
+        return sorted(list(group.names()) for group in self.groups.hot)
 
 
 @one_driver
@@ -96,7 +96,7 @@ async def test_a_function_in_two_groups_makes_them_one():
     functions = Functions("pay", "ship", "settle")
     functions.conflict("pay", ACCOUNT, times=3)
     functions.conflict("ship", ORDERS, times=3)
-    gates = [functions.members[name].gate for name in ("pay", "ship")]
+    gates = [functions.members[name].group.gate for name in ("pay", "ship")]
     for gate in gates:
         gate.controller._go(0)
         assert gate.try_enter(ANY)
@@ -106,7 +106,7 @@ async def test_a_function_in_two_groups_makes_them_one():
         functions.conflict("settle", ACCOUNT)
         functions.conflict("settle", ORDERS)
     assert functions.grouped() == [["pay", "settle", "ship"]]
-    (one,) = functions.groups.gates
+    one = functions.groups.hot[0].gate
     done, _ = await asyncio.wait(waiting, timeout=0.1)
     assert [task.result().name for task in done] == ["MOVED"]
     assert one.state() == Contention(1, 2, 1, 0.0)
@@ -147,7 +147,7 @@ async def test_who_has_failed_often_runs_beside_few_and_at_last_alone():
     """R14: what would make it give up is not let in meanwhile; it waits for those that run, and comes before the others."""
     functions = Functions("pay")
     functions.conflict("pay", ACCOUNT)
-    gate = functions.members["pay"].gate
+    gate = functions.members["pay"].group.gate
     assert all(gate.try_enter(ANY) for _ in range(2))
     assert not gate.try_enter(0)
     order = []
@@ -173,7 +173,7 @@ async def test_whom_nobody_waits_behind_any_more_holds_nobody_back():
     """R14: a last attempt that is cancelled while it waits to be alone lets in those behind it."""
     functions = Functions("pay")
     functions.conflict("pay", ACCOUNT)
-    gate = functions.members["pay"].gate
+    gate = functions.members["pay"].group.gate
     assert gate.try_enter(ANY)
     last = asyncio.create_task(gate.enter(0, None, again=True))
     await asyncio.sleep(0)
@@ -240,7 +240,8 @@ async def test_when_conflicts_have_become_few_the_group_ends(db):
     waiting = asyncio.create_task(call())
     await until(lambda: manager.contention(call).waiting == 1, seconds=5, pause=0)
     gate.controller.calm = True
-    manager._setup.groups.here().end(gate)
+    groups = manager._setup.groups.here()
+    groups.end(groups.hot[0])
     async with asyncio.timeout(1):
         await waiting
     assert (manager.contention(), manager.contention(call)) == ((), Contention(None, 0, 0, 0.0))
