@@ -588,7 +588,7 @@ async def test_transfers_in_four_processes(db):
         attempts, attempts_so_far, crowded = [], [], set()
         policy = RetryPolicy(cap=0.05, contention=contention)
 
-        @transactional(retries=100, isolation="SERIALIZABLE", retry=policy)
+        @transactional(retries=1000, isolation="SERIALIZABLE", retry=policy)
         async def transfer(payer, payee):
             attempts.append(payer)
             for key, amount in ((payer, -1), (payee, 1)):
