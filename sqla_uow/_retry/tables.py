@@ -49,11 +49,11 @@ class Tables(NamedTuple):
 def tables_of(statement: str) -> Tables:
     """Return the tables that a statement names."""
     text = _LITERAL.sub("''", statement)
-    changed = {_bare(name) for name in _CHANGED.findall(text)}
-    inserted = {_bare(name) for name in _INSERTED.findall(text)}
+    changed: set[str] = {_bare(name) for name in _CHANGED.findall(text)}
+    inserted: set[str] = {_bare(name) for name in _INSERTED.findall(text)}
     if _UPSERTS.search(text) is not None:
         changed, inserted = changed | inserted, set()
-    read = {
+    read: set[str] = {
         _bare(match[0])
         for names in _READ.findall(text)
         for one in names.split(",")
