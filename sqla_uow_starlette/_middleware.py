@@ -8,6 +8,7 @@ from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest, is_async
 from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
+from sqla_uow_starlette._telling import Telling
 from sqla_uow_starlette._timing import Timing
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from sqla_uow import IsolationLevel
+    from sqla_uow.typing import Settings
 
 __all__ = ["UnitOfWorkMiddleware"]
 
@@ -51,6 +53,10 @@ class UnitOfWorkMiddleware:
         server_timing: tell in the header `Server-Timing` how long the units of a request took until its response
             started, how long COMMIT took, and how many attempts there were.  Everybody who may read the response can
             read it.
+        settings: a function of the ASGI scope that returns the settings of a request's transactions, over those of the
+            manager; see `sqla_uow.UnitOfWorkManager`.  It is called whenever a unit is opened in the request, so that it
+            knows what other middleware has put into the scope by then.
+        role: a function of the ASGI scope that returns the role of a request's transactions, or a role.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message says what would work.
@@ -70,6 +76,8 @@ class UnitOfWorkMiddleware:
         max_replay_body: int = _MIB,
         position_in: Literal["cookie", "header"] | None = "cookie",
         server_timing: bool = False,
+        settings: Callable[[Scope], Settings] | None = None,
+        role: str | Callable[[Scope], str | None] | None = None,
     ) -> None:
         _check_types(
             manager,
@@ -97,14 +105,15 @@ class UnitOfWorkMiddleware:
                 f"UnitOfWorkMiddleware has position_in={position_in!r}, which is unknown; use 'cookie', 'header' or None"
             )
         self._carrier = Carrier(manager, position_in) if position_in is not None and manager.replicas else None
+        self._tells = Telling.of(manager, settings, role)
         self._atomic = Atomic(isolation, retries, timeout, methods, should_commit, max_replay_body) if atomic else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
         carrier = self._carrier
         if scope["type"] == "websocket":
-            opening = self.manager.scope(position=sent(carrier, scope))
-            await handle_connection(self.app, opening, scope, receive, send)
+            opening = self.manager.scope if self._tells is None else self._tells.opening(self.manager, scope)
+            await handle_connection(self.app, opening(position=sent(carrier, scope)), scope, receive, send)
             return
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
@@ -116,11 +125,20 @@ class UnitOfWorkMiddleware:
             timing = Timing(self.manager.name)
             send, observers = timing.telling(send), (timing,)
         if self._atomic is None:
-            await handle_request(self.app, self.manager, scope, receive, send, carrier=carrier, observers=observers)
+            await handle_request(
+                self.app,
+                self.manager,
+                scope,
+                receive,
+                send,
+                carrier=carrier,
+                observers=observers,
+                tells=self._tells,
+            )
         else:
             await AtomicRequest(
                 self.app, self.manager, scope, receive, send,
-                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared,
+                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared, tells=self._tells,
             ).handle()  # fmt: skip
 
 
