@@ -7,6 +7,7 @@ import functools
 import pytest
 
 from sqla_uow import UnitOfWorkManager, transactional
+from sqla_uow._databases.distributed import UnconfirmedPostgreSQL, YugabyteDB
 from tests.kit.tenants import tenant
 
 POSTGRESQL = pytest.mark.drivers("asyncpg", "psycopg")
@@ -86,7 +87,7 @@ def test_none_for_every_unit(db):
 def test_functions_in_a_decorator(db):
     """There is nobody whom they could ask yet, and nobody reads them there."""
     for options in ({"settings": {"app.tenant": tenant.get}}, {"settings": dict}, {"role": tenant.get}):
-        with pytest.raises(TypeError, match="has a function .*; pass (a constant|constants) there"):
+        with pytest.raises(TypeError, match=r"has a function .*; pass (a constant|constants) there"):
             transactional(**options)(_late)
 
 
@@ -123,8 +124,6 @@ async def test_a_name_that_the_manager_does_not_have(db):
 @POSTGRESQL
 async def test_yugabytedb_behind_the_same_dialect(db, monkeypatch):
     """Known with the first connection only: nothing runs there without what it was to be told."""
-    from sqla_uow._databases.distributed import UnconfirmedPostgreSQL, YugabyteDB
-
     # No server of that kind is at hand; only its answer to "who are you" is played.
     monkeypatch.setattr(UnconfirmedPostgreSQL, "recognise", lambda *_: YugabyteDB())
     manager = UnitOfWorkManager(db.engine(), settings={"app.tenant": "a"})
