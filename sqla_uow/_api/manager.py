@@ -204,10 +204,10 @@ class UnitOfWorkManager(Generic[S]):
         last_write = None
         if setup.replicas is not None:
             last_write = last_write_of(setup) if position is None else LastWrite(from_text(position))
-        sources, layer = setup.sources, layer_of(settings, role, "scope()")
-        if layer is not None:
+        sources = setup.sources
+        if settings is not None or role is not None:
             setup.database.system.check_settings(who="scope()")
-            sources = (sources or Sources()).under(layer, "scope()")
+            sources = (sources or Sources()).under(layer_of(settings, role, "scope()"), "scope()")
         told = check_observers(observers, "scope()") if observers else ()
         return ScopeContext(self, setup, last_write, told, sources)
 
@@ -237,7 +237,9 @@ class UnitOfWorkManager(Generic[S]):
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
         self._setup.database.system.check_level(isolation, who=options.who)
-        return self._enter(options.telling(layer_of(settings, role, options.who)))
+        if settings is not None or role is not None:
+            options = options.telling(layer_of(settings, role, options.who))
+        return self._enter(options)
 
     def attempts(
         self,
@@ -279,7 +281,8 @@ class UnitOfWorkManager(Generic[S]):
         self._setup.database.system.check_level(isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
-        options = options.telling(layer_of(settings, role, options.who))
+        if settings is not None or role is not None:
+            options = options.telling(layer_of(settings, role, options.who))
         return LoopedCall(self._setup, options, sys._getframe(1).f_code)
 
     def contention(self, function: Callable[..., object], /) -> Contention:
