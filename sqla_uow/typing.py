@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "Contention",
@@ -16,6 +16,8 @@ __all__ = [
     "LazyLoads",
     "PoolState",
     "Propagation",
+    "SettingSource",
+    "Settings",
     "Statistics",
     "Status",
 ]
@@ -28,6 +30,13 @@ Propagation = Literal["required", "requires_new", "nested", "mandatory", "durabl
 
 LazyLoads = Literal["allow", "warn", "raise"]
 """What happens to loads that nobody asked for; see `sqla_uow.UnitOfWorkManager`."""
+
+
+SettingSource: TypeAlias = "str | Callable[[], str | None]"
+"""The value of a setting, or a function without arguments that gives it, such as ``current_tenant.get``."""
+
+Settings: TypeAlias = "Mapping[str, SettingSource | None]"
+"""Settings of transactions by their names, such as ``{"app.tenant": current_tenant.get}``; None is no value, written out."""
 
 
 class Status(enum.Enum):

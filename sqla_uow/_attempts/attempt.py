@@ -18,6 +18,7 @@ from sqla_uow._log import log
 from sqla_uow._retry.turn import Turn
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
+from sqla_uow._settings.preamble import Preamble
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._transaction.times import Times
 from sqla_uow._transaction.transaction import Transaction
@@ -138,6 +139,8 @@ class Attempt(Generic[S]):
             transaction.turn = self._turn
             transaction.lock_wait = self._turn.lock_wait
         unit = self.unit = UnitOfWork(transaction, setup.maker, attempt=call.attempt, is_last_attempt=is_last)
+        if call.sources is not None:
+            transaction.preamble = Preamble(call.sources, call.sources.ask(options.who), unit)
         if setup.verifier is not None and not options.read_only:
             self._verification = setup.verifier.verification()
         self._place = UnitPlace(setup, unit, transaction)
@@ -261,7 +264,7 @@ def _beside(call: Call[S], timeout: float | None) -> Attempt[S]:
     options = block_options(
         who="begin()", isolation=None, read_only=True, propagation="requires_new", retries=0, timeout=timeout
     )
-    return Attempt(Call(call.setup, options))
+    return Attempt(Call(call.setup, options.telling(call.options.settings)))
 
 
 def _finish(call: Call[S], status: Status, error: BaseException | None, *, finished: bool = False) -> None:

@@ -59,6 +59,8 @@ class UnitEngine(LendingEngine):
         times = transaction.times
         began = 0.0 if times is None else times.clock()
         try:
+            if transaction.preamble is not None and transaction.preamble.before is not None:
+                await_only(transaction.preamble.before())
             before_connect(transaction)
             _take_turn(transaction)
             connection = (

@@ -10,7 +10,6 @@ from typing_extensions import TypeVar
 from sqla_uow._retry.budget import budget_of
 from sqla_uow._retry.groups import Groups
 from sqla_uow._tasks.per_loop import PerLoop
-from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.statistics import Counts
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from sqla_uow._retry.budget import Budget
     from sqla_uow._retry.policy import RetryPolicy
     from sqla_uow._session.maker import SessionMaker
+    from sqla_uow._settings.sources import Sources
+    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.verify import Verifier
     from sqla_uow.events import Observer
     from sqla_uow.typing import IsolationLevel
@@ -41,6 +42,7 @@ class Setup(Generic[S]):
         replicas: where units that only read may run, if there are any.
         verifier: learns what became of a COMMIT whose answer was lost; None lets the caller do that.
         observers: are told of every call.
+        sources: what its transactions are told first; None if they are told nothing.
 
     Attributes:
         budget: how many retries an outage may cause; managers over one pool share it.
@@ -51,7 +53,7 @@ class Setup(Generic[S]):
 
     __slots__ = (
         "budget", "counts", "database", "groups", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
-        "timeout", "verifier",
+        "sources", "timeout", "verifier",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +68,7 @@ class Setup(Generic[S]):
         replicas: ReplicaRouter | None,
         verifier: Verifier | None,
         observers: tuple[Observer, ...],
+        sources: Sources | None,
     ) -> None:
         self.name: str = name
         self.maker: SessionMaker[S] = maker
@@ -78,17 +81,19 @@ class Setup(Generic[S]):
         self.replicas: ReplicaRouter | None = replicas
         self.verifier: Verifier | None = verifier
         self.observers: tuple[Observer, ...] = observers
+        self.sources: Sources | None = sources
         self.counts: Counts = Counts()
         self.groups: PerLoop[Groups] = PerLoop(Groups)
 
-    def read_transaction(self, name: str, last_write: LastWrite | None) -> Transaction:
+    def read_transaction(self, kind: type[Transaction], name: str, last_write: LastWrite | None) -> Transaction:
         """Make the transaction of a scope's read session.
 
         Args:
+            kind: its class.
             name: what messages call it.
             last_write: of the scope's client, where there are replicas.
         """
-        transaction = Transaction(
+        transaction = kind(
             name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock
         )
         transaction.scope_read = True
