@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
@@ -16,15 +15,13 @@ from pathlib import Path
 import pytest
 
 from sqla_uow import UnitOfWorkManager
+from tests.consumers.work import Base
 from tests.kit.databases import ONE_OF_EACH
 from tests.kit.waiting import until
 
 CHECKOUT = Path(__file__).parents[2]
-_PACKAGES = ("aio_pika", "faststream", "nats")
 _HERE = Path(__file__).parent
-collect_ignore_glob = [] if all(map(importlib.util.find_spec, _PACKAGES)) else ["*.py"]  # of the group `brokers`
-if not os.environ.get("SQLA_UOW_CONSUMERS"):
-    collect_ignore_glob.append("test_killed.py")
+collect_ignore_glob = [] if os.environ.get("SQLA_UOW_CONSUMERS") else ["test_killed.py"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -45,8 +42,6 @@ def _is_for_the_long_run(item):
 @pytest.fixture
 async def manager(db):
     """An activated manager, whose pool has everything back at the end."""
-    from tests.consumers.work import Base  # noqa: PLC0415  # without the packages, nothing of this is there
-
     async with db.outside() as connection:
         await connection.run_sync(Base.metadata.drop_all)
         await connection.run_sync(Base.metadata.create_all)
@@ -72,7 +67,7 @@ def queue():
 @pytest.fixture
 async def post(client, broker, queue):
     """Who sends messages."""
-    from tests.consumers.post import POSTS  # noqa: PLC0415  # likewise
+    from tests.consumers.post import POSTS  # noqa: PLC0415  # whose packages may be missing
 
     async with POSTS[client.partition("-")[0]](broker.url(), queue) as post:
         yield post
@@ -166,7 +161,7 @@ class Consumer:
 @pytest.fixture
 def consuming(client, broker, queue, post, manager):
     """Return a block in which consumers run, one or more."""
-    from tests.consumers.clients import CLIENTS  # noqa: PLC0415  # likewise
+    from tests.consumers.clients import CLIENTS  # noqa: PLC0415  # whose packages may be missing
 
     @contextlib.asynccontextmanager
     async def consuming(work, number=1):

@@ -7,9 +7,13 @@ import asyncio
 import pytest
 
 from sqla_uow.errors import ConflictError, KeyReusedError
-from tests.consumers.clients import CLIENTS
 from tests.consumers.work import working
+from tests.kit.brokers import need_clients
 from tests.kit.waiting import until
+
+need_clients()
+
+from tests.consumers.clients import CLIENTS  # noqa: E402  # needs the line above
 
 pytestmark = pytest.mark.parametrize("client", CLIENTS)
 

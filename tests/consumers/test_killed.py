@@ -9,9 +9,13 @@ import random
 
 import pytest
 
-from tests.consumers.clients import CLIENTS
 from tests.consumers.work import working
+from tests.kit.brokers import need_clients
 from tests.kit.waiting import until
+
+need_clients()
+
+from tests.consumers.clients import CLIENTS  # noqa: E402  # needs the line above
 
 MESSAGES = int(os.environ["SQLA_UOW_CONSUMERS"])
 WORKERS = 3

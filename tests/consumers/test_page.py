@@ -7,9 +7,13 @@ import asyncio
 import pytest
 from sqlalchemy import select
 
-from tests.consumers.post import POSTS
 from tests.docs.test_docs import CHECKOUT, blocks, run
+from tests.kit.brokers import need_clients
 from tests.kit.waiting import until
+
+need_clients()
+
+from tests.consumers.post import POSTS  # noqa: E402  # needs the line above
 
 PAGE = CHECKOUT / "docs/how-to/consumers.md"
 URLS = {"nats": "nats://localhost:4222", "rabbitmq": "amqp://guest:guest@localhost:5672"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
     from tests.servers.broker import Broker
 
 BROKERS: dict[str, type[Broker]] = {"nats": NATS, "rabbitmq": RabbitMQ}
+
+
+def need_clients() -> None:
+    """Skip the module that is being imported if the packages that speak to brokers are not there."""
+    missing = [name for name in ("aio_pika", "faststream", "nats") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed; pip install --group brokers", allow_module_level=True)
 
 
 class Brokers:
