@@ -354,6 +354,22 @@ async def test_of_an_after_rollback_hook(db, manager, unheard, fatal):
     assert await is_sound(db, manager)
 
 
+async def test_of_an_after_rollback_hook_behind_a_body_that_returned(db, manager, unheard):
+    """Likewise: what kept the unit from its COMMIT is not lost."""
+
+    def fail(error):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        async with manager.begin() as unit:
+            unit.session.add(Note(text="undone"))
+            unit.before_commit(fail, KeyError("mine"))
+            unit.after_rollback(fail, SystemExit())
+    assert isinstance(caught.value.__context__, KeyError)
+    assert await db.scalar("SELECT count(*) FROM note") == 0
+    assert await is_sound(db, manager)
+
+
 @pytest.mark.parametrize("fatal", [*FATAL, asyncio.CancelledError], ids=lambda fatal: fatal.__name__)
 async def test_of_a_before_commit_hook(db, manager, unheard, fatal):
     """The unit is rolled back, and its hooks of a rollback run."""

@@ -9,7 +9,10 @@ from sqlalchemy import event
 
 from sqla_uow import Status, UnitOfWorkManager, errors
 from sqla_uow.testing import FaultPlan
+from tests.kit.logged import logged
 from tests.kit.models import Note
+
+TOLD = {"function": "begin()", "error": "ZeroDivisionError"}
 
 
 @pytest.fixture
@@ -36,7 +39,25 @@ async def test_trouble_in_closing_is_no_trouble_of_the_commit(db, manager, caplo
         unit.after_commit(ran.append, "hook")
         event.listen(unit.session.sync_session, "persistent_to_detached", fail)
     assert (unit.status, ran, await notes(db)) == (Status.COMMITTED, ["hook"], ["kept"])
-    assert "closing a session after its COMMIT failed (ZeroDivisionError); the work is committed" in caplog.messages
+    message = "closing a session after its COMMIT failed (ZeroDivisionError); the work is committed"
+    assert logged(caplog) == [("WARNING", message, TOLD)]
+    assert manager.engine.pool.checkedout() == 0
+
+
+async def test_trouble_in_closing_replaces_nothing_at_the_rollback(db, manager, caplog):
+    """D4: likewise; the body's own error is what it ends with."""
+    await db.run("INSERT INTO note (id, text) VALUES (1, 'kept')")
+
+    def fail(_session, _obj):
+        raise ZeroDivisionError
+
+    with pytest.raises(KeyError):
+        async with manager.begin() as unit:
+            note = await unit.session.get_one(Note, 1)  # noqa: F841  # kept alive, as above
+            event.listen(unit.session.sync_session, "persistent_to_detached", fail)
+            raise KeyError
+    assert unit.status is Status.ROLLED_BACK
+    assert logged(caplog) == [("WARNING", "closing begin() failed (ZeroDivisionError)", TOLD)]
     assert manager.engine.pool.checkedout() == 0
 
 
@@ -73,7 +94,7 @@ async def test_trouble_in_discarding_a_connection(db, manager, monkeypatch, capl
             event.listen(unit.session.sync_session, "persistent_to_detached", fail)
             monkeypatch.setattr(manager.engine.sync_engine.dialect, "do_commit", reset)
     monkeypatch.undo()
-    assert "discarding a connection failed (ZeroDivisionError)" in caplog.messages
+    assert ("WARNING", "discarding a connection failed (ZeroDivisionError)", TOLD) in logged(caplog)
     assert manager.engine.pool.checkedout() == 0
 
 
@@ -91,5 +112,6 @@ async def test_a_hook_that_fails_when_its_caller_is_cancelled(db, manager, caplo
 
     with pytest.raises(asyncio.CancelledError):
         await asyncio.create_task(call())
-    assert "after_commit hook of begin() failed; it is committed" in caplog.messages
+    assert logged(caplog) == [("ERROR", "after_commit hook of begin() failed; it is committed", TOLD)]
+    assert [type(record.exc_info[1]) for record in caplog.records] == [ZeroDivisionError]
     assert await notes(db) == ["kept"]
