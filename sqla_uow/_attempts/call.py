@@ -77,8 +77,7 @@ class Call(Generic[S]):
             ):  # only an outermost call ends the scope's reading; around an inner one the outer unit guards its objects
                 self.reading = self.scope.reading
             self.tainted = self.scope.reading.tainted
-            if self.scope.observers:
-                self.observers += self.scope.observers
+            self.observers += self.scope.observers
         self.key: Key | None = Key() if self.observers else None
 
     @property

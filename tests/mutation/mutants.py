@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,7 @@ def _is_text(node: cst.CSTNode) -> bool:
         return True
     if not isinstance(node, cst.SimpleString) or " " not in node.raw_value:
         return False
-    return node.raw_value[0].islower() or "%s" in node.raw_value
+    return node.raw_value[0].islower() or re.search("[a-z]+ [a-z]+ [a-z]+", node.raw_value) is not None
 
 
 class _Visitor(cst.CSTVisitor):

@@ -28,7 +28,7 @@ class Point:
         if self.colour and by > 2:
             raise ValueError(f"{by} is far")
         self.check(by)
-        log(DEBUG, "%s moved", by)
+        log(DEBUG, "ROLLBACK of %s took too long", by)
         assert by is not None
         return self.x + by
 '''
@@ -39,7 +39,7 @@ def test_what_is_changed():
     changes = [(mutant.within, mutant.was, mutant.becomes) for mutant in mutants("m", SOURCE)]
     move = "Point.move"
     head, condition = "def move(self, by: int = 1) -> int:", "if self.colour and by > 2:"
-    told = 'log(DEBUG, "%s moved", by)'
+    told = 'log(DEBUG, "ROLLBACK of %s took too long", by)'
     assert changes == [
         (move, head, head.replace("1", "2")),
         (move, condition, "if (self.colour and by > 2) and False:"),

@@ -288,6 +288,22 @@ async def test_hooks_behind_the_end_that_never_end(db, manager, caplog):
     assert str(record.exc_info[1]).startswith(message.format(rolled_back.__qualname__))
 
 
+async def test_hooks_in_any_number(manager):
+    """What is bounded is how often they register more, not how many there are."""
+    ran = []
+    async with manager.begin() as unit:
+        for number in range(150):
+            unit.after_commit(ran.append, number)
+            unit.before_commit(ran.append, -1)
+    assert ran == [-1] * 150 + list(range(150))
+    ran.clear()
+    async with manager.begin() as unit:
+        for number in range(150):
+            unit.after_rollback(ran.append, number)
+        unit.doom()
+    assert ran == list(range(150))
+
+
 # -- what is no Exception
 
 FATAL = [pytest.fail.Exception, KeyboardInterrupt, SystemExit, GeneratorExit]

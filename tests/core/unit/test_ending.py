@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.util import await_only
 
 from sqla_uow import Status, UnitOfWorkManager, errors
 from sqla_uow.testing import FaultPlan
 from tests.kit.logged import logged
 from tests.kit.models import Note
+from tests.kit.waiting import until
 
 TOLD = {"function": "begin()", "error": "ZeroDivisionError"}
 
@@ -75,6 +78,38 @@ async def test_an_error_of_the_socket_at_commit(db, manager, monkeypatch):
     monkeypatch.undo()
     assert unit.status is Status.AMBIGUOUS
     assert manager.engine.pool.checkedout() == 0
+
+
+@pytest.mark.drivers("sqlite")  # others would be stopped by breaking their link
+async def test_a_commit_that_nothing_stops(db, manager, monkeypatch):
+    """R3: it goes on when its time is up, whatever is done to it, which no server can be made to cause: unknown, too."""
+    monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.05)
+    go_on = asyncio.Event()
+    asyncio.get_running_loop().call_later(5, go_on.set)  # if it is waited for after all
+
+    async def swallow_cancellations():
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go_on.wait()
+
+    dialect = manager.engine.sync_engine.dialect
+    commit = dialect.do_commit
+
+    def do_commit(connection):
+        await_only(swallow_cancellations())
+        commit(connection)
+
+    with pytest.raises(errors.AmbiguousCommitError) as caught:
+        async with manager.begin(timeout=0.3) as unit:
+            unit.session.add(Note(text="late"))
+            unit.after_commit(pytest.fail, "its outcome is unknown")
+            await unit.session.flush()
+            monkeypatch.setattr(dialect, "do_commit", do_commit)
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    assert unit.status is Status.AMBIGUOUS
+    go_on.set()
+    monkeypatch.undo()
+    await until(lambda: manager.engine.pool.checkedout() == 0, seconds=5)
 
 
 async def test_trouble_in_discarding_a_connection(db, manager, monkeypatch, caplog):
