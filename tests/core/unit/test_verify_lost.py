@@ -215,8 +215,9 @@ async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
-async def test_a_marker_that_is_still_being_written(db):
+async def test_a_marker_that_is_still_being_written(db, caplog):
     """C2: its transaction is under way: asked again."""
+    caplog.set_level(logging.DEBUG, "sqla_uow")
     manager = UnitOfWorkManager(
         db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
     )
@@ -226,3 +227,5 @@ async def test_a_marker_that_is_still_being_written(db):
     async with db.outside() as other, manager.engine.connect() as connection:
         await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))
         assert await verification._ask_marker(connection) == "again"
+    message = "probing a commit marker failed (OperationalError); probing again"
+    assert logged(caplog) == [("DEBUG", message, {"error": "OperationalError"})]
