@@ -80,7 +80,22 @@ async def test_an_error_of_the_socket_at_commit(db, manager, monkeypatch):
     assert manager.engine.pool.checkedout() == 0
 
 
-@pytest.mark.drivers("sqlite")  # others would be stopped by breaking their link
+@pytest.mark.drivers("sqlite")  # others are stopped by breaking their link
+async def test_a_commit_that_takes_longer_than_there_is_time(db, manager, monkeypatch):
+    """R3: it is stopped, and its connection is nobody's any more."""
+    dialect = manager.engine.sync_engine.dialect
+    with pytest.raises(errors.AmbiguousCommitError):
+        async with manager.begin(timeout=0.3) as unit:
+            unit.session.add(Note(text="late"))
+            await unit.session.flush()
+            monkeypatch.setattr(dialect, "do_commit", lambda _connection: await_only(asyncio.sleep(3)))
+    monkeypatch.undo()
+    assert unit.status is Status.AMBIGUOUS
+    assert manager.engine.pool.checkedout() == 0
+    assert await notes(db) == []
+
+
+@pytest.mark.drivers("sqlite")  # likewise
 async def test_a_commit_that_nothing_stops(db, manager, monkeypatch):
     """R3: it goes on when its time is up, whatever is done to it, which no server can be made to cause: unknown, too."""
     monkeypatch.setattr("sqla_uow._unit.ending.IDLE_SECONDS", 0.05)
@@ -150,3 +165,33 @@ async def test_a_hook_that_fails_when_its_caller_is_cancelled(db, manager, caplo
     assert logged(caplog) == [("ERROR", "after_commit hook of begin() failed; it is committed", TOLD)]
     assert [type(record.exc_info[1]) for record in caplog.records] == [ZeroDivisionError]
     assert await notes(db) == ["kept"]
+
+
+async def test_a_cancellation_and_the_hooks_of_a_savepoint_that_was_undone(db, manager):
+    """C3, H3: they run, and the cancellation goes on behind them."""
+    ran = []
+
+    async def call():
+        with FaultPlan(manager, "cancel", at="commit"):
+            async with manager.begin() as unit:
+                unit.session.add(Note(text="kept"))
+                with contextlib.suppress(KeyError):
+                    async with manager.begin(propagation="nested"):
+                        unit.after_rollback(ran.append, "undone")
+                        raise KeyError
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(call())
+    assert ran == ["undone"]
+    assert await notes(db) == ["kept"]
+
+
+@pytest.mark.parametrize(("failing", "said"), [(1, "1 after_commit hook failed"), (2, "2 after_commit hooks failed")])
+async def test_how_many_hooks_have_failed(manager, failing, said):
+    """H2: it is said, and what to do."""
+    with pytest.raises(errors.AfterCommitError) as caught:
+        async with manager.begin() as unit:
+            for _ in range(failing):
+                unit.after_commit(int, "fails")
+    message = f"begin() is committed, but {said}; repeat what they do, not the function"
+    assert str(caught.value).startswith(message)
