@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -249,7 +248,6 @@ class _Pymysql(Driver):
                 "a cancelled statement goes on: KILL reached other servers than the one it runs on, behind a balancer say, and "
                 "was not sent there; its locks last until it ends",
             )
-        await asyncio.sleep(0)
 
 
 class Asyncmy(_Pymysql):
