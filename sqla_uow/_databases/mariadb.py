@@ -228,7 +228,6 @@ class _Pymysql(Driver):
                 spare = twin.connect()
                 try:
                     if await_only(_ask_identity(spare.driver_connection)) != identity:
-                        spare.invalidate()
                         return False
                     cursor = spare.cursor()
                     cursor.execute(f"KILL {int(thread_id)}")
