@@ -1,4 +1,8 @@
-"""``python -m sqla_uow doctor URL``: what a database really gives.  Exit status: 0 well, 1 something is not, 2 no answer."""
+"""The program ``python -m sqla_uow``.
+
+* ``doctor URL``: what a database really gives.  Exit status: 0 well, 1 something is not, 2 no answer.
+* ``purge URL``: remove the idempotency keys that have expired.  Exit status: 0 done, 2 no answer.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,13 @@ import re
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from sqla_uow._doctor.examine import Examination, UnreachableError, examine
 from sqla_uow._doctor.report import as_json, as_table
+from sqla_uow._doctor.url import parsed, place_of
+from sqla_uow._idempotency.command import purge_at
+from sqla_uow.errors import UnitOfWorkError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:  # argparse would print it, and it may be the end of a password with a space in it
         names = [one for one in (argument.partition("=")[0] for argument in rest) if _OPTION.fullmatch(one)]
         parser.error(f"not understood: {', '.join(names) or 'more than one URL'}; put the URL in quotes")
+    answer: int = options.answer(options)
+    return answer
+
+
+def _examine(options: argparse.Namespace) -> int:
     logging.getLogger("sqla_uow").addHandler(logging.NullHandler())  # conflicts are made on purpose
     wanted = Examination(
         read_only=options.read_only,
@@ -52,6 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _NOT_WELL if any(finding.level == "warning" for finding in findings) else _WELL
 
 
+def _purge(options: argparse.Namespace) -> int:
+    try:
+        url = parsed(options.url)
+    except UnreachableError as error:
+        print(f"sqla_uow purge: {error}", file=sys.stderr)  # noqa: T201  # a program's answer
+        return _NO_ANSWER
+    try:
+        removed = asyncio.run(purge_at(url, options.table, options.limit))
+    except (SQLAlchemyError, UnitOfWorkError, ImportError, OSError) as error:  # its text may have the URL in it
+        what = f"{place_of(options.url, url)} did not do it ({type(error).__name__})"
+        print(f"sqla_uow purge: {what}; ask 'python -m sqla_uow doctor'", file=sys.stderr)  # noqa: T201  # likewise
+        return _NO_ANSWER
+    print(f"removed {removed} expired keys")  # noqa: T201  # likewise
+    return _WELL
+
+
 class _Parser(argparse.ArgumentParser):
     """Never shows what it was given: a URL may stand anywhere, where the command or a number is to be."""
 
@@ -63,7 +93,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(allow_abbrev=False, prog="python -m sqla_uow", description=__doc__)
-    doctor = parser.add_subparsers(required=True, metavar="doctor").add_parser(
+    commands = parser.add_subparsers(required=True, metavar="doctor|purge")
+    doctor = commands.add_parser(
         "doctor", allow_abbrev=False, help="connect, try what units depend on, and give advice"
     )
     doctor.add_argument("url", help="as for create_async_engine(), such as postgresql+asyncpg://me@host/bank")
@@ -73,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--read-only", action="store_true", help="make no table, so isolation levels are not tried")
     doctor.add_argument("--seconds", type=_positive, default=10, help="for each check; default: 10")
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(answer=_examine)
+    purge = commands.add_parser("purge", allow_abbrev=False, help="remove the idempotency keys that have expired")
+    purge.add_argument("url", help="as for create_async_engine()")
+    purge.add_argument("--table", default="uow_idempotency", help="of the keys; default: uow_idempotency")
+    purge.add_argument("--limit", type=_positive, default=1000, help="rows in one transaction; default: 1000")
+    purge.set_defaults(answer=_purge)
     return parser
 
 

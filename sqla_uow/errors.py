@@ -15,6 +15,7 @@
     │  └─ StaleVersionError      (StaleDataError)       the row changed since it was read
     ├─ TransactionTimeoutError   (TimeoutError)         the deadline passed
     ├─ InstanceReuseError        (RuntimeError)         an object of a failed attempt used again in the next
+    ├─ KeyReusedError                                   an idempotency key that was used for something else
     ├─ AmbiguousCommitError                             COMMIT was sent and its answer lost; never retried
     └─ AfterCommitError          (ExceptionGroup)       committed; hooks failed
 
@@ -41,6 +42,7 @@ __all__ = [
     "ConflictError",
     "InstanceReuseError",
     "IsolationConflictError",
+    "KeyReusedError",
     "LateCommitWarning",
     "LazyLoadError",
     "NPlusOneWarning",
@@ -199,6 +201,10 @@ class InstanceReuseError(UnitOfWorkError, RuntimeError):
     It is also raised if a failed attempt has used up an argument that the next one needs: a generator, or a file that
     cannot be rewound.
     """
+
+
+class KeyReusedError(UnitOfWorkError):
+    """An idempotency key was used before, for other work than now: its fingerprint is another."""
 
 
 class AmbiguousCommitError(UnitOfWorkError):

@@ -5,6 +5,7 @@
 * `exception_handlers`: what a client is told, as RFC 9457 problem details, when a conflict outlives its retries, a
   version is stale or the answer to a COMMIT is lost.
 * `etag`, `check_preconditions`: RFC 9110 If-Match and If-None-Match on a version column.
+* `Idempotency`: the header Idempotency-Key; a request that is sent again is carried out once.
 * `dispose_on_shutdown`: ends the engine with the application's lifespan.
 
 ::
@@ -18,6 +19,7 @@
     )
 """
 
+from sqla_uow_starlette._idempotency import Codec, Idempotency, IdempotencyError
 from sqla_uow_starlette._lifespan import dispose_on_shutdown
 from sqla_uow_starlette._middleware import UnitOfWorkMiddleware
 from sqla_uow_starlette._preconditions import AnyVersioned, PreconditionError, check_preconditions, etag
@@ -25,6 +27,9 @@ from sqla_uow_starlette._problems import exception_handlers
 
 __all__ = [
     "AnyVersioned",
+    "Codec",
+    "Idempotency",
+    "IdempotencyError",
     "PreconditionError",
     "UnitOfWorkMiddleware",
     "check_preconditions",

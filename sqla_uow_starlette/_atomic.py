@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     Units = AsyncGenerator[UnitOfWork[Any] | None]
 
-__all__ = ["Atomic", "AtomicRequest", "is_async"]
+__all__ = ["Atomic", "AtomicRequest", "AtomicSender", "is_async"]
 
 logger = logging.getLogger("sqla_uow_starlette")
 
@@ -58,7 +59,13 @@ def is_async(function: object) -> bool:
 
 
 class AtomicRequest:
-    """One request, in as many attempts as it takes."""
+    """One request, in as many attempts as it takes.
+
+    Attributes:
+        sending: what `send()` of an attempt is.
+    """
+
+    sending: type[AtomicSender]
 
     def __init__(
         self,
@@ -88,17 +95,11 @@ class AtomicRequest:
     async def handle(self) -> None:
         """Handle it in a unit, again after a conflict; answer in the application's place where COMMIT failed."""
         outer = self.scope.get("app")
-        read_only = self.scope["method"] in self.options.read_only_methods
         known = sent(self.carrier, self.scope)
         try:
             async with self.manager.scope(position=known, observers=self.observers) as unit_scope:
                 self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
-                units = atomic_requests(self.manager, self.options, self.name, read_only=read_only)
-                try:
-                    failure = await self._attempts(unit_scope, units)
-                finally:
-                    if not self.ending.locked():  # by a child task that the application has left behind
-                        await units.aclose()
+                failure = await self.run(unit_scope)
             if failure is not None:
                 app = answering(failure, self.scope, outer)
                 await answer(app, unit_scope, self.scope, self.body.replaying(None), self.send)
@@ -106,20 +107,26 @@ class AtomicRequest:
             if self.body.looking is not None:
                 await self.body.close()
 
-    async def _attempts(self, unit_scope: UnitScope, units: Units) -> Exception | None:
+    async def run(self, unit_scope: UnitScope) -> Exception | None:
         """Run the application until one of its units has ended for good; return what is left to be answered."""
-        await anext(units)
-        while True:
-            unit = cast("UnitOfWork[Any]", await anext(units))  # None comes between two of them only
-            sender = AtomicSender(self, unit_scope, units, unit)
-            await sender.run(self.app, self.body.replaying(unit))
-            if not sender.again:
-                return self._explained(sender.failure)
-            if await self.body.client_left():
-                logger.info("%s: the client left between two attempts", self.name())
-                return None
-            if self.given is not None:
-                self.given.restore()
+        read_only = self.scope["method"] in self.options.read_only_methods
+        units = atomic_requests(self.manager, self.options, self.name, read_only=read_only)
+        try:
+            await anext(units)
+            while True:
+                unit = cast("UnitOfWork[Any]", await anext(units))  # None comes between two of them only
+                sender = self.sending(self, unit_scope, units, unit)
+                await sender.run(self.app, self.body.replaying(unit))
+                if not sender.again:
+                    return self._explained(sender.failure)
+                if await self.body.client_left():
+                    logger.info("%s: the client left between two attempts", self.name())
+                    return None
+                if self.given is not None:
+                    self.given.restore()
+        finally:
+            if not self.ending.locked():  # by a child task that the application has left behind
+                await units.aclose()
 
     def _explained(self, failure: Exception | None) -> Exception | None:
         """Say where it is so that the request was not replayed for the length of its body."""
@@ -149,11 +156,16 @@ async def atomic_requests(
             yield unit  # closed in AtomicRequest.handle()
 
 
+class Withdrawn(BaseException):
+    """Ends a unit in which nothing is to be done; no `Exception`, so that it is never run again for it."""
+
+
 class AtomicSender(Sender):
     """`send()` of one attempt, which ends the attempt's unit before the response starts.
 
     Attributes:
         again: whether there is to be another attempt.
+        unit: the attempt's.
     """
 
     def __init__(self, request: AtomicRequest, unit_scope: UnitScope, units: Units, unit: UnitOfWork[Any]) -> None:
@@ -161,7 +173,7 @@ class AtomicSender(Sender):
         self.again = False
         self._request = request
         self._units = units
-        self._unit = unit
+        self.unit = unit
         self._ended = False
         self._handled = sys.exception()
 
@@ -192,8 +204,8 @@ class AtomicSender(Sender):
         async with self._request.ending:
             if not self._ended:
                 error = unanswered() if status == SERVER_ERROR else None
-                await (self._end_for(status) if error is None else self._end_unanswered(error))
-            elif self._commits(status) and self._unit.status is not Status.COMMITTED:
+                await (self.end_for(status) if error is None else self._end_unanswered(error))
+            elif self.commits(status) and self.unit.status is not Status.COMMITTED:
                 # Cancelled at the first start of a response, inside the application, which has made another one.
                 self.refuse(RollbackOnlyError("the request was cancelled while its unit ended; send it again"))
         if not self.refused:
@@ -201,7 +213,7 @@ class AtomicSender(Sender):
 
     def unsaved(self, error: ReadOnlyError) -> Exception:
         """Return what tells that the request is committed all the same; before its COMMIT there was no such change."""
-        if self._unit.status is not Status.COMMITTED:
+        if self.unit.status is not Status.COMMITTED:
             return error
         return AfterCommitError(
             f"{self._request.name()} is committed, but what it read was changed afterwards", [error]
@@ -213,11 +225,12 @@ class AtomicSender(Sender):
         if failure is not None and is_answered(failure):
             self.refuse(failure)
 
-    async def _end_for(self, status: int) -> None:
+    async def end_for(self, status: int) -> None:
+        """Commit or roll back, as a response of this status does."""
         try:
-            commits = self._commits(status)
+            commits = self.commits(status)
         except Exception as error:  # of the user's should_commit()
-            self.refuse(await self._end(self._units.athrow(error)))
+            await self.end_by(error)
             return
         if commits:
             failure = await self._end(anext(self._units))
@@ -226,7 +239,17 @@ class AtomicSender(Sender):
         else:
             await self._roll_back()
 
-    def _commits(self, status: int) -> bool:
+    def will_commit(self, status: int) -> bool:
+        """Say, where a response of this status begins, whether it will commit as far as that can be told."""
+        if self._ended or (status == SERVER_ERROR and unanswered() is not None):
+            return False
+        try:
+            return self.commits(status)
+        except Exception:  # of the user's should_commit(); it is asked again where the unit ends
+            return False
+
+    def commits(self, status: int) -> bool:
+        """Say whether a response of this status commits."""
         should_commit = self._request.options.should_commit
         if should_commit is not None:
             answer: object = should_commit(self._request.scope, status)
@@ -241,10 +264,31 @@ class AtomicSender(Sender):
         # A handler sends the response that it made of an exception while that is still being handled.
         return status < ERROR and sys.exception() is self._handled
 
+    async def fail(self, error: BaseException) -> None:
+        """Roll back, in the application's place, and refuse a response."""
+        async with self._request.ending:
+            if not self._ended:
+                await self.end_by(error)
+
+    async def withdraw(self) -> None:
+        """Roll back, because the application is not to run; nobody has failed."""
+        async with self._request.ending:
+            if self.unit.status is not Status.DOOMED:
+                await self._roll_back()
+            else:  # by what is no conflict of the request
+                self._ended = True
+                with contextlib.suppress(Withdrawn):
+                    await self._units.athrow(Withdrawn())
+            self.refuse(None)
+
+    async def end_by(self, error: BaseException) -> None:
+        """Roll back by an error that is ours; refuse the response."""
+        self.refuse(await self._end(self._units.athrow(error)))
+
     async def _roll_back(self) -> None:
         """Roll back; a response that tells of an error may leave, unless there is another attempt."""
-        if self._unit.status is not Status.DOOMED:
-            self._unit.doom("the response is not a success")
+        if self.unit.status is not Status.DOOMED:
+            self.unit.doom("the response is not a success")
         # A unit that a conflict has doomed ends by that, also where a handler has made a response of it.
         await self._end(anext(self._units))
 
@@ -260,3 +304,6 @@ class AtomicSender(Sender):
         self.again = True
         self.refuse(None)
         return None
+
+
+AtomicRequest.sending = AtomicSender

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow_starlette._atomic import Atomic, AtomicRequest, is_async
+from sqla_uow_starlette._idempotency import Idempotency, applies
+from sqla_uow_starlette._keyed import KeyedRequest
 from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
 from sqla_uow_starlette._timing import Timing
@@ -51,6 +53,7 @@ class UnitOfWorkMiddleware:
         server_timing: tell in the header `Server-Timing` how long the units of a request took until its response
             started, how long COMMIT took, and how many attempts there were.  Everybody who may read the response can
             read it.
+        idempotency: carry out a request once, however often it is sent with the same Idempotency-Key.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message says what would work.
@@ -70,6 +73,7 @@ class UnitOfWorkMiddleware:
         max_replay_body: int = _MIB,
         position_in: Literal["cookie", "header"] | None = "cookie",
         server_timing: bool = False,
+        idempotency: Idempotency | None = None,
     ) -> None:
         _check_types(
             manager,
@@ -78,19 +82,26 @@ class UnitOfWorkMiddleware:
             should_commit,
             max_replay_body=max_replay_body,
             server_timing=server_timing,
+            idempotency=idempotency,
         )
         methods = frozenset(method.upper() for method in read_only_methods)
         if not atomic:
             _refuse_unused(
                 isolation=isolation, retries=retries or None, timeout=timeout,
-                read_only_methods=tuple(sorted(methods)) or None, should_commit=should_commit,
+                read_only_methods=tuple(sorted(methods)) or None, should_commit=should_commit, idempotency=idempotency,
             )  # fmt: skip
+        elif idempotency is not None and (both := sorted(methods & idempotency.methods)):
+            raise ValueError(
+                f"UnitOfWorkMiddleware has {', '.join(both)} in read_only_methods, and idempotency for it, which writes; "
+                "leave it out of one of them"
+            )
         manager.attempts(
             retries=retries, isolation=isolation, timeout=timeout, name="UnitOfWorkMiddleware"
         )  # checks them
         self.app = app
         self.manager = manager
         self._server_timing = server_timing
+        self._idempotency = idempotency
         self._shared: Mapping[str, Any] = {}
         if position_in not in (None, *get_args(PositionIn)):
             raise ValueError(
@@ -117,6 +128,11 @@ class UnitOfWorkMiddleware:
             send, observers = timing.telling(send), (timing,)
         if self._atomic is None:
             await handle_request(self.app, self.manager, scope, receive, send, carrier=carrier, observers=observers)
+        elif self._idempotency is not None and applies(self._idempotency, scope):
+            await KeyedRequest(
+                self.app, self.manager, scope, receive, send, idempotency=self._idempotency,
+                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared,
+            ).handle()  # fmt: skip
         else:
             await AtomicRequest(
                 self.app, self.manager, scope, receive, send,
@@ -132,6 +148,7 @@ def _check_types(
     *,
     max_replay_body: object,
     server_timing: object,
+    idempotency: object,
 ) -> None:
     """Tell those without a type checker what it would have told them; the rest is checked where it is used."""
     who = "UnitOfWorkMiddleware"
@@ -141,6 +158,8 @@ def _check_types(
         raise TypeError(f"{who} has atomic={atomic!r}; use True or False")
     if not isinstance(server_timing, bool):
         raise TypeError(f"{who} has server_timing={server_timing!r}; use True or False")
+    if idempotency is not None and not isinstance(idempotency, Idempotency):
+        raise TypeError(f"{who} has idempotency={idempotency!r}; pass an Idempotency, or None")
     if isinstance(read_only_methods, str):
         raise TypeError(f"{who} has read_only_methods={read_only_methods!r}; pass several, as ('GET', 'HEAD')")
     if should_commit is not None and not callable(should_commit):

@@ -14,9 +14,11 @@ from sqla_uow.errors import (
     AfterCommitError,
     AmbiguousCommitError,
     ConflictError,
+    KeyReusedError,
     StaleVersionError,
     TransactionTimeoutError,
 )
+from sqla_uow_starlette._idempotency import IDEMPOTENT, IdempotencyError
 from sqla_uow_starlette._naming import RequestName
 from sqla_uow_starlette._preconditions import PreconditionError
 
@@ -52,12 +54,14 @@ class _Problem(NamedTuple):
         code: what a program may look at.
         detail: what a person may read: what happened, and what to do.
         headers: of the response.
+        retry: how the request can be sent again, for programs; None where it had better not be.
     """
 
     status: int
     code: str
     detail: str
     headers: Mapping[str, str] = {}
+    retry: str | None = None
 
     def response(self) -> Response:
         """Return the response; no cache may store it (RFC 6585, 3)."""
@@ -67,7 +71,7 @@ class _Problem(NamedTuple):
             "status": self.status,
             "detail": self.detail,
             "code": self.code,
-        }
+        } | ({} if self.retry is None else {"retry": self.retry})
         return _ProblemResponse(content, self.status, {"Cache-Control": "no-store", **self.headers})
 
 
@@ -93,6 +97,18 @@ _AMBIGUOUS: Final = _Problem(
     "ambiguous-commit",
     "whether this request was carried out is unknown; look before sending it again",
 )
+_AMBIGUOUS_WITH_KEY: Final = _Problem(
+    500,
+    "ambiguous-commit",
+    "whether this request was carried out is unknown; send it again with the same Idempotency-Key, and it is, once",
+    _RETRY_AFTER,
+    "same-key",
+)
+_REUSED: Final = _Problem(
+    422,
+    "idempotency-key-reused",
+    "this Idempotency-Key was sent before with another request; use a new one for each",
+)
 _COMMITTED: Final = _Problem(
     500,
     "committed-hook-failed",
@@ -115,7 +131,15 @@ async def _busy(connection: Request, error: Exception) -> Response:
 
 
 async def _ambiguous(connection: Request, _error: AmbiguousCommitError) -> Response:
-    return _answer(connection, _AMBIGUOUS)
+    return _answer(connection, _AMBIGUOUS_WITH_KEY if IDEMPOTENT in connection.scope else _AMBIGUOUS)
+
+
+async def _reused(connection: Request, _error: KeyReusedError) -> Response:
+    return _answer(connection, _REUSED)
+
+
+async def _idempotency(connection: Request, error: IdempotencyError) -> Response:
+    return _answer(connection, _Problem(error.status_code, error.code, error.detail, error.headers))
 
 
 async def _committed(connection: Request, error: AfterCommitError) -> Response:
@@ -153,6 +177,8 @@ exception_handlers: Final[dict[int | type[Exception], _Handler]] = {
     AmbiguousCommitError: _ambiguous,
     AfterCommitError: _committed,
     PreconditionError: _precondition,
+    KeyReusedError: _reused,
+    IdempotencyError: _idempotency,
 }
 """Pass them to ``Starlette(exception_handlers=exception_handlers)`` or
 ``FastAPI(exception_handlers=exception_handlers)``, and to each mounted application.  Add handlers of your own with
@@ -171,8 +197,13 @@ status  code                      when
 412     ``precondition-failed``   `StaleVersionError` where the request has an If-Match; a precondition that fails
 428     ``precondition-required`` a precondition is missing
 400     ``malformed-precondition``  If-Match or If-None-Match is not a list of entity tags
-500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a second try could do the work twice
+500     ``ambiguous-commit``      `AmbiguousCommitError`: no Retry-After, because a second try could do the work twice; with
+                                  an Idempotency-Key it has one, and ``"retry": "same-key"``
 500     ``committed-hook-failed``  `AfterCommitError`: it is committed, and only a hook failed; no Retry-After
+400     ``idempotency-key-missing``, ``idempotency-key-malformed``: `IdempotencyError`; so are the next two
+409     ``idempotency-key-in-progress``  another request with the key is being carried out; Retry-After
+500     ``idempotency-response-too-large``  the response cannot be kept, so the request was rolled back
+422     ``idempotency-key-reused``  `KeyReusedError`: the key was sent before with another request
 ======  ========================  ==================================================================================
 
 A WebSocket is closed, with code 1013 (try again later) where the status would be 503 and 1011 elsewhere.

@@ -37,6 +37,8 @@ URLS = {
     "sqlalchemy.ext.asyncio.session.AsyncSession": f"{ASYNCIO}AsyncSession",
     "sqlalchemy.ext.asyncio.session.async_sessionmaker": f"{ASYNCIO}async_sessionmaker",
     "sqlalchemy.orm.exc.StaleDataError": f"{SQLALCHEMY}orm/exceptions.html#sqlalchemy.orm.exc.StaleDataError",
+    "sqlalchemy.sql.schema.MetaData": f"{SQLALCHEMY}core/metadata.html#sqlalchemy.schema.MetaData",
+    "sqlalchemy.sql.schema.Table": f"{SQLALCHEMY}core/metadata.html#sqlalchemy.schema.Table",
     "sqlalchemy.sql.sqltypes.DateTime": f"{SQLALCHEMY}core/type_basics.html#sqlalchemy.types.DateTime",
     "sqlalchemy.sql.type_api.TypeDecorator": f"{SQLALCHEMY}core/custom_types.html#sqlalchemy.types.TypeDecorator",
     "sqlalchemy.sql.type_api.TypeEngine": f"{SQLALCHEMY}core/type_api.html#sqlalchemy.types.TypeEngine",

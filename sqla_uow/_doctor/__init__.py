@@ -8,4 +8,5 @@
 * `postgresql`: what PostgreSQL is asked
 * `mariadb`: what MariaDB is asked
 * `sqlite`: what SQLite is asked
+* `idempotency`: what each of them is asked about keys
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sqla_uow._doctor.idempotency import idempotency_keys
 from sqla_uow._doctor.report import Finding, judged
 from sqla_uow._doctor.subject import as_replica, clock, connections
 
@@ -82,4 +83,10 @@ async def _clock(subject: Subject) -> list[Finding]:
     return await clock(subject, "SELECT unix_timestamp(sysdate(6))")
 
 
-CHECKS: Sequence[Check] = (_version, _settings, _connections, _cluster, _replication, _clock)
+async def _idempotency_keys(subject: Subject) -> list[Finding]:
+    late = "timestampdiff(MICROSECOND, expires_at, utc_timestamp(6)) > "
+    late += "2 * timestampdiff(MICROSECOND, created_at, expires_at)"
+    return await idempotency_keys(subject, late)
+
+
+CHECKS: Sequence[Check] = (_version, _settings, _connections, _cluster, _replication, _clock, _idempotency_keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sqla_uow._doctor.idempotency import idempotency_keys
 from sqla_uow._doctor.report import Finding, judged
 from sqla_uow._doctor.subject import as_replica, clock, connections
 
@@ -106,5 +107,18 @@ async def _stranger(subject: Subject) -> list[Finding]:
     ]
 
 
+async def _idempotency_keys(subject: Subject) -> list[Finding]:
+    return await idempotency_keys(subject, "now() - expires_at > 2 * (expires_at - created_at)")
+
+
 DISTRIBUTED: Sequence[Check] = (_stranger, _clock)
-CHECKS: Sequence[Check] = (_version, _settings, _connections, _pooler, _replication, _clock, _verification)
+CHECKS: Sequence[Check] = (
+    _version,
+    _settings,
+    _connections,
+    _pooler,
+    _replication,
+    _clock,
+    _verification,
+    _idempotency_keys,
+)

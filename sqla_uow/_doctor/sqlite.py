@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING
 
+from sqla_uow._doctor.idempotency import idempotency_keys
 from sqla_uow._doctor.report import Finding, judged
 
 if TYPE_CHECKING:
@@ -34,4 +35,10 @@ async def _settings(subject: Subject) -> list[Finding]:
     ]
 
 
-CHECKS: Sequence[Check] = (_version, _settings)
+async def _idempotency_keys(subject: Subject) -> list[Finding]:
+    return await idempotency_keys(
+        subject, "julianday('now') - julianday(expires_at) > 2 * (julianday(expires_at) - julianday(created_at))"
+    )
+
+
+CHECKS: Sequence[Check] = (_version, _settings, _idempotency_keys)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import MetaData
 
 from sqla_uow import UnitOfWorkManager
+from sqla_uow.idempotency import IdempotencyKeys
+from sqla_uow_starlette import Idempotency, exception_handlers
+from tests.starlette.client import app_of, client_of
+from tests.starlette.keyed import caller
 
 
 @pytest.fixture
@@ -14,3 +19,26 @@ async def manager(db):
     engine = db.engine(pool_size=1, max_overflow=0, pool_timeout=2)
     yield UnitOfWorkManager(engine)
     assert engine.pool.checkedout() == 0
+
+
+@pytest.fixture
+async def keys(db):
+    """Idempotency keys whose table is there."""
+    metadata = MetaData()
+    keys = IdempotencyKeys(metadata)
+    async with db.outside() as connection:
+        await connection.run_sync(metadata.create_all)
+        await connection.commit()
+    return keys
+
+
+@pytest.fixture
+def serve(manager, keys):
+    """Return a client of an application whose requests may have a key."""
+
+    def serve(*endpoints, manager=manager, idempotency=None, **options):
+        idempotency = Idempotency(keys, **({"caller": caller} | (idempotency or {})))
+        options = {"exception_handlers": exception_handlers, **options}
+        return client_of(app_of(manager, *endpoints, atomic=True, idempotency=idempotency, **options))
+
+    return serve

@@ -50,6 +50,7 @@ from sqla_uow.alembic import (
     run_migrations,
 )
 from sqla_uow.events import AttemptEvent, Call, Observer, OutcomeEvent, RetryEvent
+from sqla_uow.idempotency import Claim, IdempotencyKeys, Key, Record
 from sqla_uow.mixins import (
     Versioned,
     VersionedByTimestamp,
@@ -88,6 +89,7 @@ from sqla_uow.testing import (
 from sqla_uow.typing import Contention, LazyLoads, PoolState, Statistics
 from sqla_uow_starlette import (
     AnyVersioned,
+    Idempotency,
     PreconditionError,
     UnitOfWorkMiddleware,
     check_preconditions,
@@ -582,3 +584,43 @@ def preconditions(request: Request, order: Order, by_uuid: ByUUID | None, by_xmi
 def refused(error: PreconditionError) -> None:
     assert_type(error.code, str)
     assert_type(error.status_code, int)
+
+
+# ---- idempotency keys
+
+keys = IdempotencyKeys(MetaData(), name="done", keep=timedelta(days=2), using="orders")
+
+
+def request_of(amount: int, request: str) -> str:
+    return f"{amount}:{request}"
+
+
+@transactional(retries=5)
+@keys.once(space="payments", key=request_of, fingerprint=lambda amount, request: b"%d" % amount)
+async def pay(amount: int, request: str) -> dict[str, int]:
+    assert_type(await keys.claim("orders", request, fingerprint=b"5"), bool)
+    assert_type(await keys.result("orders", request), Any)
+    return {"amount": amount}
+
+
+async def repeat(manager: UnitOfWorkManager, unit: UnitOfWork) -> None:
+    assert_type(await pay(5, request="r"), dict[str, int])
+    assert_type(await keys.purge(manager, limit=10), int)
+    assert_type(await keys.take(unit, Key.of("orders", "a")), Record | Claim)
+    assert_type(await keys.look(manager, Key.of("orders", "a")), Record | Claim)
+
+
+class Encrypted:
+    def encode(self, plain: bytes, /) -> bytes:
+        return plain
+
+    def decode(self, stored: bytes, /) -> bytes:
+        return stored
+
+
+def keyed(manager: UnitOfWorkManager) -> Middleware:
+    idempotency = Idempotency(
+        keys, caller=lambda scope: str(scope["user"]), methods=["POST"], required=True, keep=timedelta(hours=1), wait=1,
+        max_response=1000, headers={"etag"}, fingerprint=lambda scope: None, codec=Encrypted(),
+    )  # fmt: skip
+    return Middleware(UnitOfWorkMiddleware, manager=manager, atomic=True, idempotency=idempotency)
