@@ -123,6 +123,7 @@ def test_the_lines_that_are_passed():
     assert trial.in_a_fork(watch, seconds=10, log=Path(os.devnull)) == "1 True doom"
 
 
+@pytest.mark.timeout(300)  # it makes all of them
 def test_what_is_listed_is_there():
     """Each change that nobody could tell is one that is made of a line that there is."""
     entries = tomllib.loads((HERE / "equivalent.toml").read_text())["mutant"]
