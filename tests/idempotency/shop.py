@@ -81,7 +81,7 @@ def _serve(listener, settings):
     async def serve():
         asyncio.get_running_loop().add_reader(0, os._exit, 0)
         app = application(settings["url"], settings["options"], settings["wait"])
-        config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off")
+        config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off")
         await uvicorn.Server(config).serve(sockets=[listener])
 
     asyncio.run(serve())
