@@ -1,4 +1,4 @@
-"""Version columns in Alembic's migrations, safe on a live table, run by one process at a time.
+"""Version columns and tenant policies in Alembic's migrations, safe on a live table, run by one process at a time.
 
 In ``env.py``::
 
@@ -23,6 +23,7 @@ In migrations, written by hand or by ``alembic revision --autogenerate``::
 * ``op.add_version_column``, ``op.drop_version_column`` and ``op.rename_version_column``, also within
   ``batch_alter_table``; ``op.create_version_trigger`` and ``op.drop_version_trigger``.  The classes of the operations
   document their arguments.
+* ``op.create_tenant_policy`` and ``op.drop_tenant_policy``, on PostgreSQL.
 * `migration_lock` lets one runner at a time migrate a database; `run_migrations` does what an async ``env.py`` has to
   do, with that lock.
 """
@@ -39,12 +40,15 @@ from sqla_uow._alembic.operations import (
     RenameVersionColumnOp,
     register,
 )
+from sqla_uow._alembic.policies import CreateTenantPolicyOp, DropTenantPolicyOp, register_policies
 from sqla_uow._alembic.run import migration_lock, run_migrations
 from sqla_uow._versions.kinds import UtcTimestamp
 
 __all__ = [
     "AddVersionColumnOp",
+    "CreateTenantPolicyOp",
     "CreateVersionTriggerOp",
+    "DropTenantPolicyOp",
     "DropVersionColumnOp",
     "DropVersionTriggerOp",
     "RenameVersionColumnOp",
@@ -62,5 +66,6 @@ def install() -> None:
     A second call does nothing.  A renderer that was registered before still renders everything except version columns.
     """
     register()
+    register_policies()
     register_renderers()
     adapt_dialects()

@@ -8,6 +8,7 @@
     ├─ PropagationError          (RuntimeError)         mandatory/durable broken, reuse, exit out of order
     │  └─ IsolationConflictError                        a stronger isolation, or read-write in read-only, asked of an open unit
     ├─ TaskBoundaryError         (RuntimeError)         one unit used by two live tasks, or from a thread
+    ├─ SettingMissingError       (LookupError)          a setting that is required has no value here
     ├─ ReadOnlyError                                    a write in a read-only unit
     ├─ LazyLoadError             (InvalidRequestError)  an attribute that is not loaded, where none is loaded lazily
     ├─ RollbackOnlyError                                the body returned normally but its transaction could not commit
@@ -51,6 +52,7 @@ __all__ = [
     "PropagationError",
     "ReadOnlyError",
     "RollbackOnlyError",
+    "SettingMissingError",
     "StaleVersionError",
     "TaskBoundaryError",
     "TransactionTimeoutError",
@@ -80,6 +82,18 @@ class IsolationConflictError(PropagationError):
 
 class TaskBoundaryError(UnitOfWorkError, RuntimeError):
     """Two live tasks, or another thread, used one unit of work.  The unit is doomed."""
+
+
+class SettingMissingError(UnitOfWorkError, LookupError):
+    """A setting, or a role, that every transaction needs has no value here; nothing was begun.
+
+    Attributes:
+        name: of the setting; ``"role"`` for the role.
+    """
+
+    def __init__(self, message: str, *, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
 
 
 class ReadOnlyError(UnitOfWorkError):

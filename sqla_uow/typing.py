@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-__all__ = ["Contention", "IsolationLevel", "LazyLoads", "PoolState", "Propagation", "Statistics", "Status"]
+__all__ = [
+    "Contention",
+    "ContentionGroup",
+    "IsolationLevel",
+    "LazyLoads",
+    "PoolState",
+    "Propagation",
+    "SettingSource",
+    "Settings",
+    "Statistics",
+    "Status",
+]
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """An isolation level in SQL spelling; the table of isolation levels in the docs says which database has which one."""
@@ -19,6 +30,13 @@ Propagation = Literal["required", "requires_new", "nested", "mandatory", "durabl
 
 LazyLoads = Literal["allow", "warn", "raise"]
 """What happens to loads that nobody asked for; see `sqla_uow.UnitOfWorkManager`."""
+
+
+SettingSource: TypeAlias = "str | Callable[[], str | None]"
+"""The value of a setting, or a function without arguments that gives it, such as ``current_tenant.get``."""
+
+Settings: TypeAlias = "Mapping[str, SettingSource | None]"
+"""Settings of transactions by their names, such as ``{"app.tenant": current_tenant.get}``; None is no value, written out."""
 
 
 class Status(enum.Enum):
@@ -39,11 +57,11 @@ class Status(enum.Enum):
 
 
 class Contention(NamedTuple):
-    """What `UnitOfWorkManager.contention` returns.
+    """What `UnitOfWorkManager.contention` returns for a function: the state of the group that it takes turns with.
 
     Attributes:
-        width: how many calls may run at once; None means no limit.
-        running: how many run now.
+        width: how many calls of the group may run at once; None means no limit.
+        running: how many of them run now, where something has conflicted lately.
         waiting: how many wait for their turn; they hold no connection.
         wasted: the share of recent time that went into attempts that a conflict ended.
     """
@@ -52,6 +70,20 @@ class Contention(NamedTuple):
     running: int
     waiting: int
     wasted: float
+
+
+class ContentionGroup(NamedTuple):
+    """Functions that meet conflicts with each other; see `UnitOfWorkManager.contention`.
+
+    Attributes:
+        functions: their names, and those of routes.
+        tables: on which they have met conflicts; empty where no table is known.
+        state: how many calls of theirs run, and wait.
+    """
+
+    functions: tuple[str, ...]
+    tables: tuple[str, ...]
+    state: Contention
 
 
 class PoolState(NamedTuple):
@@ -90,7 +122,7 @@ class Statistics:
         retries: how often a body was run again, by reason and code.
         readings: how many read sessions of scopes were begun.
         pool: the engine's pool.
-        contention: name and state of each function whose calls may take turns.
+        contention: the functions of each group that has met conflicts lately, and the group's state.
     """
 
     begun: int

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sqla_uow import IsolationLevel, UnitOfWork, UnitOfWorkManager
     from sqla_uow import Scope as UnitScope
     from sqla_uow.events import Observer
+    from sqla_uow_starlette._telling import Telling
 
     Units = AsyncGenerator[UnitOfWork[Any] | None]
 
@@ -79,12 +80,14 @@ class AtomicRequest:
         carrier: Carrier | None,
         observers: tuple[Observer, ...] = (),
         shared: Mapping[str, Any] = MappingProxyType({}),
+        tells: Telling | None = None,
     ) -> None:
         self.app = app
         self.manager = manager
         self.options = options
         self.carrier = carrier
         self.observers = observers
+        self.tells = tells
         self.scope = scope
         self.send = send
         self.name = RequestName(scope)
@@ -97,12 +100,14 @@ class AtomicRequest:
         outer = self.scope.get("app")
         known = sent(self.carrier, self.scope)
         try:
-            async with self.manager.scope(position=known, observers=self.observers) as unit_scope:
+            opening = self.manager.scope if self.tells is None else self.tells.opening(self.manager, self.scope)
+            async with opening(position=known, observers=self.observers) as unit_scope:
                 self.send = telling(self.send, self.carrier, self.scope, unit_scope, known)
                 failure = await self.run(unit_scope)
             if failure is not None:
                 app = answering(failure, self.scope, outer)
-                await answer(app, unit_scope, self.scope, self.body.replaying(None), self.send)
+                receive = self.body.replaying(None)
+                await answer(app, unit_scope, self.scope, receive, self.send, tells=self.tells)
         finally:
             if self.body.looking is not None:
                 await self.body.close()

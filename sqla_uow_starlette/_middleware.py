@@ -10,6 +10,7 @@ from sqla_uow_starlette._idempotency import Idempotency, applies
 from sqla_uow_starlette._keyed import KeyedRequest
 from sqla_uow_starlette._position import Carrier, PositionIn, sent
 from sqla_uow_starlette._request import handle_connection, handle_request
+from sqla_uow_starlette._telling import Telling
 from sqla_uow_starlette._timing import Timing
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from sqla_uow import IsolationLevel
+    from sqla_uow.typing import Settings
 
 __all__ = ["UnitOfWorkMiddleware"]
 
@@ -54,6 +56,10 @@ class UnitOfWorkMiddleware:
             started, how long COMMIT took, and how many attempts there were.  Everybody who may read the response can
             read it.
         idempotency: carry out a request once, however often it is sent with the same Idempotency-Key.
+        settings: a function of the ASGI scope that returns the settings of a request's transactions, over those of the
+            manager; see `sqla_uow.UnitOfWorkManager`.  It is called whenever a unit is opened in the request, so that it
+            knows what other middleware has put into the scope by then.
+        role: a function of the ASGI scope that returns the role of a request's transactions, or a role.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message says what would work.
@@ -74,6 +80,8 @@ class UnitOfWorkMiddleware:
         position_in: Literal["cookie", "header"] | None = "cookie",
         server_timing: bool = False,
         idempotency: Idempotency | None = None,
+        settings: Callable[[Scope], Settings] | None = None,
+        role: str | Callable[[Scope], str | None] | None = None,
     ) -> None:
         _check_types(
             manager,
@@ -108,14 +116,15 @@ class UnitOfWorkMiddleware:
                 f"UnitOfWorkMiddleware has position_in={position_in!r}, which is unknown; use 'cookie', 'header' or None"
             )
         self._carrier = Carrier(manager, position_in) if position_in is not None and manager.replicas else None
+        self._tells = Telling.of(manager, settings, role)
         self._atomic = Atomic(isolation, retries, timeout, methods, should_commit, max_replay_body) if atomic else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""
         carrier = self._carrier
         if scope["type"] == "websocket":
-            opening = self.manager.scope(position=sent(carrier, scope))
-            await handle_connection(self.app, opening, scope, receive, send)
+            opening = self.manager.scope if self._tells is None else self._tells.opening(self.manager, scope)
+            await handle_connection(self.app, opening(position=sent(carrier, scope)), scope, receive, send)
             return
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
@@ -127,16 +136,25 @@ class UnitOfWorkMiddleware:
             timing = Timing(self.manager.name)
             send, observers = timing.telling(send), (timing,)
         if self._atomic is None:
-            await handle_request(self.app, self.manager, scope, receive, send, carrier=carrier, observers=observers)
+            await handle_request(
+                self.app,
+                self.manager,
+                scope,
+                receive,
+                send,
+                carrier=carrier,
+                observers=observers,
+                tells=self._tells,
+            )
         elif self._idempotency is not None and applies(self._idempotency, scope):
             await KeyedRequest(
                 self.app, self.manager, scope, receive, send, idempotency=self._idempotency,
-                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared,
+                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared, tells=self._tells,
             ).handle()  # fmt: skip
         else:
             await AtomicRequest(
                 self.app, self.manager, scope, receive, send,
-                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared,
+                options=self._atomic, carrier=carrier, observers=observers, shared=self._shared, tells=self._tells,
             ).handle()  # fmt: skip
 
 

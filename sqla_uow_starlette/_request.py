@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
     from sqla_uow.events import Observer
+    from sqla_uow_starlette._telling import Telling
 
 __all__ = ["answer", "handle_connection", "handle_request"]
 
@@ -39,6 +40,7 @@ async def handle_request(
     *,
     carrier: Carrier | None,
     observers: tuple[Observer, ...] = (),
+    tells: Telling | None = None,
 ) -> None:
     """Handle a request in a scope that ends before the response starts."""
     outer = scope.get("app")
@@ -47,7 +49,8 @@ async def handle_request(
     unit_scope: UnitScope | None = None
     sender: Sender | None = None
     try:
-        async with manager.scope(position=known, observers=observers) as unit_scope:
+        opening = manager.scope if tells is None else tells.opening(manager, scope)
+        async with opening(position=known, observers=observers) as unit_scope:
             send = telling(send, carrier, scope, unit_scope, known)
             sender = Sender(scope, unit_scope, send, body)
             await run(app, scope, body.replaying(None), sender)
@@ -58,12 +61,16 @@ async def handle_request(
             raise
         logger.warning("%s could not read (%s)", RequestName(scope)(), type(error).__name__)
     if failure is not None and unit_scope is not None:
-        await answer(answering(failure, scope, outer), unit_scope, scope, body.replaying(None), send)
+        app = answering(failure, scope, outer)
+        await answer(app, unit_scope, scope, body.replaying(None), send, tells=tells)
 
 
-async def answer(app: ASGIApp, failed: UnitScope, scope: Scope, receive: Receive, send: Send) -> None:
+async def answer(
+    app: ASGIApp, failed: UnitScope, scope: Scope, receive: Receive, send: Send, *, tells: Telling | None
+) -> None:
     """Run an application that answers what has failed in a scope: it may read, and nothing is refused."""
-    async with failed.manager.scope(position=failed.position) as unit_scope:
+    opening = failed.manager.scope if tells is None else tells.opening(failed.manager, scope)
+    async with opening(position=failed.position) as unit_scope:
 
         async def closing(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,6 +1,7 @@
 """Migrations.
 
 * `operations`: what a migration says
+* `policies`: what it says of tenants
 * `impl`: what Alembic does by itself to versioned tables
 * `autogenerate`: version columns in generated migrations
 * `target`: what a table must have first

@@ -8,6 +8,7 @@ from alembic.autogenerate import renderers
 from alembic.operations.ops import AddColumnOp, DropColumnOp
 
 from sqla_uow._alembic.operations import OPS, AddVersionColumnOp, DropVersionColumnOp, RenameVersionColumnOp, VersionOp
+from sqla_uow._alembic.policies import POLICY_OPS, render_policy
 from sqla_uow._alembic.target import kind_named
 from sqla_uow._versions.mapping import INFO_KEY
 
@@ -24,6 +25,8 @@ def register_renderers() -> None:
     """Render our operations, and Alembic's where a version column is added or dropped; else as before."""
     for op in OPS:
         renderers.dispatch_for(op)(_render)
+    for policy_op in POLICY_OPS:
+        renderers.dispatch_for(policy_op)(render_policy)
     _wrap(AddColumnOp, _added)
     _wrap(DropColumnOp, _dropped)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
@@ -17,22 +17,22 @@ from sqla_uow._attempts.observers import check_observers
 from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
 from sqla_uow._replicas.router import LastWrite, ReplicaRouter
-from sqla_uow._retry.gate import UNKNOWN, together
+from sqla_uow._retry.groups import FREE, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
 from sqla_uow._scope.scope import ScopeContext
 from sqla_uow._session.maker import SessionMaker
+from sqla_uow._settings.sources import Sources, layer_of
 from sqla_uow._tasks.frames import pop, push
 from sqla_uow._unit.join import Joined, Nested, join, joinable
 from sqla_uow._unit.options import Options, block_options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._unit.setup import Setup
-from sqla_uow._unit.statistics import name_of
 from sqla_uow._unit.verify import Verifier
-from sqla_uow.typing import LazyLoads
+from sqla_uow.typing import ContentionGroup, LazyLoads
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from types import TracebackType
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sqla_uow._scope.scope import Scope
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.events import Observer
-    from sqla_uow.typing import Contention, IsolationLevel, Propagation, Statistics
+    from sqla_uow.typing import Contention, IsolationLevel, Propagation, Settings, SettingSource, Statistics
 
 __all__ = ["UnitOfWorkManager", "setup_of"]
 
@@ -70,6 +70,15 @@ class UnitOfWorkManager(Generic[S]):
         lazy_loads: what happens when a relationship or a deferred column is loaded at its first use, object by object.
             ``"warn"`` gives an `NPlusOneWarning` when a unit sends the same SELECT more than ten times, lazily or not;
             ``"raise"`` warns as well, and refuses each lazy load with a `LazyLoadError`.
+        settings: what every transaction is told before its first statement, on PostgreSQL: names with a dot, and their
+            values, for row level security or a trigger to read.  A value is a string, or a function without arguments,
+            which is called once for each attempt when the unit is opened.  They end with the transaction.
+        optional_settings: names of settings that may be missing; they are the empty string then.  Without a value for
+            each other one, no transaction begins: `SettingMissingError`.
+        role: the role that every transaction takes on, on PostgreSQL; a string, or a function as above.
+        on_begin: an ``async def`` function that is called with the unit of each attempt when its transaction begins,
+            after the settings and before the first statement of the body; also for read sessions and on replicas.  What
+            it raises is the attempt's error.
 
     Raises:
         TypeError, ValueError: an argument cannot work, such as an isolation level that this database does not have; the
@@ -91,6 +100,10 @@ class UnitOfWorkManager(Generic[S]):
         replica_wait: float = 0.05,
         observers: Sequence[Observer] = (),
         lazy_loads: LazyLoads = "allow",
+        settings: Settings | None = None,
+        optional_settings: Sequence[str] = (),
+        role: SettingSource | None = None,
+        on_begin: Callable[[UnitOfWork[S]], Awaitable[object]] | None = None,
     ) -> None:
         who = f"UnitOfWorkManager {name!r}"
         check_name(name, "UnitOfWorkManager(name=...)")
@@ -105,6 +118,9 @@ class UnitOfWorkManager(Generic[S]):
             raise ValueError(f"{who} has lazy_loads={lazy_loads!r}, which is unknown; use 'allow', 'warn' or 'raise'")
         maker = SessionMaker(bind, lazy_loads)
         maker.database.system.check_level(isolation, who=who)
+        sources = Sources.of(settings, optional_settings, role, on_begin, who)
+        if sources is not None and sources.tells:
+            maker.database.system.check_settings(who=who)
         self._replicas = _engines(replicas, replica_wait, who)
         self._lazy_loads: LazyLoads = lazy_loads
         self._setup: Setup[S] = Setup(
@@ -117,6 +133,7 @@ class UnitOfWorkManager(Generic[S]):
             replicas=_router_of(maker.database, self._replicas, replica_wait, who) if self._replicas else None,
             verifier=Verifier(maker.database) if ambiguous_commit == "verify" else None,
             observers=check_observers(observers, who),
+            sources=sources,
         )
 
     @property
@@ -164,7 +181,12 @@ class UnitOfWorkManager(Generic[S]):
         return _Activation(self)
 
     def scope(
-        self, *, position: str | None = None, observers: Sequence[Observer] = ()
+        self,
+        *,
+        position: str | None = None,
+        observers: Sequence[Observer] = (),
+        settings: Settings | Callable[[], Settings] | None = None,
+        role: SettingSource | None = None,
     ) -> AbstractAsyncContextManager[Scope]:
         """Open a scope: in the ``async with`` block `current_session()` is a read session outside any unit.
 
@@ -173,11 +195,20 @@ class UnitOfWorkManager(Generic[S]):
                 that is not known.  The scope is then a client of its own; with None it goes on with the client around
                 it.
             observers: objects that are told of the calls in this scope, after the observers of the manager.
+            settings: those of the read session, and of all units of this manager that are begun in the scope; they lie
+                over the manager's, name by name.  A function that returns them is called whenever a unit is opened.
+            role: likewise.
         """
+        setup = self._setup
         last_write = None
-        if self._setup.replicas is not None:
-            last_write = last_write_of(self._setup) if position is None else LastWrite(from_text(position))
-        return ScopeContext(self, self._setup, last_write, check_observers(observers, "scope()") if observers else ())
+        if setup.replicas is not None:
+            last_write = last_write_of(setup) if position is None else LastWrite(from_text(position))
+        sources = setup.sources
+        if settings is not None or role is not None:
+            setup.database.system.check_settings(who="scope()")
+            sources = (sources or Sources()).under(layer_of(settings, role, "scope()"), "scope()")
+        told = check_observers(observers, "scope()") if observers else ()
+        return ScopeContext(self, setup, last_write, told, sources)
 
     def begin(
         self,
@@ -186,6 +217,8 @@ class UnitOfWorkManager(Generic[S]):
         read_only: bool = False,
         propagation: Propagation = "required",
         timeout: float | None = None,
+        settings: Settings | None = None,
+        role: SettingSource | None = None,
     ) -> AbstractAsyncContextManager[UnitOfWork[S]]:
         """Return a block that is one unit: committed at its end, rolled back when an exception leaves it.
 
@@ -196,11 +229,15 @@ class UnitOfWorkManager(Generic[S]):
             read_only: refuse writes, in the database as well.
             propagation: what to do when a unit is open already; see `transactional`.
             timeout: seconds for the block; None is the manager's.
+            settings: those of this unit, over the manager's, name by name; None as a value says that there is none.
+            role: the role of this unit; None is the manager's.
         """
         options = block_options(
             who="begin()", isolation=isolation, read_only=read_only, propagation=propagation, retries=0, timeout=timeout
         )
         self._setup.database.system.check_level(isolation, who=options.who)
+        if settings is not None or role is not None:
+            options = options.telling(layer_of(settings, role, options.who))
         return self._enter(options)
 
     def attempts(
@@ -211,6 +248,8 @@ class UnitOfWorkManager(Generic[S]):
         read_only: bool = False,
         timeout: float | None = None,
         name: str | Callable[[], str] | None = None,
+        settings: Settings | Callable[[], Settings] | None = None,
+        role: SettingSource | None = None,
     ) -> AsyncIterator[AbstractAsyncContextManager[UnitOfWork[S]]]:
         """Return the attempts of a block that can be run again.
 
@@ -232,23 +271,48 @@ class UnitOfWorkManager(Generic[S]):
             timeout: seconds over all attempts and waits; None is the manager's.
             name: the name that errors, the log, observers and statistics use instead of ``attempts()``.  A function is
                 called whenever the name is needed, so that it can use what is known by then.
+            settings: those of these units, over the manager's, name by name; a function that returns them is called for
+                each attempt.
+            role: likewise.
         """
         who = name if isinstance(name, str) else "attempts()"
         options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
         self._setup.database.system.check_level(isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
+        if settings is not None or role is not None:
+            options = options.telling(layer_of(settings, role, options.who))
         return LoopedCall(self._setup, options, sys._getframe(1).f_code)
 
-    def contention(self, function: Callable[..., object], /) -> Contention:
-        """Return how many calls of a function run now, and how many wait because of conflicts between them.
+    @overload
+    def contention(self, /) -> tuple[ContentionGroup, ...]: ...
+
+    @overload
+    def contention(self, function: Callable[..., object] | str, /) -> Contention: ...
+
+    def contention(
+        self, function: Callable[..., object] | str | None = None, /
+    ) -> Contention | tuple[ContentionGroup, ...]:
+        """Return which functions get in each other's way, and how many of their calls wait because of that.
 
         Args:
-            function: one that `transactional` has decorated, or one with an `attempts` loop in it.
+            function: one that `transactional` has decorated, one with an `attempts` loop in it, or the name of a route, such
+                as ``"POST /transfers"``, where the request is the transaction.
+
+        Returns:
+            the state of the group that the function takes turns with; without a function, all groups.
         """
-        key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None)
-        gates = [gates[key] for gates in self._setup.gates.everywhere() if key is not None and key in gates]
-        return UNKNOWN if not gates else together([gate.state() for gate in gates])
+        everywhere = self._setup.groups.everywhere()
+        if function is None:
+            return tuple(
+                ContentionGroup(group.names(), tuple(sorted(group.tables)), group.gate.state())
+                for groups in everywhere
+                for group in list(groups.hot)
+            )
+        key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None) or function
+        members = [member for groups in everywhere if (member := groups.known(key)) is not None]
+        states = [group.gate.state() for member in members if (group := member.group) is not None]
+        return together(states) if states else FREE
 
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
@@ -256,13 +320,7 @@ class UnitOfWorkManager(Generic[S]):
         The result is a snapshot: the difference between two of them is what happened in between.  Calls in all threads
         count.
         """
-        states: dict[object, list[Contention]] = {}
-        for gates in self._setup.gates.everywhere():
-            keys = [ref() for ref in gates.keyrefs()]  # at once, as another thread may make one meanwhile
-            for key in keys:
-                if key is not None and (gate := gates.get(key)) is not None:
-                    states.setdefault(key, []).append(gate.state())
-        contention = [(name_of(key), together(several)) for key, several in states.items()]
+        contention = [(", ".join(group.functions), group.state) for group in self.contention()]
         database = self._setup.database
         return self._setup.counts.snapshot(database.pool, database.capacity(), contention)
 
@@ -287,6 +345,7 @@ class UnitOfWorkManager(Generic[S]):
             lazy_loads=self._lazy_loads,
         )
         manager._setup.counts = setup.counts
+        manager._setup.sources = setup.sources
         return manager
 
     def __repr__(self) -> str:

@@ -11,11 +11,12 @@ from sqla_uow._attempts.arguments import NOTHING, find_used, keep, leaves_all
 from sqla_uow._attempts.attempt import Attempt
 from sqla_uow._attempts.call import Call, before_first_attempt
 from sqla_uow._scope.lookup import locate
+from sqla_uow._settings.sources import layer_of
 from sqla_uow._unit.join import join, joinable
 from sqla_uow._unit.options import Options, check_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from sqla_uow._retry.policy import RetryPolicy
     from sqla_uow._unit.setup import Setup
@@ -46,6 +47,8 @@ def transactional(
     timeout: float | None = ...,
     retry: RetryPolicy | None = ...,
     retry_on: Callable[[BaseException], bool] | None = ...,
+    settings: Mapping[str, str | None] | None = ...,
+    role: str | None = ...,
 ) -> Transactional: ...
 def transactional(
     func: Callable[..., Any] | None = None,
@@ -59,6 +62,8 @@ def transactional(
     timeout: float | None = None,
     retry: RetryPolicy | None = None,
     retry_on: Callable[[BaseException], bool] | None = None,
+    settings: Mapping[str, str | None] | None = None,
+    role: str | None = None,
 ) -> Any:
     """Run an ``async def`` function in a unit of work.
 
@@ -80,6 +85,9 @@ def transactional(
         retry_on: a function that is called with an exception that is not known to be retryable, and returns True to
             retry.  Use it where your code knows better, such as an allocator of keys that tries another key after a
             unique violation.  If the function joins a unit, the owner of the unit retries.
+        settings: values of settings, over those of the manager; constants only, and None for a value that is not there.  A
+            unit that the function joins must have the same.
+        role: the role that its unit takes on; likewise.
 
     Raises:
         TypeError: the function is not ``async def``, an option has the wrong type, or `retry_on` is async; raised at
@@ -103,9 +111,12 @@ def transactional(
         options = Options(
             who=f"{who}()", isolation=isolation, read_only=read_only, propagation=propagation,
             retries=retries, timeout=timeout, retry=retry, retry_on=retry_on,
+            settings=layer_of(settings, role, f"{who}()", constants=True),
         )  # fmt: skip
         if not isinstance(manager, str):
             manager.database.system.check_level(isolation, who=options.who)
+            if options.settings is not None:
+                manager.database.system.check_settings(who=options.who)
         wrapped = _wrap(inner, manager, options)
         return kind(wrapped) if kind else wrapped
 

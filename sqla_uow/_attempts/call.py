@@ -9,6 +9,7 @@ from typing_extensions import TypeVar
 
 from sqla_uow._scope.lookup import surroundings
 from sqla_uow._session.instances import taint
+from sqla_uow._settings.sources import Sources
 from sqla_uow._transaction.tainted import Tainted
 from sqla_uow.events import Call as Key
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._retry.gate import Gate
+    from sqla_uow._retry.groups import Groups
     from sqla_uow._scope.read_session import ReadSession
     from sqla_uow._transaction.times import Times
     from sqla_uow._transaction.transaction import Transaction
@@ -46,8 +47,8 @@ class Call(Generic[S]):
     """
 
     __slots__ = (
-        "attempt", "called", "deadline", "enclosing", "function", "gate", "given_up", "isolation", "key", "more", "observers",
-        "options", "policy", "reading", "retries", "scope", "setup", "started", "tainted", "timeout", "times",
+        "attempt", "called", "deadline", "enclosing", "function", "given_up", "groups", "isolation", "key", "more", "observers",
+        "options", "policy", "reading", "retries", "scope", "setup", "sources", "started", "tainted", "timeout", "times",
     )  # fmt: skip
 
     def __init__(self, setup: Setup[S], options: Options, function: object = None) -> None:
@@ -63,7 +64,7 @@ class Call(Generic[S]):
         self.attempt = 0
         self.more = True
         self.function = function or options  # whose calls take turns with this one
-        self.gate: Gate | None = None
+        self.groups: Groups | None = None  # if it may be run again, and takes turns
         self.given_up: Failure | None = None
         self.called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
         self.reading: ReadSession | None = None
@@ -71,6 +72,7 @@ class Call(Generic[S]):
         self.times: Times | None = None
         self.scope, inside, self.enclosing = surroundings(setup)
         self.observers = setup.observers
+        self.sources = setup.sources
         if self.scope is not None:
             if (
                 not inside
@@ -79,6 +81,10 @@ class Call(Generic[S]):
             self.tainted = self.scope.reading.tainted
             if self.scope.observers:
                 self.observers += self.scope.observers
+            self.sources = self.scope.sources
+        if options.settings is not None:
+            setup.database.system.check_settings(who=options.who)
+            self.sources = (self.sources or Sources()).under(options.settings, options.who)
         self.key: Key | None = Key() if self.observers else None
 
     @property

@@ -11,13 +11,11 @@ from sqla_uow._databases.driver import raw_connection
 from sqla_uow._databases.postgresql import PostgreSQL, SpeaksPostgreSQL, milliseconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from sqla_uow._databases.driver import Driver
-    from sqla_uow._databases.system import System
+    from sqla_uow._databases.system import Opening, System
     from sqla_uow.typing import IsolationLevel
 
 __all__ = ["CockroachDB", "Distributed", "UnconfirmedPostgreSQL", "YugabyteDB"]
@@ -39,18 +37,11 @@ class Distributed(SpeaksPostgreSQL):
         super().__init__(name)
         self._honoured: set[IsolationLevel] = {"SERIALIZABLE"}
 
-    def open(
-        self,
-        connection: Any,
-        driver: Driver,
-        isolation: IsolationLevel | None,
-        *,
-        read_only: bool,
-        seconds: float | None,
-        lock_wait: float | None,
-        keeps_snapshot: Callable[[IsolationLevel | None], bool],
-    ) -> None:
+    def open(self, connection: Any, driver: Driver, unit: Opening) -> None:
         """Set the deadline.  Deadlocks are looked for at once, so there is no limit for locks."""
+        if unit.settings:
+            self.check_settings(who=unit.name)
+        seconds = unit.seconds_left()
         if seconds is not None:  # set_config() for a transaction is not in the documentation
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{milliseconds(seconds)}'")
 

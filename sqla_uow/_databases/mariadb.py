@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from sqla_uow._databases.system import Opening
     from sqla_uow.typing import IsolationLevel
 
 __all__ = ["Aiomysql", "Asyncmy", "MariaDB", "MySQL"]
@@ -78,20 +79,10 @@ class MySQL(System):
         """Return none: SQLAlchemy's SET SESSION would cost four round trips."""
         return {}
 
-    def open(
-        self,
-        connection: Any,
-        driver: Driver,
-        isolation: IsolationLevel | None,
-        *,
-        read_only: bool,
-        seconds: float | None,
-        lock_wait: float | None,
-        keeps_snapshot: Callable[[IsolationLevel | None], bool],
-    ) -> None:
+    def open(self, connection: Any, driver: Driver, unit: Opening) -> None:
         """Set the level for the next transaction only, so that nothing has to be set back."""
-        parts = [f"ISOLATION LEVEL {isolation}"] if isolation is not None else []
-        parts += ["READ ONLY"] if read_only else []
+        parts = [f"ISOLATION LEVEL {unit.isolation}"] if unit.isolation is not None else []
+        parts += ["READ ONLY"] if unit.read_only else []
         if parts:
             connection.exec_driver_sql(f"SET TRANSACTION {', '.join(parts)}")
 

@@ -10,6 +10,7 @@ import socket
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqlalchemy import text
+from sqlalchemy.exc import StatementError
 from sqlalchemy.util import await_only
 
 from sqla_uow._databases.driver import Driver, Ended, RawCalls, State, cover, raw_connection
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import TextClause
     from sqlalchemy.engine import Connection
 
+    from sqla_uow._databases.system import Opening
     from sqla_uow.typing import IsolationLevel
 
 __all__ = ["Asyncpg", "PostgreSQL", "Psycopg", "SpeaksPostgreSQL", "milliseconds"]
@@ -61,6 +63,7 @@ class PostgreSQL(SpeaksPostgreSQL):
     levels: ClassVar[tuple[IsolationLevel, ...]] = LEVELS[1:]  # READ UNCOMMITTED is accepted, and run as READ COMMITTED
     keeps_status: ClassVar[bool] = True
     limits_lock_wait: ClassVar[bool] = True
+    has_settings: ClassVar[bool] = True
     has_positions: ClassVar[bool] = True
     has_xmin: ClassVar[bool] = True
     # How far the server has written, not flushed: with synchronous_commit=off, COMMIT is answered before its record is.
@@ -76,26 +79,18 @@ class PostgreSQL(SpeaksPostgreSQL):
         super().__init__(name)
         self.title: str = "PostgreSQL"
 
-    def open(
-        self,
-        connection: Any,
-        driver: Driver,
-        isolation: IsolationLevel | None,
-        *,
-        read_only: bool,
-        seconds: float | None,
-        lock_wait: float | None,
-        keeps_snapshot: Callable[[IsolationLevel | None], bool],
-    ) -> None:
+    def open(self, connection: Any, driver: Driver, unit: Opening) -> None:
         """Set the limits; the level was told with the BEGIN.  Deadlocks are looked for only after deadlock_timeout, a second."""
-        if read_only and driver.in_transaction(connection):  # a listener has sent SQL, so BEGIN as well
+        if unit.read_only and driver.in_transaction(connection):  # a listener has sent SQL, so BEGIN as well
             connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        if seconds is not None or lock_wait is not None:
-            limits = _limits(connection, seconds, lock_wait)
-            if keeps_snapshot(isolation):
-                _set(connection, driver, limits)
-            else:
-                connection.execute(_lowering(tuple(limits)), limits)
+        seconds, lock_wait, settings = unit.seconds_left(), unit.lock_wait, unit.settings
+        limits = None if seconds is None and lock_wait is None else _limits(connection, seconds, lock_wait)
+        if settings:
+            _tell(connection, limits or {}, settings)
+        elif limits is not None and unit.keeps_snapshot():
+            _set(connection, driver, limits)
+        elif limits is not None:
+            connection.execute(_lowering(tuple(limits)), limits)
 
     def lift_lock_wait(self, connection: Connection) -> None:
         """Set the connection's own limit again, as far as that is known."""
@@ -126,19 +121,35 @@ def _limits(connection: Connection, seconds: float | None, lock_wait: float | No
     return limits
 
 
-@functools.lru_cache(maxsize=16)
-def _lowering(names: tuple[str, ...]) -> TextClause:
-    """Return what sets limits for the transaction, except where the server's own are stricter, in one round trip."""
+@functools.lru_cache(maxsize=128)
+def _lowering(limits: tuple[str, ...], settings: tuple[str, ...] = ()) -> TextClause:
+    """Return what sets limits for the transaction, except where the server's own are stricter, and settings, in one round trip."""
     # Bound, not written in: asyncpg would prepare each new text, a second round trip, and forget a statement of the user.
-    return text(
-        "SELECT "  # noqa: S608  # the names are ours
-        + ", ".join(
-            f"set_config('{name}', CASE WHEN extract(epoch FROM CAST(current_setting('{name}') AS interval)) * 1000 "
-            f"BETWEEN 0.1 AND CAST(:{name} AS integer) THEN current_setting('{name}') "
-            f"ELSE CAST(CAST(:{name} AS integer) AS text) END, true)"
-            for name in names
-        )
-    )
+    lowered = [
+        f"set_config('{name}', CASE WHEN extract(epoch FROM CAST(current_setting('{name}') AS interval)) * 1000 "
+        f"BETWEEN 0.1 AND CAST(:{name} AS integer) THEN current_setting('{name}') "
+        f"ELSE CAST(CAST(:{name} AS integer) AS text) END, true)"
+        for name in limits
+    ]
+    told = [f"set_config('{name}', :told_{at}, true)" for at, name in enumerate(settings)]
+    return text("SELECT " + ", ".join(lowered + told))  # the names are ours, or were checked
+
+
+def _tell(connection: Connection, limits: dict[str, int], settings: Mapping[str, str]) -> None:
+    """Set what holds in this transaction, and the limits with it; no log and no error shows the values.
+
+    This takes a snapshot, unlike SET; but what SET is told stands in its text.
+    """
+    values = {f"told_{at}": value for at, value in enumerate(settings.values())}
+    engine: Any = connection.engine  # this unit's own
+    shown, engine.hide_parameters = engine.hide_parameters, True
+    try:
+        connection.execute(_lowering(tuple(limits), tuple(settings)), limits | values)
+    except StatementError as error:
+        error.params = None
+        raise
+    finally:
+        engine.hide_parameters = shown
 
 
 def _set(connection: Connection, driver: Driver, limits: dict[str, int]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
     from sqlalchemy.pool import Pool
 
+    from sqla_uow._databases.system import Opening
     from sqla_uow.typing import IsolationLevel
 
 __all__ = ["Aiosqlite", "SQLite", "begin"]
@@ -55,26 +56,16 @@ class SQLite(System):
         """Return none: SQLAlchemy's PRAGMA would do nothing."""
         return {}
 
-    def open(
-        self,
-        connection: Any,
-        driver: Driver,
-        isolation: IsolationLevel | None,
-        *,
-        read_only: bool,
-        seconds: float | None,
-        lock_wait: float | None,
-        keeps_snapshot: Callable[[IsolationLevel | None], bool],
-    ) -> None:
+    def open(self, connection: Any, driver: Driver, unit: Opening) -> None:
         """Set what has no end of its own, and begin."""
-        info = connection.info
+        info, seconds = connection.info, unit.seconds_left()
         if seconds is not None:
             info[_BUSY_KEY] = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
             connection.exec_driver_sql(f"PRAGMA busy_timeout={max(0, round(seconds * 1000))}")
-        if read_only:
+        if unit.read_only:
             info[_QUERY_ONLY_KEY] = True
             connection.exec_driver_sql("PRAGMA query_only=1")
-        begin(connection, read_only=read_only)
+        begin(connection, read_only=unit.read_only)
 
     @staticmethod
     def restore(dbapi_connection: Any, info: dict[Any, Any]) -> None:

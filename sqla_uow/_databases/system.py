@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from sqla_uow._databases.levels import LEVELS, check_exists
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -18,7 +18,44 @@ if TYPE_CHECKING:
     from sqla_uow._databases.writer_queue import WriterQueue
     from sqla_uow.typing import IsolationLevel
 
-__all__ = ["System"]
+__all__ = ["Opening", "System"]
+
+
+class Opening(Protocol):
+    """What a transaction that has just begun was asked for, as `System.open` reads it."""
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        ...
+
+    @property
+    def isolation(self) -> IsolationLevel | None:
+        """The level; None is the database's default."""
+        ...
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the database is to refuse writes."""
+        ...
+
+    @property
+    def lock_wait(self) -> float | None:
+        """Seconds to wait for a lock, where the database can be told."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, str] | None:
+        """What holds in this transaction only, where it `has_settings`."""
+        ...
+
+    def seconds_left(self) -> float | None:
+        """Return what is left of the deadline, for the server to enforce as well."""
+        ...
+
+    def keeps_snapshot(self) -> bool:
+        """Say whether the first query decides what all see, so that it should be one of the body's."""
+        ...
 
 
 class System:
@@ -68,6 +105,8 @@ class System:
     """It may accept a level and run another; see `check_honoured`."""
     has_positions: ClassVar[bool] = False
     """It can say how far a replica must be; see `primary_position`."""
+    has_settings: ClassVar[bool] = False
+    """A transaction can have settings of the application; its policies read them."""
     has_xmin: ClassVar[bool] = False
     """Each row says which transaction wrote it."""
     primary_position: ClassVar[str] = ""
@@ -119,6 +158,21 @@ class System:
             ValueError: with what would be right.
         """
 
+    def check_settings(self, *, who: str) -> None:
+        """Refuse settings and roles where there are none.
+
+        Args:
+            who: has some, for the message.
+
+        Raises:
+            ValueError: with what would be right.
+        """
+        if not self.has_settings:
+            raise ValueError(
+                f"{who} has settings or a role, which transactions of {self.title} do not have; leave them out, or send what there "
+                "is in on_begin"
+            )
+
     def recognise(self, connection: Connection, driver: Driver) -> System:
         """Return which database it really is, now that there is a connection; nothing is sent."""
         return self
@@ -127,28 +181,13 @@ class System:
         """Return the execution options that have SQLAlchemy begin so, where that costs no round trip."""
         return {} if isolation is None else {"isolation_level": isolation}
 
-    def open(
-        self,
-        connection: Any,
-        driver: Driver,
-        isolation: IsolationLevel | None,
-        *,
-        read_only: bool,
-        seconds: float | None,
-        lock_wait: float | None,
-        keeps_snapshot: Callable[[IsolationLevel | None], bool],
-    ) -> None:
+    def open(self, connection: Any, driver: Driver, unit: Opening) -> None:
         """Send what a transaction needs before its first statement.
 
         Args:
             connection: just begun, nothing sent yet.
             driver: of the connection.
-            isolation: the level, or None for the database's default.
-            read_only: have the database refuse writes.
-            seconds: what is left of the deadline, for the server to enforce as well.
-            lock_wait: seconds to wait for a lock, where the database can be told.
-            keeps_snapshot: says whether at a level the first query decides what all see, so that it must be one of the
-                body's.
+            unit: what it was begun for.
         """
 
     def limit(self, statement: str, seconds: float) -> str:

@@ -11,13 +11,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sqla_uow._databases.failures import chain
 from sqla_uow._log import log
+from sqla_uow._scope.told import ToldTransaction
 from sqla_uow._session.instances import taint
 from sqla_uow._session.session import has_changes, refuse_changes
+from sqla_uow._settings.preamble import Preamble
 from sqla_uow._tasks.frames import check_loop
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._transaction.failing import failure_behind
 from sqla_uow._transaction.phase import Phase
 from sqla_uow._transaction.tainted import Tainted
+from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import COMMIT_SECONDS
 from sqla_uow._unit.ending import close_unused, failure_of, release
 from sqla_uow._unit.rollback import roll_back
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from sqla_uow._replicas.router import LastWrite
-    from sqla_uow._transaction.transaction import Transaction
+    from sqla_uow._settings.sources import Sources
     from sqla_uow._unit.setup import Setup
 
 __all__ = ["ReadSession"]
@@ -44,6 +47,7 @@ class ReadSession:
         setup: of the scope's manager.
         last_write: of the scope's client, where there are replicas.
         loop: of the scope; another one may not use its session.
+        sources: what its transactions are told first; None if they are told nothing.
 
     Attributes:
         tainted: its objects, which later units of the scope refuse.
@@ -55,15 +59,24 @@ class ReadSession:
         "_giving_way",
         "_last_write",
         "_loop",
+        "_replaced",
         "_retired",
         "_setup",
+        "_sources",
         "_unit",
         "tainted",
         "transaction",
     )
 
-    def __init__(self, setup: Setup[Any], last_write: LastWrite | None, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        setup: Setup[Any],
+        last_write: LastWrite | None,
+        loop: asyncio.AbstractEventLoop,
+        sources: Sources | None,
+    ) -> None:
         self._setup = setup
+        self._sources = sources
         self._last_write = last_write
         self._loop = loop
         self.tainted: Tainted = Tainted()
@@ -72,18 +85,58 @@ class ReadSession:
         self._giving_way: asyncio.Lock | None = None
         self._failed: Transaction | None = None
         self._retired: tuple[Transaction, ...] = ()
+        self._replaced: tuple[Transaction, ...] = ()  # retired ones that hold a connection yet
 
     def unit(self) -> UnitOfWork[Any]:
         """Return the open read unit; make one if none is open."""
         unit, transaction = self._unit, self.transaction
         check_loop(_NAME, self._loop)
-        if unit is None or transaction is None:
-            transaction = self.transaction = self._setup.read_transaction(_NAME, self._last_write)
-            unit = self._unit = UnitOfWork(transaction, self._setup.maker)
-            self._setup.counts.readings += 1
-        else:
+        told = None if self._sources is None else self._sources.ask(_NAME)
+        if unit is not None and transaction is not None:
             transaction.owner.check()
+            if transaction.preamble is None or transaction.preamble.told == told:
+                return unit
+            self._replace(transaction)
+        kind = Transaction if told is None else ToldTransaction
+        transaction = self.transaction = self._setup.read_transaction(kind, _NAME, self._last_write)
+        unit = self._unit = UnitOfWork(transaction, self._setup.maker)
+        if self._sources is not None and told is not None:
+            transaction.preamble = Preamble(self._sources, told, unit)
+            if self._replaced:
+                transaction.preamble.before = self._end_replaced
+        self._setup.counts.readings += 1
         return unit
+
+    def _replace(self, transaction: Transaction) -> None:
+        """Let nobody send SQL in it any more, as the settings are others now; its objects stay readable.
+
+        Raises:
+            PropagationError: its rows are still being read.
+            ReadOnlyError: an object of it was changed.
+        """
+        _refuse_unsaved(transaction)
+        if transaction.stream is not None:
+            transaction.stream.check_unread("the settings of its scope have changed")
+        self.transaction = self._unit = None
+        if transaction.phase.is_open and transaction.connection is not None:
+            self._replaced += (transaction,)  # its end has to be awaited, where that can be
+        self._retired += (transaction,)
+        transaction.seal(Phase.YIELDED)
+
+    async def _end_replaced(self) -> None:
+        """End those that were replaced, before another connection is taken.
+
+        Raises:
+            ReadOnlyError: an object of them was changed since.
+        """
+        self.refuse_unsaved()
+        await self._let_go_replaced()
+
+    async def _let_go_replaced(self) -> None:
+        while self._replaced:
+            transaction, self._replaced = self._replaced[0], self._replaced[1:]
+            await self._let_go(transaction)
+        self._forget_empty()
 
     def is_unused(self) -> bool:
         """Say whether there is nothing to end."""
@@ -121,31 +174,37 @@ class ReadSession:
 
     async def give_way(self) -> None:
         """End the read transaction, so that its connection is free; keep its objects attached and readable."""
-        if self.transaction is not None:
+        if self.transaction is not None or self._replaced:
             # Once for all units that sibling tasks begin: they do not use the read session.
             self._giving_way = self._giving_way or asyncio.Lock()
             async with self._giving_way:
                 await self._give_way()
 
     async def _give_way(self) -> None:
+        if self._replaced:
+            await self._end_replaced()
         transaction = self.transaction
         if transaction is None or transaction.phase in (Phase.YIELDED, Phase.ENDED):
             return
-        session = transaction.session
         transaction.owner.check()
         if transaction.stream is not None:
             transaction.stream.check_unread("a transactional function was called")
         self.refuse_unsaved()
+        await self._let_go(transaction)
+
+    async def _let_go(self, transaction: Transaction) -> None:
+        """Commit, so that the connection is free; where that cannot be, close."""
+        session = transaction.session
         if session is not None and transaction.connection is not None:
-            if transaction.doom.marked is not None:
-                await self._end()
+            if transaction.doom.marked is not None or has_changes(session.sync_session):
+                await self._close(transaction)
                 return
             transaction.seal(Phase.COMMITTING)
             # Shielded: cut off here, it could only be discarded, and SQLAlchemy would log an error for each.
             outcome = await shielded(partial(session.run_sync, _commit, transaction), grace=COMMIT_SECONDS)
             error = await failure_of(outcome.task, transaction)
             if error is not None or outcome.cancelled is not None:
-                await self._end()
+                await self._close(transaction)
                 if outcome.cancelled is not None:
                     raise outcome.cancelled
                 if error is not None and not isinstance(error, (SQLAlchemyError, TimeoutError, RollbackOnlyError)):
@@ -187,12 +246,17 @@ class ReadSession:
         transaction = self.transaction
         if transaction is not None and transaction.phase is Phase.YIELDED:
             self._unit = self.transaction = None
-            candidates, self._retired = [*self._retired, transaction], ()
-            for one in candidates:
-                if one.session is not None and _has_objects(one.session):
-                    self._retired += (one,)
-                else:  # nobody has its objects any more, and the scope may last long
-                    one.session = None
+            self._retired += (transaction,)
+            self._forget_empty()
+
+    def _forget_empty(self) -> None:
+        """Forget those whose objects nobody has any more: the scope may last long."""
+        candidates, self._retired = self._retired, ()
+        for one in candidates:
+            if one in self._replaced or (one.session is not None and _has_objects(one.session)):
+                self._retired += (one,)
+            else:
+                one.session = None
 
     async def end_all(self, *, check: bool) -> None:
         """Close it, with all units that gave way.
@@ -207,12 +271,15 @@ class ReadSession:
             if check:
                 self.refuse_unsaved()
         finally:
-            retired, self._retired = self._retired, ()
-            for transaction in retired:
-                close_unused(transaction)
-                release(transaction)
-            if self.transaction is not None:
-                await self.end()
+            try:
+                await self._let_go_replaced()
+            finally:
+                retired, self._retired = self._retired, ()
+                for transaction in retired:
+                    close_unused(transaction)
+                    release(transaction)
+                if self.transaction is not None:
+                    await self.end()
 
     async def end(self) -> None:
         """Close the open unit; its objects are detached, and refused by later units of the scope."""
@@ -224,8 +291,15 @@ class ReadSession:
             await self._end()
 
     async def _end(self) -> None:
-        transaction, self.transaction, self._unit = self.transaction, None, None
-        if transaction is None or transaction.phase is Phase.ENDED:
+        transaction = self.transaction
+        if transaction is not None:
+            await self._close(transaction)
+
+    async def _close(self, transaction: Transaction) -> None:
+        if transaction is self.transaction:
+            self.transaction = self._unit = None
+        self._retired = tuple(one for one in self._retired if one is not transaction)
+        if transaction.phase is Phase.ENDED:
             return
         if transaction.final is None and transaction.doom.marked is not None:
             self._failed = transaction

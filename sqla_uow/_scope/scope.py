@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from sqla_uow._api.manager import UnitOfWorkManager
     from sqla_uow._replicas.router import LastWrite
+    from sqla_uow._settings.sources import Sources
     from sqla_uow._unit.setup import Setup
     from sqla_uow._unit.unit import UnitOfWork
     from sqla_uow.errors import ConflictError
@@ -40,14 +41,16 @@ class Scope:
         setup: Setup[Any],
         last_write: LastWrite | None,
         observers: tuple[Observer, ...],
+        sources: Sources | None,
     ) -> None:
         self.manager: UnitOfWorkManager[Any] = manager
         self.setup: Setup[Any] = setup
         self.observers: tuple[Observer, ...] = observers
+        self.sources: Sources | None = sources
         self.last_write: LastWrite | None = last_write
         self.place: ScopePlace | None = None
         self._loop = asyncio.get_running_loop()
-        self.reading: ReadSession = ReadSession(setup, last_write, self._loop)
+        self.reading: ReadSession = ReadSession(setup, last_write, self._loop, sources)
 
     def is_of_this_loop(self) -> bool:
         """Say whether the running event loop is the scope's; another loop may not use its read session."""
@@ -133,7 +136,7 @@ class ScopePlace(ManagerPlace):
 class ScopeContext:
     """``async with manager.scope()``."""
 
-    __slots__ = ("_last_write", "_manager", "_observers", "_place", "_setup")
+    __slots__ = ("_last_write", "_manager", "_observers", "_place", "_setup", "_sources")
 
     def __init__(
         self,
@@ -141,17 +144,19 @@ class ScopeContext:
         setup: Setup[Any],
         last_write: LastWrite | None,
         observers: tuple[Observer, ...],
+        sources: Sources | None,
     ) -> None:
         self._manager = manager
         self._setup = setup
         self._observers = observers
+        self._sources = sources
         self._last_write = last_write
         self._place: ScopePlace | None = None
 
     async def __aenter__(self) -> Scope:
         if self._place is not None:
             raise PropagationError("a scope was entered twice; a scope is used once, call scope() again")
-        scope = Scope(self._manager, self._setup, self._last_write, self._observers)
+        scope = Scope(self._manager, self._setup, self._last_write, self._observers, self._sources)
         self._place = scope.place = ScopePlace(scope)
         push(self._place)
         return scope

@@ -16,6 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import MissingGreenlet, StatementError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.util import await_only
 
 from sqla_uow._databases.failures import classify
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState
 
     from sqla_uow._replicas.router import LastWrite
+    from sqla_uow._settings.preamble import Preamble
     from sqla_uow._transaction.transaction import Transaction
-
+    from sqla_uow.typing import IsolationLevel
 
 __all__ = ["UnitSession", "has_changes", "refuse_changes", "unit_session_class", "wait_for_locks"]
 
@@ -149,6 +151,8 @@ class UnitSession(Session):
         except UnitOfWorkError as error:
             transaction.doom.mark(error)
             raise
+        if transaction.preamble is not None and transaction.connection is None and transaction.preamble.has_hook:
+            self.connection()  # not in the middle of the flush: the hook may add objects
         before = transaction.owner.hold()
         try:
             super().flush(objects)
@@ -327,27 +331,48 @@ def _after_begin(session: UnitSession, session_transaction: SessionTransaction, 
             raise
     if not database.recognised:
         database.recognise(connection)
-    seconds = None if transaction.deadline is None else max(0.001, transaction.deadline - transaction.clock())
-    beginnings = transaction.beginnings
-    database.system.open(
-        connection,
-        driver,
-        transaction.isolation,
-        read_only=transaction.read_only,
-        seconds=seconds,
-        lock_wait=transaction.lock_wait,
-        keeps_snapshot=database.keeps_snapshot,
-    )
-    transaction.beginnings = beginnings  # what we have sent reads nothing
-    transaction.watch = driver.watch(connection.raw) if transaction.phase.is_active else None
-    if transaction.enclosing:
-        transaction.lock_watch = watch_locks(transaction)
-    if database.system.replaces_levels and transaction.isolation is not None:
-        try:
-            database.system.check_honoured(connection, transaction.isolation, who=transaction.name)
-        except ValueError as error:  # or a body that catches it could go on at the other level
-            transaction.doom.mark(error, hard=True)
-            raise
+    try:
+        beginnings = transaction.beginnings
+        database.system.open(connection, driver, transaction)
+        transaction.beginnings = beginnings  # what we have sent reads nothing
+        transaction.watch = driver.watch(connection.raw) if transaction.phase.is_active else None
+        if transaction.enclosing:
+            transaction.lock_watch = watch_locks(transaction)
+        if database.system.replaces_levels and transaction.isolation is not None:
+            _check_honoured(connection, transaction, transaction.isolation)
+        if transaction.preamble is not None:
+            _call_hook(session, session_transaction, transaction, transaction.preamble)
+    except BaseException as error:
+        if transaction.preamble is not None:  # or a body that catches it could go on without its settings
+            mark = transaction.doom.marked
+            transaction.doom.mark(error, failure=None if mark is None else mark.failure, hard=True)
+        raise
+
+
+def _check_honoured(connection: Connection, transaction: Transaction, isolation: IsolationLevel) -> None:
+    try:
+        transaction.database.system.check_honoured(connection, isolation, who=transaction.name)
+    except ValueError as error:  # or a body that catches it could go on at the other level
+        transaction.doom.mark(error, hard=True)
+        raise
+
+
+def _call_hook(session: UnitSession, begun: SessionTransaction, transaction: Transaction, preamble: Preamble) -> None:
+    """Await the manager's `on_begin`: what it sends comes before the first statement of the body, and before a savepoint of that."""
+    hook = preamble.hook()
+    if hook is None:
+        return
+    # SQLAlchemy refuses statements until the listeners have run, and would send them in the savepoint.
+    provisioning, begun._state = begun._state, SessionTransactionState.ACTIVE
+    innermost, session._transaction = session._transaction, begun
+    block, session._trans_context_manager = session._trans_context_manager, None
+    # If its connection is found dead, it is awaited again with the whole beginning.
+    beginnings, transaction.beginnings = transaction.beginnings, 0
+    try:
+        await_only(hook)
+    finally:
+        begun._state, session._transaction, session._trans_context_manager = provisioning, innermost, block
+        transaction.beginnings = beginnings
 
 
 @event.listens_for(UnitSession, "after_commit", insert=True)

@@ -1,22 +1,24 @@
-"""`assert_no_leaks`: every connection comes back, and with no transaction open on it."""
+"""`assert_no_leaks`: every connection comes back, with no transaction open on it, and as it was."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 from sqlalchemy import event
 
 from sqla_uow._databases.database import WITHIN
+from sqla_uow._settings.changes import SettingChanges
 from sqla_uow._tasks.frames import running_task
-from sqla_uow._testing.statements import engine_of
+from sqla_uow._testing.statements import engine_of, names_told_by
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from types import FrameType
 
+    from sqlalchemy.engine import Engine
     from sqlalchemy.pool import ConnectionPoolEntry
 
     from sqla_uow._testing.statements import Bind
@@ -27,19 +29,33 @@ _INTERNAL = ("sqlalchemy", "sqla_uow", "asyncio", "contextlib", "greenlet")
 
 
 @contextmanager
-def assert_no_leaks(bind: Bind, /) -> Generator[None]:
+def assert_no_leaks(bind: Bind, /, *, settings: bool = False) -> Generator[None]:
     """Fail if a connection that the block takes from the pool is not back at its end, or came back in a transaction.
 
     An exception that leaves the block is raised as it is.
 
     Args:
         bind: the engine, or a manager over it.
+        settings: fail also if a connection came back with another role or other settings, because somebody has sent SET
+            without LOCAL: the next one to get it would have them.  On PostgreSQL; it asks each time a connection is
+            taken and returned.
 
     Raises:
         AssertionError: there is such a connection; the message says how many, which task took each, and where.
         TypeError: `bind` is neither an engine nor a manager.
+        ValueError: `settings` was asked for, and this is not PostgreSQL.
     """
     engine = engine_of(bind, "assert_no_leaks()")
+    changes = SettingChanges(engine, names_told_by(bind), _where) if settings else None
+    with nullcontext() if changes is None else changes.watched(), _all_back(engine):
+        yield
+    if changes is not None and changes.found:
+        what = f"came back with {', '.join(map(repr, sorted(changes.changed)))} changed"
+        raise AssertionError(_message(changes.found, what, what))
+
+
+@contextmanager
+def _all_back(engine: Engine) -> Generator[None]:
     taken: dict[ConnectionPoolEntry, str] = {}
     poisoned: list[str] = []
     within = WITHIN in engine.get_execution_options()  # always in the test's transaction

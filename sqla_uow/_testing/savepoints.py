@@ -27,6 +27,8 @@ _ENDING = {1213, 1020}
 _TIMEOUTS = ("statement_timeout", "lock_timeout", "transaction_timeout")
 _OPENING = re.compile(r"\s*SET\s+TRANSACTION\b", re.IGNORECASE)
 _BEGIN = re.compile(r"\s*BEGIN\b", re.IGNORECASE)
+_TELLS = re.compile(r"SELECT set_config\(")
+_TOLD = re.compile(r"set_config\('(role|[a-z_][\w$]*(?:\.[a-z_][\w$]*)+)'")
 _LEVEL = re.compile(r"ISOLATION\s+LEVEL\s+([A-Z]+(?:\s+[A-Z]+)?)", re.IGNORECASE)
 _WRITES = re.compile(r"\s*(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 # What MariaDB itself answers in a READ ONLY transaction; a savepoint cannot be one.
@@ -52,6 +54,7 @@ class Outer:
         self._lost: BaseException | None = None
         self._ended_by: int | None = None
         self._at_commit = self._checks() if family == "postgresql" else None
+        self._told: set[str] = set()  # the names of settings
 
     def is_of(self, dbapi_connection: Any) -> bool:
         """Say whether this, which may be the pool's proxy of it, is the connection."""
@@ -110,11 +113,21 @@ class Outer:
             self._send(self._at_commit)
         self._send_or_lose(f"RELEASE SAVEPOINT {_NAME}")
         self._end()
+        if self._told:
+            told, self._told = self._told, set()
+            for name in sorted(told):
+                parts = ".".join(f'"{part}"' for part in name.split("."))  # some are words of SQL, such as "user"
+                self._send(f"SET LOCAL {parts} TO DEFAULT")
+
+    def note_settings(self, statement: str) -> None:
+        """Remember what a unit was told: RELEASE does not end it."""
+        self._told.update(_TOLD.findall(statement))
 
     def undo(self) -> None:
         """Do what ROLLBACK does."""
         if not self._open:
             return
+        self._told.clear()
         self._end()
         self._send_or_lose(f"ROLLBACK TO SAVEPOINT {_NAME}")
         self._send(f"RELEASE SAVEPOINT {_NAME}")
@@ -230,6 +243,8 @@ class _Within:
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         if not self.outer.replaces(cursor, statement):
+            if _TELLS.match(statement) is not None:
+                self.outer.note_settings(statement)
             with self._noting():
                 self._above.do_execute(cursor, statement, parameters, context)
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sqla_uow._api.manager import UnitOfWorkManager
+from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
-__all__ = ["Bind", "engine_of", "is_work"]
+__all__ = ["Bind", "engine_of", "is_work", "names_told_by"]
 
 Bind = AsyncEngine | UnitOfWorkManager[Any]
 """What the kit is told a database by."""
@@ -41,3 +41,9 @@ def engine_of(bind: object, who: str) -> Engine:
     if not isinstance(bind, AsyncEngine):
         raise TypeError(f"{who} got {type(bind).__name__}; pass an AsyncEngine or a UnitOfWorkManager")
     return bind.sync_engine
+
+
+def names_told_by(bind: Bind) -> frozenset[str]:
+    """Return the names of the settings that a manager tells its transactions."""
+    sources = setup_of(bind).sources if isinstance(bind, UnitOfWorkManager) else None
+    return frozenset() if sources is None else sources.names

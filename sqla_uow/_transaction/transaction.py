@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, ReplicaRouter
-    from sqla_uow._retry.gate import Slot
+    from sqla_uow._retry.turn import Turn
+    from sqla_uow._settings.preamble import Preamble
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
     from sqla_uow.errors import PropagationError, StaleVersionError
@@ -132,6 +133,7 @@ class Transaction:
         "owner",
         "pending_savepoint",
         "phase",
+        "preamble",
         "raw_taken",
         "read_only",
         "replica",
@@ -141,11 +143,11 @@ class Transaction:
         "scope_read",
         "self_wait",
         "session",
-        "slot",
         "stale",
         "stream",
         "tainted",
         "times",
+        "turn",
         "unwatch",
         "versions",
         "was_open",
@@ -177,6 +179,7 @@ class Transaction:
         self.idle: Idle | None = None  # if an observer wants to know of idling
         self.hooks: Hooks = Hooks()
         self.doom: Doom = Doom(self.hooks)
+        self.preamble: Preamble | None = None  # what it is told first
         self.owner: Owner = Owner(name, self.doom)
         self.phase: Phase = Phase.NEW
         self.closer: greenlet | None = None
@@ -188,7 +191,7 @@ class Transaction:
         self.attached: WeakSet[InstanceState[Any]] | None = None
         self.on_rollback: Callable[[Transaction, Session], None] | None = None
         self.joined: int = 0
-        self.slot: Slot | None = None
+        self.turn: Turn | None = None  # where something has conflicted lately
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
         self.lifts_lock_wait: bool = False  # with the next statement
         self.lifted_lock_wait: bool = False
@@ -219,6 +222,15 @@ class Transaction:
     def seconds_left(self) -> float | None:
         """Return what is left until the deadline; None if there is no deadline."""
         return None if self.deadline is None else self.deadline - self.clock()
+
+    def keeps_snapshot(self) -> bool:
+        """Say whether its first query decides what all of them see."""
+        return self.database.keeps_snapshot(self.isolation)
+
+    @property
+    def settings(self) -> Mapping[str, str] | None:
+        """What the server is told first, as SET LOCAL would; None if there is nothing."""
+        return None if self.preamble is None else self.preamble.told
 
     def is_calm(self) -> bool:
         """Say whether it has begun, is not doomed, and has nothing in flight, as is so for most statements."""
@@ -323,6 +335,8 @@ class Transaction:
 
     def wait_for_locks(self) -> None:
         """Wait for locks as the last attempt does, from the next statement on."""
+        if self.turn is not None:
+            self.turn.is_last = True
         if self.lock_wait is None:
             return
         self.lock_wait = None

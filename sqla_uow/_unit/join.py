@@ -13,6 +13,7 @@ from sqla_uow._databases.interrupt import break_link
 from sqla_uow._log import log
 from sqla_uow._retry.predicates import ask
 from sqla_uow._session.session import has_changes
+from sqla_uow._settings.preamble import check_join
 from sqla_uow._tasks.shield import shielded
 from sqla_uow._unit.ending import wait_briefly
 from sqla_uow.errors import PropagationError
@@ -48,6 +49,8 @@ class Joined(Generic[S]):
         transaction, options = self._transaction, self._options
         transaction.owner.check()
         transaction.check_join(options.who, options.isolation, read_only=options.read_only)
+        if transaction.preamble is not None or options.settings is not None:
+            check_join(transaction.preamble, options.settings, options.who, transaction.name)
         transaction.joined += 1
         if options.retries:
             log(

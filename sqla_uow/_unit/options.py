@@ -15,6 +15,8 @@ from sqla_uow.typing import IsolationLevel, Propagation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqla_uow._settings.sources import Layer
+
 __all__ = ["LateName", "Options", "block_options", "check_name", "check_policy", "check_retries", "check_timeout"]
 
 
@@ -35,11 +37,19 @@ class Options:
     timeout: float | None = None
     retry: RetryPolicy | None = None
     retry_on: Callable[[BaseException], bool] | None = None
+    settings: Layer | None = None
 
     def named(self, name: Callable[[], str]) -> Options:
         """Return the same under a name that is found later; what they allow has been checked already."""
+        return self._with(who=LateName(name))
+
+    def telling(self, settings: Layer | None) -> Options:
+        """Return the same with settings, which have been checked already."""
+        return self if settings is None else self._with(settings=settings)
+
+    def _with(self, **changes: Any) -> Options:
         options = Options.__new__(Options)  # copy.copy() costs ten times as much, and each atomic request has a name
-        options.__dict__.update(self.__dict__, who=LateName(name))  # frozen for everybody else
+        options.__dict__.update(self.__dict__, **changes)  # frozen for everybody else
         return options
 
     def __post_init__(self) -> None:

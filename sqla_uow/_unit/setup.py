@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Generic
-from weakref import WeakKeyDictionary
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
 from sqla_uow._retry.budget import budget_of
-from sqla_uow._retry.gate import Gate
+from sqla_uow._retry.groups import Groups
 from sqla_uow._tasks.per_loop import PerLoop
-from sqla_uow._transaction.transaction import Transaction
-from sqla_uow._unit.statistics import Counts, name_of
+from sqla_uow._unit.statistics import Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqla_uow._databases.database import Database
     from sqla_uow._replicas.router import LastWrite, ReplicaRouter
     from sqla_uow._retry.budget import Budget
     from sqla_uow._retry.policy import RetryPolicy
     from sqla_uow._session.maker import SessionMaker
+    from sqla_uow._settings.sources import Sources
+    from sqla_uow._transaction.transaction import Transaction
     from sqla_uow._unit.verify import Verifier
     from sqla_uow.events import Observer
     from sqla_uow.typing import IsolationLevel
@@ -44,17 +42,18 @@ class Setup(Generic[S]):
         replicas: where units that only read may run, if there are any.
         verifier: learns what became of a COMMIT whose answer was lost; None lets the caller do that.
         observers: are told of every call.
+        sources: what its transactions are told first; None if they are told nothing.
 
     Attributes:
         budget: how many retries an outage may cause; managers over one pool share it.
         counts: of its calls.
         database: where its units run.
-        gates: where calls that get in each other's way wait for their turn.
+        groups: which functions get in each other's way, and where their calls wait for their turn.
     """
 
     __slots__ = (
-        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
-        "timeout", "verifier",
+        "budget", "counts", "database", "groups", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
+        "sources", "timeout", "verifier",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +68,7 @@ class Setup(Generic[S]):
         replicas: ReplicaRouter | None,
         verifier: Verifier | None,
         observers: tuple[Observer, ...],
+        sources: Sources | None,
     ) -> None:
         self.name: str = name
         self.maker: SessionMaker[S] = maker
@@ -81,17 +81,19 @@ class Setup(Generic[S]):
         self.replicas: ReplicaRouter | None = replicas
         self.verifier: Verifier | None = verifier
         self.observers: tuple[Observer, ...] = observers
+        self.sources: Sources | None = sources
         self.counts: Counts = Counts()
-        self.gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
+        self.groups: PerLoop[Groups] = PerLoop(Groups)
 
-    def read_transaction(self, name: str, last_write: LastWrite | None) -> Transaction:
+    def read_transaction(self, kind: type[Transaction], name: str, last_write: LastWrite | None) -> Transaction:
         """Make the transaction of a scope's read session.
 
         Args:
+            kind: its class.
             name: what messages call it.
             last_write: of the scope's client, where there are replicas.
         """
-        transaction = Transaction(
+        transaction = kind(
             name, self.database, isolation=self.isolation, read_only=True, deadline=None, clock=self.retry.clock
         )
         transaction.scope_read = True
@@ -100,16 +102,3 @@ class Setup(Generic[S]):
         # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
         transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
         return transaction
-
-    def gate(self, key: object, clock: Callable[[], float]) -> Gate:
-        """Return where the calls of one function wait for their turn, those of this event loop.
-
-        Args:
-            key: known by identity: the options of a function, or the code around a loop.
-            clock: monotonic seconds.
-        """
-        gates = self.gates.here()
-        gate = gates.get(key)
-        if gate is None:
-            gate = gates[key] = Gate(name_of(key), clock)
-        return gate

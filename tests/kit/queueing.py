@@ -7,7 +7,22 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from sqla_uow._retry.groups import Group
+from sqla_uow._unit.statistics import name_of
 from sqla_uow.errors import TransactionTimeoutError
+
+
+def narrow(manager, function, *, width=1):
+    """Let so many calls of a function, a loop or a route run at a time, from now on, as if they had met conflicts."""
+    groups, group = manager._setup.groups.here(), Group(manager.retry.clock)
+    groups.hot.append(group)
+    key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None) or function
+    group.add(groups.member(key, name_of))
+    gate = group.gate
+    gate.controller.opening = False
+    gate.controller._best = width.bit_length() - 1
+    gate.controller._go(gate.controller._best)
+    return gate
 
 
 @asynccontextmanager
@@ -20,6 +35,7 @@ async def a_turn_that_does_not_come(manager):
             async with attempt:
                 await leave.wait()
 
+    narrow(manager, hold, width=2)
     running = [asyncio.create_task(hold()) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(TransactionTimeoutError):

@@ -14,6 +14,7 @@ from sqla_uow.alembic import migration_lock
 from sqla_uow.errors import ConflictError, ReadOnlyError
 from tests.kit.databases import UNPREPARED
 from tests.kit.models import Account
+from tests.kit.tenants import PARCELS, ROLE, SEND, make_parcels, tenant
 from tests.servers.pgbouncer import PgBouncer
 
 if (reason := PgBouncer.unavailable()) is not None:
@@ -219,3 +220,31 @@ async def test_the_migration_lock_is_refused(db, through):
         async with through(between).connect() as connection:
             with pytest.raises(CommandError, match="pooler in transaction mode"):
                 await connection.run_sync(run)
+
+
+# -- settings
+
+
+async def test_settings_of_many_clients_on_few_connections(db, through):
+    """All of it is in the transaction: whoever gets the server's connection next, through whatever client, has his own."""
+    await make_parcels(db)
+    with PgBouncer(db.server) as between:
+        manager = UnitOfWorkManager(
+            through(between, pool_size=WORKERS),
+            settings={"app.tenant": tenant.get},
+            role=ROLE,
+            isolation="READ COMMITTED",
+        )
+
+        async def work(worker):
+            for turn in range(TRANSFERS):
+                tenant.set("ab"[(worker + turn) % 2])
+                async with manager.begin(timeout=10 if turn % 2 else None) as unit:
+                    assert {row.tenant for row in await unit.session.execute(PARCELS)} == {tenant.get()}
+                    await unit.session.execute(SEND, {"tenant": tenant.get(), "body": "new"})
+
+        await asyncio.gather(*(work(worker) for worker in range(WORKERS)))
+        async with through(between).connect() as connection:
+            asked = text("SELECT current_setting('app.tenant', true), current_user")
+            assert (await connection.execute(asked)).one() in [("", "postgres"), (None, "postgres")]
+    assert await db.scalar("SELECT count(*) FROM parcel") == 2 + WORKERS * TRANSFERS

@@ -158,8 +158,7 @@ async def test_a_level_that_no_statement_used_does_not_wait_for_the_next_transac
 @pytest.mark.drivers("sqlite")
 def test_a_database_that_needs_nothing_at_its_begin(driver):
     """P4: what SQLAlchemy tells it is enough; nothing is sent, so there is no connection."""
-    wants = {"read_only": False, "seconds": None, "lock_wait": None, "keeps_snapshot": None}
-    System("oracle").open(None, None, "SERIALIZABLE", **wants)
+    System("oracle").open(None, None, None)
 
 
 # -- levels that cannot be

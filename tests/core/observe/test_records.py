@@ -104,7 +104,8 @@ def test_turns_carry_the_width(caplog):
     """Taking turns, and the end of it: the function, the width, and the share of time that went into conflicts."""
     caplog.set_level(logging.INFO, logger="sqla_uow")
     now = [0.0]
-    controller = Controller(lambda: now[0], "sell()")
+    controller = Controller(lambda: now[0])
+    controller.who = "sell()"
     for _ in range(100):
         now[0] += 0.02
         controller.conflicted(now[0] - 0.01, 0.01, 1, 1)
