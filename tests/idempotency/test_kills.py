@@ -71,7 +71,7 @@ async def worked(shop, engine, *harms, seconds=SECONDS):
             done = await every_second(seconds, *harms)
         await customers.check(engine)
     print(f"\nseed {SEED}: {done} harms, {len(customers.answers)} keys; answers: {dict(customers.told)}")  # noqa: T201
-    assert len(customers.answers) > CLIENTS
+    assert len(customers.answers) >= CLIENTS
 
 
 def kill(server):
