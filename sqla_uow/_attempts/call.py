@@ -79,8 +79,7 @@ class Call(Generic[S]):
             ):  # only an outermost call ends the scope's reading; around an inner one the outer unit guards its objects
                 self.reading = self.scope.reading
             self.tainted = self.scope.reading.tainted
-            if self.scope.observers:
-                self.observers += self.scope.observers
+            self.observers += self.scope.observers
             self.sources = self.scope.sources
         if options.settings is not None:
             setup.database.system.check_settings(who=options.who)

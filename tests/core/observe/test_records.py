@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._log import log
 from sqla_uow._retry.controller import Controller
+from tests.kit.logged import fields_of
 
 KNOWN = {
     "function", "manager", "attempt", "attempts", "reason", "code", "wait", "elapsed", "status", "error", "hook", "width",
@@ -20,7 +21,7 @@ KNOWN = {
 
 def fields(found):
     """Return our fields of a record; each of them can be written as JSON, and is in the table of the docs."""
-    ours = {name.removeprefix("uow_"): value for name, value in vars(found).items() if name.startswith("uow_")}
+    ours = fields_of(found)
     assert set(ours) <= KNOWN
     json.dumps(ours)
     return ours

@@ -404,6 +404,22 @@ def test_attempts_may_be_made_where_no_loop_runs():
 
 
 @one_driver
+async def test_a_call_that_cannot_begin_leaves_its_turn_to_others(manager):
+    """R10: outside any task there is nobody who could use a unit."""
+    busy = Busy(manager)
+    caught = []
+
+    def call():
+        with pytest.raises(errors.TaskBoundaryError, match="outside any task"):
+            busy.call(1).send(None)
+        caught.append(manager.contention(busy.call).running)
+
+    asyncio.get_running_loop().call_soon(call)
+    await until(lambda: caught, seconds=5, pause=0)
+    assert caught == [0]
+
+
+@one_driver
 async def test_off_means_off(manager):
     """R10: no group is looked for."""
     busy = Busy(manager, retry=OFF)
