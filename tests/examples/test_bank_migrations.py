@@ -73,7 +73,7 @@ async def test_the_bank_leaves_nothing(db):
     """The example's tables, triggers and notes of revisions are gone when it is closed; another's tables stay."""
     manager = UnitOfWorkManager(db.engine())
     async with schema.opened(manager, 2, keep=False):
-        assert len(await tables(db)) == 4
+        assert len(await tables(db)) == 5
         assert await triggers(db) == [TRIGGER]
     assert await tables(db) == []
     assert await triggers(db) == []
@@ -111,7 +111,7 @@ async def test_of_two_that_start_at_once_one_is_refused(db):
         assert await process.stdout.readline() == b"ready\n"
     answers = [output.decode() for output, _ in await asyncio.gather(*(p.communicate(b"go\n") for p in processes))]
     assert sorted(answer.splitlines()[-1] for answer in answers) == ["made", "refused"]  # asyncmy has a word on names
-    assert len(await tables(db)) == 4
+    assert len(await tables(db)) == 5
 
 
 async def python(*arguments, **streams):
@@ -140,7 +140,7 @@ async def test_ctrl_c_while_it_migrates(db, monkeypatch, another):
         creating.cancel()
         if another:
             await db.run(f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) PRIMARY KEY)")
-            await db.run(f"INSERT INTO {VERSION_TABLE} VALUES ('0002')")
+            await db.run(f"INSERT INTO {VERSION_TABLE} VALUES ('0003')")
         return creating
 
     creating = await locked(db, lambda _: await_only(cancel()))  # so that the migrations wait
@@ -159,7 +159,7 @@ async def test_the_command_by_hand(db):
         return (await process.communicate())[0].decode(), process.returncode
 
     assert await typed("-x", f"url={db.url}", "upgrade", "head") == ("", 0)
-    assert await db.rows(f"SELECT version_num FROM {VERSION_TABLE}") == [("0002",)]
+    assert await db.rows(f"SELECT version_num FROM {VERSION_TABLE}") == [("0003",)]
     output, status = await typed("current")
     assert status != 0
     assert "the bank's database is not known; pass -x url=postgresql+asyncpg://user@host/database" in output
