@@ -18,13 +18,17 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:  # at the end: `tests` and `examples` from here, `sqla_uow` from where it is installed
     sys.path.append(str(ROOT))
 
-from tests.kit.databases import DRIVERS, FAMILIES, MODULES, POOLED, Databases  # noqa: E402  # needs the line above
+from tests.kit.brokers import Brokers  # noqa: E402  # needs the line above
+from tests.kit.databases import DRIVERS, FAMILIES, MODULES, POOLED, Databases  # noqa: E402  # likewise
 from tests.kit.troubles import QUICK, TROUBLES  # noqa: E402  # likewise
 
 pytest_plugins = ["pytester"]  # for the tests of our own plugin
 
 # The servers have tests of their own; one run for each kind of server is enough of a matrix.
-collect_ignore = [] if os.environ.get("SQLA_UOW_DRIVER", "asyncpg") in ("asyncpg", "asyncmy") else ["servers"]
+_DRIVER = os.environ.get("SQLA_UOW_DRIVER", "asyncpg")
+collect_ignore = [] if _DRIVER in ("asyncpg", "asyncmy") else ["servers"]
+if _DRIVER != "asyncpg":
+    collect_ignore.append("servers/tests/test_brokers.py")
 
 
 def pytest_configure(config):
@@ -74,6 +78,14 @@ def databases():
     databases = Databases()
     yield databases
     databases.stop()
+
+
+@pytest.fixture(scope="session")
+def brokers():
+    """Provide the brokers of this run."""
+    brokers = Brokers()
+    yield brokers
+    brokers.stop()
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from tests.servers.pgbouncer import PgBouncer
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.servers.server import Server
+    from tests.servers.database import DatabaseServer
 
 DRIVERS = ("sqlite", "asyncpg", "psycopg", "asyncmy", "aiomysql")
 ONE_OF_EACH = ("sqlite", "asyncpg", "asyncmy")
 """One driver for each kind of database, for what is about the database and takes its time."""
 MODULES = {"sqlite": "aiosqlite"} | {name: name for name in DRIVERS[1:]}
-SERVERS: dict[str, type[Server]] = {
+SERVERS: dict[str, type[DatabaseServer]] = {
     "asyncpg": PostgreSQL,
     "psycopg": PostgreSQL,
     "asyncmy": MariaDB,
@@ -65,7 +65,7 @@ class Database:
         pooler: before the server; only the engines go through it.
     """
 
-    def __init__(self, driver: str, url: str, server: Server | None, pooler: PgBouncer | None = None) -> None:
+    def __init__(self, driver: str, url: str, server: DatabaseServer | None, pooler: PgBouncer | None = None) -> None:
         self.driver = driver
         self.family = FAMILIES[driver]
         self.url = url
@@ -214,11 +214,11 @@ class Databases:
     """The servers of one test run, started when they are first needed."""
 
     def __init__(self) -> None:
-        self._servers: dict[type[Server], Server] = {}
-        self._names: dict[type[Server], str] = {}
+        self._servers: dict[type[DatabaseServer], DatabaseServer] = {}
+        self._names: dict[type[DatabaseServer], str] = {}
         self._pooler: PgBouncer | None = None
 
-    def server(self, driver: str) -> Server | None:
+    def server(self, driver: str) -> DatabaseServer | None:
         kind = SERVERS.get(driver)
         if kind is None:
             return None
@@ -241,7 +241,7 @@ class Databases:
             name = self._names[type(server)] = server.create_database()
         return Database(driver, server.url(driver, database=name), server, self._pooler_of(server))
 
-    def _pooler_of(self, server: Server) -> PgBouncer | None:
+    def _pooler_of(self, server: DatabaseServer) -> PgBouncer | None:
         if not POOLED or not isinstance(server, PostgreSQL):
             return None
         if self._pooler is None:

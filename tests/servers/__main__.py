@@ -1,6 +1,6 @@
-"""Serve throwaway databases by hand: `python -m tests.servers postgresql mariadb`.
+"""Serve throwaway databases and brokers by hand: `python -m tests.servers postgresql nats`.
 
-Prints one SQLAlchemy URL a line, in the order asked for, and serves until SIGINT or SIGTERM.
+Prints one URL a line, in the order asked for, and serves until SIGINT or SIGTERM; a database's is SQLAlchemy's.
 """
 
 import argparse
@@ -12,9 +12,18 @@ from contextlib import ExitStack
 from types import FrameType
 from typing import NoReturn
 
-from . import MariaDB, PostgreSQL, Server, ServerError
+from . import NATS, MariaDB, PostgreSQL, RabbitMQ, Redis, Server, ServerError
+from .broker import Broker
+from .database import DatabaseServer
 
-_SERVERS: dict[str, type[Server]] = {"postgresql": PostgreSQL, "mariadb": MariaDB}
+_SERVERS: dict[str, type[DatabaseServer] | type[Broker]] = {
+    "postgresql": PostgreSQL,
+    "mariadb": MariaDB,
+    "nats": NATS,
+    "rabbitmq": RabbitMQ,
+    "redis": Redis,
+}
+_CHOICE = f"{', '.join(list(_SERVERS)[:-1])} or {list(_SERVERS)[-1]}"
 _MISUSE = 2  # the exit status of argparse, too
 
 
@@ -26,8 +35,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Start the servers, print their URLs, wait for a signal, stop them."""
     parser = _Parser(prog="python -m tests.servers", description=__doc__)
-    parser.add_argument("servers", metavar="SERVER", nargs="*", help=" or ".join(_SERVERS))
-    parser.add_argument("--driver", action="append", default=[], help="of the URLs, one for each kind of server")
+    parser.add_argument("servers", metavar="SERVER", nargs="*", help=_CHOICE)
+    parser.add_argument("--driver", action="append", default=[], help="of the URLs, one for each kind of database")
     options = parser.parse_args(arguments)
     chosen = _chosen(parser, options.servers, options.driver)
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -38,29 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def _chosen(parser: _Parser, names: list[str], drivers: list[str]) -> list[tuple[type[Server], str]]:
+def _chosen(parser: _Parser, names: list[str], drivers: list[str]) -> list[tuple[Server, str]]:
+    """Return each server with its URL."""
     if not names:
-        parser.error(f"no server named; choose {' or '.join(_SERVERS)}")
+        parser.error(f"no server named; choose {_CHOICE}")
     for name in names:
         if name not in _SERVERS:
-            parser.error(f"no server {name!r}; choose {' or '.join(_SERVERS)}")
-    servers = [_SERVERS[name] for name in names]
-    speaking = [driver for server in servers for driver in server.drivers]
+            parser.error(f"no server {name!r}; choose {_CHOICE}")
+    kinds = [_SERVERS[name] for name in names]
+    speaking = [driver for kind in kinds if issubclass(kind, DatabaseServer) for driver in kind.drivers]
     for driver in drivers:
         if driver not in speaking:
-            parser.error(f"driver {driver!r} speaks to none of the servers; choose {' or '.join(speaking)}")
-    for reason in filter(None, (server.unavailable() for server in servers)):
+            known = f"choose {' or '.join(speaking)}" if speaking else "brokers have none"
+            parser.error(f"driver {driver!r} speaks to none of the servers; {known}")
+    for reason in filter(None, (kind.unavailable() for kind in kinds)):
         parser.error(reason)
-    return [
-        (server, next((driver for driver in drivers if driver in server.drivers), server.drivers[0]))
-        for server in servers
-    ]
+    return [(server, _url(server, drivers)) for server in (kind() for kind in kinds)]
 
 
-def _serve(chosen: Sequence[tuple[type[Server], str]]) -> None:
+def _url(server: DatabaseServer | Broker, drivers: list[str]) -> str:
+    if isinstance(server, Broker):
+        return server.url()
+    return server.url(next((driver for driver in drivers if driver in server.drivers), server.drivers[0]))
+
+
+def _serve(chosen: Sequence[tuple[Server, str]]) -> None:
     with ExitStack() as servers:
-        for server, driver in chosen:
-            print(servers.enter_context(server()).url(driver), flush=True)  # noqa: T201  -- what it is for
+        for server, url in chosen:
+            servers.enter_context(server)
+            print(url, flush=True)  # noqa: T201  -- what it is for
         while True:
             time.sleep(1)  # not signal.pause(): a signal just before it would be slept through
 

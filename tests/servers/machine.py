@@ -3,6 +3,7 @@
 import os
 import pwd
 import secrets
+import shutil
 import socket
 import subprocess
 from functools import cache
@@ -28,6 +29,11 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def which(program: str) -> str | None:
+    """Return the path of a program of the machine; a user's PATH may lack /usr/sbin."""
+    return shutil.which(program) or shutil.which(program, path=ENVIRONMENT["PATH"])
 
 
 @cache

@@ -1,13 +1,12 @@
 """MariaDB, from the programs on PATH."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from signal import SIGTERM
 
 from . import machine
-from .keeper import ENVIRONMENT
-from .server import NO_SETTINGS, USER_PASSWORD, Argv, Server
+from .database import USER_PASSWORD, DatabaseServer
+from .server import NO_SETTINGS, Argv
 
 _DEFAULTS = {
     "innodb_buffer_pool_size": "32M",
@@ -19,7 +18,7 @@ _DEFAULTS = {
 _PROGRAMS = {"mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server", "mariadb": "mariadb-client"}
 
 
-class MariaDB(Server):
+class MariaDB(DatabaseServer):
     """A MariaDB of the machine's own packages, user `u` with all privileges."""
 
     name = "MariaDB"
@@ -41,7 +40,7 @@ class MariaDB(Server):
     @classmethod
     def _missing(cls) -> str | None:
         for name, package in _PROGRAMS.items():
-            if _which(name) is None:
+            if machine.which(name) is None:
                 return f"{name} not found on PATH; Debian: apt-get install {package}"
         return None
 
@@ -112,11 +111,7 @@ def _options(settings: dict[str, str]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
-def _which(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path=ENVIRONMENT["PATH"])  # a user's PATH may lack /usr/sbin
-
-
 def _program(name: str) -> str:
-    found = _which(name)
+    found = machine.which(name)
     assert found is not None
     return found

@@ -1,6 +1,5 @@
 """PgBouncer, from PATH, before a PostgreSQL of the tests."""
 
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -42,7 +41,7 @@ class PgBouncer:
     @staticmethod
     def unavailable() -> str | None:
         """Return None if it can run here, else one line: what is missing; how to get it."""
-        if _program() is None:
+        if machine.which("pgbouncer") is None:
             return "pgbouncer not found on PATH; Debian: apt-get install pgbouncer"
         return PostgreSQL.unavailable()
 
@@ -86,7 +85,7 @@ class PgBouncer:
         self._launch(self._keeper)
 
     def _launch(self, keeper: Keeper) -> None:
-        program = _program()
+        program = machine.which("pgbouncer")
         assert program is not None
         self._pid = keeper.spawn([program, keeper.folder / "settings"], account=machine.account("nobody"))
 
@@ -95,7 +94,3 @@ class PgBouncer:
         place = [f"--host={machine.HOST}", f"--port={self.port}", "--username=postgres", "--dbname=postgres"]
         argv = [psql, *place, "--no-psqlrc", "--command=SELECT 1"]
         return not subprocess.run(argv, capture_output=True, check=False, env=ENVIRONMENT).returncode
-
-
-def _program() -> str | None:
-    return shutil.which("pgbouncer") or shutil.which("pgbouncer", path=ENVIRONMENT["PATH"])

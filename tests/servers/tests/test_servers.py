@@ -6,9 +6,7 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,8 +19,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from tests.kit.waiting import eventually
 from tests.servers import MariaDB, PostgreSQL, ServerError, SmallDisk
 from tests.servers.keeper import ENVIRONMENT, _descendants
+from tests.servers.tests.living import CHECKOUT, is_alive, is_listening, need, python
 
-CHECKOUT = Path(__file__).parents[3]
 SERVERS = [PostgreSQL, MariaDB]
 on_servers = pytest.mark.drivers(*PostgreSQL.drivers, *MariaDB.drivers)
 SLEEP = {PostgreSQL: "SELECT pg_sleep(60)", MariaDB: "SELECT SLEEP(60)"}
@@ -34,27 +32,6 @@ SLEEPERS = {
     PostgreSQL: "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND wait_event = 'PgSleep'",
     MariaDB: "SELECT count(*) FROM information_schema.processlist WHERE db = '{}' AND state = 'User sleep'",
 }
-
-
-def need(*servers):
-    """Skip where a server cannot run."""
-    for server in servers:
-        if reason := server.unavailable():
-            pytest.skip(reason)
-
-
-def is_alive(pid):
-    """Tell whether a process exists and is more than a zombie nobody has waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def is_listening(port):
-    """Tell whether a connection is accepted."""
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def scalar(url, sql="SELECT 1"):
@@ -94,36 +71,6 @@ def server(request):
     need(request.param)
     with request.param() as running:
         yield running
-
-
-@pytest.fixture
-def ground():
-    """Give a folder for temporary files that a server's account can enter, and find it empty afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
-        assert eventually(lambda: not list(Path(folder).iterdir())), list(Path(folder).iterdir())
-
-
-@contextlib.contextmanager
-def python(*arguments, ground, **environment):
-    """Start an interpreter whose temporary files go to the ground; it does not outlive a failed test."""
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(ground), **environment}
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=CHECKOUT,
-        env=environment,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        process_group=0,  # as a terminal's: Ctrl-C goes to all of it
-    ) as run:
-        try:
-            yield run
-        finally:
-            run.kill()
 
 
 # ---- use
@@ -415,9 +362,10 @@ def test_command_leaves_nothing(signum, ground):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["oracle"], "no server 'oracle'; choose postgresql or mariadb"),
-        ([], "no server named; choose postgresql or mariadb"),
+        (["oracle"], "no server 'oracle'; choose postgresql, mariadb, nats, rabbitmq or redis"),
+        ([], "no server named; choose postgresql, mariadb, nats, rabbitmq or redis"),
         (["mariadb", "--driver", "x"], "driver 'x' speaks to none of the servers; choose asyncmy or aiomysql"),
+        (["redis", "--driver", "x"], "driver 'x' speaks to none of the servers; brokers have none"),
     ],
 )
 def test_command_misused(arguments, line, ground):
