@@ -15,6 +15,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 from examples.bank import mail, services
+from examples.bank.branches import AtBranch, branch
 from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, ON_DUTY, REFERENCE, body, number, query
 from examples.bank.live import feed
 from examples.bank.openapi import DOCUMENT
@@ -147,7 +148,7 @@ async def put_clerk(request: Request) -> Response:
 
 async def letters(_request: Request) -> Response:
     """Return the latest letters to payees."""
-    return JSONResponse(list(mail.SENT))
+    return JSONResponse([letter for written_at, letter in mail.SENT if written_at == branch.get()])
 
 
 ROUTES = [
@@ -170,7 +171,7 @@ def create_app(manager: UnitOfWorkManager) -> Starlette:
     """Make the service over a database that has the tables."""
     return Starlette(
         routes=ROUTES,
-        middleware=[Middleware(UnitOfWorkMiddleware, manager=manager)],
+        middleware=[Middleware(AtBranch), Middleware(UnitOfWorkMiddleware, manager=manager)],
         exception_handlers={**exception_handlers, **HANDLERS},
         lifespan=dispose_on_shutdown(manager),
     )

@@ -26,7 +26,7 @@ if (reason := PgBouncer.unavailable()) is not None:
 pytestmark = [pytest.mark.drivers("asyncpg", "psycopg"), pytest.mark.direct("it has its own pooler")]
 
 UNITS = int(os.environ.get("SQLA_UOW_TENANT_UNITS", "500"))
-WORKERS = 6
+WORKERS = 12
 TALLY = (
     "CREATE TABLE tally (tenant text PRIMARY KEY, n int NOT NULL)",
     "INSERT INTO tally VALUES ('a', 0), ('b', 0)",
@@ -79,9 +79,9 @@ async def test_no_row_of_another_tenant(driver, servers, caplog):
 
     with Proxy("127.0.0.1", primary.port) as proxy, PgBouncer(primary, size=3) as pooler:
         engines = {
-            "direct": engine(proxy.port, pool_size=4, max_overflow=2),
+            "direct": engine(proxy.port, pool_size=8, max_overflow=8),
             "pooled": engine(
-                pooler.port, user="postgres", pool_size=5, max_overflow=3, connect_args=UNPREPARED[driver]
+                pooler.port, user="postgres", pool_size=8, max_overflow=8, connect_args=UNPREPARED[driver]
             ),
             "faulty": engine(primary.port, pool_size=2),
         }
