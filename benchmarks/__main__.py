@@ -80,7 +80,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--cells",
-        help="contention, processes, simulation: rows/pause in ms/workers[/ordered|/skew], with commas between",
+        help="contention, processes, simulation: rows/pause in ms/workers[/ordered|/skew|/four], with commas between",
     )
     parser.add_argument(
         "--sides",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +40,7 @@ class Cell(NamedTuple):
     Attributes:
         ordered: whether a transfer locks its rows in the order of their ids.
         skew: whether it reads two rows and writes one of them, instead of a transfer: what snapshots alone let pass.
+        four: whether four functions do the same, as those of a real service do.
     """
 
     rows: int
@@ -46,17 +48,20 @@ class Cell(NamedTuple):
     workers: int
     ordered: bool = False
     skew: bool = False
+    four: bool = False
 
     @classmethod
     def parse(cls, one: str) -> Cell:
-        """Parse ``rows/pause in ms/workers[/ordered|/skew]``."""
+        """Parse ``rows/pause in ms/workers[/ordered|/skew|/four]``."""
         rows, pause, workers, *shape = one.split("/")
-        if shape not in ([], ["ordered"], ["skew"]):
+        if shape not in ([], ["ordered"], ["skew"], ["four"]):
             raise ValueError(one)
-        return cls(int(rows), float(pause) / 1000, int(workers), shape == ["ordered"], shape == ["skew"])
+        return cls(
+            int(rows), float(pause) / 1000, int(workers), *(shape == [name] for name in ("ordered", "skew", "four"))
+        )
 
     def __str__(self) -> str:
-        shape = "/ordered" if self.ordered else "/skew" if self.skew else ""
+        shape = "/ordered" if self.ordered else "/skew" if self.skew else "/four" if self.four else ""
         return f"{self.rows}/{self.pause * 1000:g}/{self.workers}{shape}"
 
 
@@ -99,17 +104,18 @@ class Ours(Side):
     """`@transactional(retries=5, isolation="SERIALIZABLE")`."""
 
     def __init__(self, policy: RetryPolicy) -> None:
-        @transactional(retries=RETRIES, isolation="SERIALIZABLE", retry=policy)
         async def transfer(cell: Cell, payer: int, payee: int) -> None:
             self.runs += 1
             await body(current_session(), cell, payer, payee)
 
-        self.transfer = transfer
+        decorate = transactional(retries=RETRIES, isolation="SERIALIZABLE", retry=policy)
+        self.transfers = itertools.cycle([decorate(transfer) for _ in range(4)])
+        self.transfer = decorate(transfer)
 
     async def call(self, cell: Cell, payer: int, payee: int) -> bool:
         """Return whether it was committed."""
         try:
-            await self.transfer(cell, payer, payee)
+            await (next(self.transfers) if cell.four else self.transfer)(cell, payer, payee)
         except ConflictError:
             return False
         return True

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Contention",
+    "ContentionGroup",
     "IsolationLevel",
     "LazyLoads",
     "PoolState",
@@ -56,11 +57,11 @@ class Status(enum.Enum):
 
 
 class Contention(NamedTuple):
-    """What `UnitOfWorkManager.contention` returns.
+    """What `UnitOfWorkManager.contention` returns for a function: the state of the group that it takes turns with.
 
     Attributes:
-        width: how many calls may run at once; None means no limit.
-        running: how many run now.
+        width: how many calls of the group may run at once; None means no limit.
+        running: how many of them run now, where something has conflicted lately.
         waiting: how many wait for their turn; they hold no connection.
         wasted: the share of recent time that went into attempts that a conflict ended.
     """
@@ -69,6 +70,20 @@ class Contention(NamedTuple):
     running: int
     waiting: int
     wasted: float
+
+
+class ContentionGroup(NamedTuple):
+    """Functions that meet conflicts with each other; see `UnitOfWorkManager.contention`.
+
+    Attributes:
+        functions: their names, and those of routes.
+        tables: on which they have met conflicts; empty where no table is known.
+        state: how many calls of theirs run, and wait.
+    """
+
+    functions: tuple[str, ...]
+    tables: tuple[str, ...]
+    state: Contention
 
 
 class PoolState(NamedTuple):
@@ -107,7 +122,7 @@ class Statistics:
         retries: how often a body was run again, by reason and code.
         readings: how many read sessions of scopes were begun.
         pool: the engine's pool.
-        contention: name and state of each function whose calls may take turns.
+        contention: the functions of each group that has met conflicts lately, and the group's state.
     """
 
     begun: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, get_args, overload
 
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from typing_extensions import TypeVar
@@ -17,7 +17,7 @@ from sqla_uow._attempts.observers import check_observers
 from sqla_uow._databases.database import drivers_that_ask
 from sqla_uow._replicas.position import from_text
 from sqla_uow._replicas.router import LastWrite, ReplicaRouter
-from sqla_uow._retry.gate import UNKNOWN, together
+from sqla_uow._retry.groups import FREE, together
 from sqla_uow._retry.policy import RetryPolicy
 from sqla_uow._scope.lookup import last_write_of, locate
 from sqla_uow._scope.places import ManagerPlace
@@ -28,9 +28,8 @@ from sqla_uow._tasks.frames import pop, push
 from sqla_uow._unit.join import Joined, Nested, join, joinable
 from sqla_uow._unit.options import Options, block_options, check_name, check_policy, check_retries, check_timeout
 from sqla_uow._unit.setup import Setup
-from sqla_uow._unit.statistics import name_of
 from sqla_uow._unit.verify import Verifier
-from sqla_uow.typing import LazyLoads
+from sqla_uow.typing import ContentionGroup, LazyLoads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -285,15 +284,35 @@ class UnitOfWorkManager(Generic[S]):
             options = options.telling(layer_of(settings, role, options.who))
         return LoopedCall(self._setup, options, sys._getframe(1).f_code)
 
-    def contention(self, function: Callable[..., object], /) -> Contention:
-        """Return how many calls of a function run now, and how many wait because of conflicts between them.
+    @overload
+    def contention(self, /) -> tuple[ContentionGroup, ...]: ...
+
+    @overload
+    def contention(self, function: Callable[..., object] | str, /) -> Contention: ...
+
+    def contention(
+        self, function: Callable[..., object] | str | None = None, /
+    ) -> Contention | tuple[ContentionGroup, ...]:
+        """Return which functions get in each other's way, and how many of their calls wait because of that.
 
         Args:
-            function: one that `transactional` has decorated, or one with an `attempts` loop in it.
+            function: one that `transactional` has decorated, one with an `attempts` loop in it, or the name of a route, such
+                as ``"POST /transfers"``, where the request is the transaction.
+
+        Returns:
+            the state of the group that the function takes turns with; without a function, all groups.
         """
-        key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None)
-        gates = [gates[key] for gates in self._setup.gates.everywhere() if key is not None and key in gates]
-        return UNKNOWN if not gates else together([gate.state() for gate in gates])
+        everywhere = self._setup.groups.everywhere()
+        if function is None:
+            return tuple(
+                ContentionGroup(group.names(), tuple(sorted(group.tables)), group.gate.state())
+                for groups in everywhere
+                for group in list(groups.hot)
+            )
+        key = getattr(function, "__transactional__", None) or getattr(function, "__code__", None) or function
+        members = [member for groups in everywhere if (member := groups.known(key)) is not None]
+        states = [group.gate.state() for member in members if (group := member.group) is not None]
+        return together(states) if states else FREE
 
     def statistics(self) -> Statistics:
         """Return what has happened to the calls of this manager since it was made, and its pool and turns now.
@@ -301,13 +320,7 @@ class UnitOfWorkManager(Generic[S]):
         The result is a snapshot: the difference between two of them is what happened in between.  Calls in all threads
         count.
         """
-        states: dict[object, list[Contention]] = {}
-        for gates in self._setup.gates.everywhere():
-            keys = [ref() for ref in gates.keyrefs()]  # at once, as another thread may make one meanwhile
-            for key in keys:
-                if key is not None and (gate := gates.get(key)) is not None:
-                    states.setdefault(key, []).append(gate.state())
-        contention = [(name_of(key), together(several)) for key, several in states.items()]
+        contention = [(", ".join(group.functions), group.state) for group in self.contention()]
         database = self._setup.database
         return self._setup.counts.snapshot(database.pool, database.capacity(), contention)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Generic
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,8 +13,9 @@ from typing_extensions import TypeVar
 
 from sqla_uow._attempts.call import Call
 from sqla_uow._attempts.observers import idle_of, tell_attempt, tell_outcome
-from sqla_uow._attempts.retry_or_raise import retry_or_raise, timed_out
+from sqla_uow._attempts.retry_or_raise import member_of, retry_or_raise, timed_out
 from sqla_uow._log import log
+from sqla_uow._retry.turn import Turn
 from sqla_uow._scope.lookup import last_write_of
 from sqla_uow._scope.places import UnitPlace
 from sqla_uow._settings.preamble import Preamble
@@ -21,7 +23,7 @@ from sqla_uow._tasks.frames import pop, push
 from sqla_uow._transaction.times import Times
 from sqla_uow._transaction.transaction import Transaction
 from sqla_uow._unit.commit import commit, prepare
-from sqla_uow._unit.options import block_options
+from sqla_uow._unit.options import LateName, block_options
 from sqla_uow._unit.rollback import roll_back
 from sqla_uow._unit.unit import UnitOfWork
 from sqla_uow.errors import PropagationError, RollbackOnlyError
@@ -30,7 +32,7 @@ from sqla_uow.typing import Status
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from sqla_uow._retry.gate import Gate, Slot
+    from sqla_uow._retry.groups import Groups
     from sqla_uow._unit.ending import Ended
     from sqla_uow._unit.verify import Verification
 
@@ -46,7 +48,7 @@ class Attempt(Generic[S]):
         call: which has one more: `Call.more`.
     """
 
-    __slots__ = ("_call", "_place", "_slot", "_timeout", "_transaction", "_verification", "unit")
+    __slots__ = ("_call", "_place", "_timeout", "_transaction", "_turn", "_verification", "unit")
 
     def __init__(self, call: Call[S]) -> None:
         call.more = False
@@ -55,9 +57,9 @@ class Attempt(Generic[S]):
             _count_in(call)
         self._call = call
         self._place: UnitPlace | None = None
-        self._slot: Slot | None = None
         self._timeout: asyncio.Timeout | None = None
         self._transaction: Transaction | None = None
+        self._turn: Turn | None = None
         self._verification: Verification | None = None
         self.unit: UnitOfWork[S] | None = None
 
@@ -75,33 +77,39 @@ class Attempt(Generic[S]):
         try:
             if call.reading is not None:
                 await call.reading.give_way()
-            if call.gate is not None:
-                self._slot = call.gate.try_enter() or await self._turn(call.gate)
+            if call.groups is not None and call.groups.hot:
+                await self._take_turn(call.groups)
             if call.observers:
                 call.times = Times(call.policy.clock)
                 tell_attempt(call)
             return await self._begin()
         except BaseException as error:
-            if self._slot is not None:
-                self._slot.free(committed=False)
+            if self._turn is not None:
+                self._turn.free(committed=False)
             _finish(call, Status.ROLLED_BACK, error)
             raise
 
-    async def _turn(self, gate: Gate) -> Slot:
-        """Wait until this attempt may run.
+    async def _take_turn(self, groups: Groups) -> None:
+        """Wait until this attempt may run; a request does so when it sends SQL, as it does not know its route yet.
 
         Raises:
             TransactionTimeoutError: the deadline passed first.
         """
-        call, slot = self._call, None
+        call, came = self._call, False
+        left = call.retries + 1 - call.attempt
+        turn = self._turn = Turn(groups, partial(member_of, call, groups), call.attempt, left, call.policy.rng)
+        if isinstance(call.options.who, LateName):
+            return
         try:
-            slot = await gate.enter(call.deadline, again=call.attempt > 1)
+            until = None
+            if call.deadline is not None:
+                until = asyncio.get_running_loop().time() + call.deadline - call.policy.clock()
+            came = await turn.take(until)
         finally:
-            if slot is None and call.reading is not None:
+            if not came and call.reading is not None:
                 call.reading.end_yielded()
-        if slot is None:
+        if not came:
             raise timed_out(call, "its turn to run did not come")
-        return slot
 
     async def _begin(self) -> UnitOfWork[S]:
         call = self._call
@@ -127,9 +135,9 @@ class Attempt(Generic[S]):
         is_last = call.attempt > call.retries
         if not is_last:
             transaction.on_rollback = call.remember
-        if self._slot is not None and call.gate is not None:
-            transaction.slot = self._slot
-            transaction.lock_wait = None if is_last else _lock_wait(call, call.gate)
+        if self._turn is not None:
+            transaction.turn = self._turn
+            transaction.lock_wait = self._turn.lock_wait
         unit = self.unit = UnitOfWork(transaction, setup.maker, attempt=call.attempt, is_last_attempt=is_last)
         if call.sources is not None:
             transaction.preamble = Preamble(call.sources, call.sources.ask(options.who), unit)
@@ -238,19 +246,12 @@ class Attempt(Generic[S]):
 
 
 def _count_in(call: Call[S]) -> None:
-    """Let a call that may be run again earn its part of the budget, and take turns with others like it."""
+    """Let a call that may be run again earn its part of the budget, and take turns with those that it conflicts with."""
     setup = call.setup
     setup.budget.earn()
     # Whoever is in a unit holds a connection and locks, so it never waits for a turn; its outermost call did.
-    if not call.enclosing and call.policy.contention == "auto":
-        call.gate = setup.gate(call.function, call.policy.clock)
-
-
-def _lock_wait(call: Call[S], gate: Gate) -> float | None:
-    """Return how long the attempt that begins now should wait for locks, in seconds; None is for ever."""
-    longest = gate.lock_wait(call.attempt)
-    # Two that wait for each other began at the same time: with the same patience both would go, and meet again.
-    return None if longest is None else max(longest / 2, call.policy.rng(longest / 2, longest))
+    if not call.enclosing and not call.options.read_only and call.policy.contention == "auto":
+        call.groups = setup.groups.here()
 
 
 def _beside(call: Call[S], timeout: float | None) -> Attempt[S]:

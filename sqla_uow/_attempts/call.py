@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from sqla_uow._databases.failures import Failure
-    from sqla_uow._retry.gate import Gate
+    from sqla_uow._retry.groups import Groups
     from sqla_uow._scope.read_session import ReadSession
     from sqla_uow._transaction.times import Times
     from sqla_uow._transaction.transaction import Transaction
@@ -47,7 +47,7 @@ class Call(Generic[S]):
     """
 
     __slots__ = (
-        "attempt", "called", "deadline", "enclosing", "function", "gate", "given_up", "isolation", "key", "more", "observers",
+        "attempt", "called", "deadline", "enclosing", "function", "given_up", "groups", "isolation", "key", "more", "observers",
         "options", "policy", "reading", "retries", "scope", "setup", "sources", "started", "tainted", "timeout", "times",
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ class Call(Generic[S]):
         self.attempt = 0
         self.more = True
         self.function = function or options  # whose calls take turns with this one
-        self.gate: Gate | None = None
+        self.groups: Groups | None = None  # if it may be run again, and takes turns
         self.given_up: Failure | None = None
         self.called: tuple[Any, ...] | None = None  # the fields of a `Called`, which takes longer to make
         self.reading: ReadSession | None = None
@@ -79,8 +79,7 @@ class Call(Generic[S]):
             ):  # only an outermost call ends the scope's reading; around an inner one the outer unit guards its objects
                 self.reading = self.scope.reading
             self.tainted = self.scope.reading.tainted
-            if self.scope.observers:
-                self.observers += self.scope.observers
+            self.observers += self.scope.observers
             self.sources = self.scope.sources
         if options.settings is not None:
             setup.database.system.check_settings(who=options.who)

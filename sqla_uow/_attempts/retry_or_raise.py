@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError, StatementError
 from sqlalchemy.orm.exc import StaleDataError
 
 from sqla_uow._attempts.arguments import Called, renew
@@ -15,6 +15,8 @@ from sqla_uow._databases.failures import Failure, Kind, chain, classify
 from sqla_uow._log import log
 from sqla_uow._retry.predicates import ask
 from sqla_uow._transaction.failing import failure_behind
+from sqla_uow._unit.options import LateName
+from sqla_uow._unit.statistics import name_of
 from sqla_uow.errors import (
     AfterCommitError,
     AmbiguousCommitError,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from sqla_uow._attempts.call import Call
+    from sqla_uow._retry.groups import Groups, Member
     from sqla_uow._transaction.transaction import Transaction, VersionGuard
     from sqla_uow._unit.ending import Ended
     from sqla_uow._unit.unit import UnitOfWork
@@ -83,15 +86,18 @@ async def retry_or_raise(
     if call.deadline is not None and _is_timeout(error) and call.policy.clock() >= call.deadline:
         raise timed_out(call, "the deadline passed", error)
     failure = ended.failure if ended.failure and ended.failure.retryable else _failure(call, transaction, error)
-    if transaction.slot is not None and failure is not None and failure.kind in _CONTENDED:
-        transaction.slot.conflicted()
+    groups = call.groups
+    if groups is not None and failure is not None and failure.kind in _CONTENDED:
+        groups.conflict(member_of(call, groups), _statement(error), call.policy.clock)
+        if transaction.turn is not None:
+            transaction.turn.conflicted()
     versions = transaction.versions
     if versions is not None and versions.expectations:
         await _check_expectations(call, versions, failure, error, beside)
     if failure is None:
         return False
     try:
-        await _wait(call, failure, error, frame, is_last=is_last)
+        await _wait(call, transaction, failure, error, frame, is_last=is_last)
     except StaleVersionError as gave_up:
         named = failure.error
         if not isinstance(named, StaleVersionError):
@@ -103,6 +109,17 @@ async def retry_or_raise(
         raise named from error
     call.more = True
     return True
+
+
+def member_of(call: Call[S], groups: Groups) -> Member:
+    """Return what is known of a call's function, or of its request's route."""
+    who = call.options.who
+    return groups.member(str(who) if isinstance(who, LateName) else call.function, name_of)
+
+
+def _statement(error: Exception) -> str | None:
+    """Return the statement that has failed; None where it was COMMIT, or where SQLAlchemy has not sent it."""
+    return next((link.statement for link in chain(error) if isinstance(link, StatementError) and link.statement), None)
 
 
 def label(failure: Failure) -> str:
@@ -192,7 +209,9 @@ async def _find_stale(call: Call[S], versions: VersionGuard, beside: _Beside[S])
 # -- another attempt, or none
 
 
-async def _wait(call: Call[S], failure: Failure, error: Exception, frame: FrameType, *, is_last: bool) -> None:
+async def _wait(
+    call: Call[S], transaction: Transaction, failure: Failure, error: Exception, frame: FrameType, *, is_last: bool
+) -> None:
     """Wait before the next attempt; raise if there is none."""
     is_last = is_last or call.attempt > call.retries
     if is_last or not call.will_go_on(frame):
@@ -217,10 +236,11 @@ async def _wait(call: Call[S], failure: Failure, error: Exception, frame: FrameT
     )  # fmt: skip
     if call.observers:
         tell_retry(call, failure, error, wait)
-    if call.gate is None:
+    turn = transaction.turn
+    if turn is None or turn.gate is None:
         await call.policy.sleep(wait)
     else:
-        await call.gate.back_off(call.policy.sleep, wait)
+        await turn.gate.back_off(call.policy.sleep, wait)
     call.setup.counts.retried(failure)
 
 

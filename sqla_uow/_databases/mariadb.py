@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -220,7 +219,6 @@ class _Pymysql(Driver):
                 spare = twin.connect()
                 try:
                     if await_only(_ask_identity(spare.driver_connection)) != identity:
-                        spare.invalidate()
                         return False
                     cursor = spare.cursor()
                     cursor.execute(f"KILL {int(thread_id)}")
@@ -240,7 +238,6 @@ class _Pymysql(Driver):
                 "a cancelled statement goes on: KILL reached other servers than the one it runs on, behind a balancer say, and "
                 "was not sent there; its locks last until it ends",
             )
-        await asyncio.sleep(0)
 
 
 class Asyncmy(_Pymysql):

@@ -1,4 +1,4 @@
-"""How many calls of one function run at once, while they get in each other's way.
+"""How many calls of a group run at once, while they get in each other's way.
 
 Under contention most of the time goes into attempts that are aborted, and PostgreSQL looks for a deadlock only after a
 second, for which everybody behind those locks waits.  With nothing in the way, one at a time would be several times too
@@ -17,14 +17,9 @@ from sqla_uow._log import log
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FIRST_WIDTH", "Controller"]
+__all__ = ["Controller"]
 
 
-FIRST_WIDTH = 2
-"""Calls of a function that run at once before anything is known of it; each one that commits lets another in, and a conflict
-halves their number."""
-OPENING_COMMITS = 127
-"""After so many, less than a fifth of the time went into conflicts, and nothing is held back any more."""
 WIDEST = 7
 """The last rung with a limit: 2 ** 7 = 128 calls at once.  Above it nothing is held back."""
 FREE = WIDEST + 1
@@ -39,6 +34,10 @@ CROWDING = 0.8
 """What must be left of the share that is not wasted when more run at once; else it is taken from the other processes."""
 NEWEST = 0.35
 """Weight of the newest epoch in such a share: the others may pause for one, and their end should be seen within 100 calls."""
+CALM = 0.05
+"""Share of the time in aborted attempts below which, with nobody held back, the group is not needed any more."""
+CALM_SECONDS = 2.0
+"""How long it must have been so."""
 GAIN = 1.1
 """How much more another width must bring to be worth a change: epochs are short, and tell no smaller difference."""
 MEMORY_SECONDS = 2.0
@@ -77,22 +76,25 @@ class _Rate(NamedTuple):
 class Controller:
     """Chooses the width by what it brings; knows no loop and no database, so that it can be simulated.
 
-    A width is a *rung*: 2 ** rung calls at once, or `FREE`.  It begins narrow and opens up with each commit.  Once
-    conflicts waste a fifth of the time, neighbouring rungs are tried, and the one with the most commits a second is held.
+    A width is a *rung*: 2 ** rung calls at once, or `FREE`, where it begins.  Once conflicts waste a fifth of the time,
+    other rungs are tried, and the one with the most commits a second is held.
 
     Args:
         clock: monotonic seconds.
-        who: the function, for the log.
+
+    Attributes:
+        who: the functions, for the log.
+        calm: conflicts have been few for so long that nothing has to be known of them any more.
     """
 
-    def __init__(self, clock: Callable[[], float], who: str = "") -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._who = who
-        self.width: float = FIRST_WIDTH
+        self.who: str = ""
+        self.width: float = math.inf
+        self.calm: bool = False
         self.wasted_share: float = 0.0
         self.opening = True
-        self._opened = 0
-        self._rung = self._best = 0
+        self._rung = self._best = FREE
         self._downwards = False
         self._measured = [_Rate()] * (FREE + 1)
         self._contended = False
@@ -105,6 +107,7 @@ class Controller:
         self._clean_since = clock()  # nothing runs any more that a wider width had let in
         self._narrowed = False
         self._first = False  # nothing that counts has ended yet
+        self._calm_since = clock()
         self._begin_epoch(clock())
 
     def lock_wait(self, attempt: int, running: int) -> float | None:
@@ -129,20 +132,12 @@ class Controller:
         """
         # Near the shortest: what the others took includes their waits for locks.
         self._typical = min(self._typical * 1.01, seconds) if self._typical else seconds
-        if self.opening:
-            self.width += 1
-            self._opened += 1
-            if self._opened >= OPENING_COMMITS:
-                self.opening = False
-                self._go(FREE)
         if self._belongs(began):
             self._useful += seconds
             self._count(1, running, waiting)
 
     def conflicted(self, began: float, seconds: float, running: int, waiting: int) -> None:
         """Take note of an attempt that a conflict ended; the arguments are those of `committed`."""
-        if self.opening and (running or waiting):
-            self.width = max(1, self.width // 2)
         if self._belongs(began):
             self._wasted += seconds
             self._contended = (
@@ -154,7 +149,7 @@ class Controller:
 
     def _begin_epoch(self, now: float) -> None:
         self._since = now
-        self._done = 0
+        self._done = self._ended = 0
         self._useful = self._wasted = 0.0
         self._contended = self._held_back = False
         self._peak = 0
@@ -180,6 +175,7 @@ class Controller:
 
     def _count(self, commits: int, running: int, waiting: int) -> None:
         self._done += commits
+        self._ended += 1
         if running == 0 and waiting == 0:
             self._idle_since = self._clock()
         self._peak = max(self._peak, running + 1)
@@ -188,7 +184,8 @@ class Controller:
             return
         now = self._clock()
         elapsed = max(now - self._since, SHORTEST_EPOCH)
-        if self._done >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
+        counted = self._ended if self.opening else self._done  # the first conflicts tell enough
+        if counted >= max(EPOCH_COMMITS, 2 * self._peak) or elapsed >= self._patience():
             self.wasted_share = self._wasted / ((self._wasted + self._useful) or 1.0)
             self._judge(now, elapsed)
 
@@ -203,11 +200,7 @@ class Controller:
             self.wasted_share, self._done, self._peak, self._held_back, self._contended,
         )  # fmt: skip
         self._begin_epoch(now)
-        if self.opening:
-            if contended and share >= TROUBLE:
-                self.opening = False
-                self._try(0)
-            return
+        self.opening = False
         self._measured[self._rung] = self._measured[self._rung].then(done, elapsed, now)
         lost = self._lost[self._rung]
         self._lost[self._rung] += NEWEST * (share - lost)
@@ -215,6 +208,9 @@ class Controller:
             # The others have gone; because of them the last try was dear, and put the next one off.
             self._next_try = now
         self.crowded = self._lost[0] >= CROWDED[not self.crowded]
+        if self._rung != FREE or self._lost[FREE] >= CALM:
+            self._calm_since = now
+        self.calm = now - self._calm_since >= CALM_SECONDS
         if self._rung != self._best:
             self._compare(now, elapsed, done, share, held_back=held_back)
         elif self._takes_from_others():
@@ -281,15 +277,15 @@ class Controller:
         if self._rung == FREE or (self._best == 0 and rung == 0):
             log(
                 logging.INFO, "%s: %.0f %% of the time went into conflicts; calls take turns",
-                self._who, self.wasted_share * 100, function=self._who, width=2**rung, wasted=self.wasted_share,
+                self.who, self.wasted_share * 100, function=self.who, width=2**rung, wasted=self.wasted_share,
             )  # fmt: skip
         self._go(rung)
 
     def _hold(self, rung: int) -> None:
         if rung == FREE and self._rung != FREE:
             log(
-                logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self._who,
-                function=self._who, wasted=self.wasted_share,
+                logging.INFO, "%s: conflicts are few; no call waits for its turn any more", self.who,
+                function=self.who, wasted=self.wasted_share,
             )  # fmt: skip
         self._best = rung
         self._go(rung)

@@ -110,6 +110,8 @@ def _after_cursor_execute(
 ) -> None:
     transaction = connection.transaction
     transaction.after_statement()
+    if transaction.turn is not None:
+        transaction.turn.note(statement)
     if context._is_server_side:
         context.cursor_fetch_strategy = open_stream(transaction, context)
     watch = transaction.watch

@@ -111,6 +111,10 @@ class UnitEngine(LendingEngine):
 
 
 def _take_turn(transaction: Transaction) -> None:
+    turn = transaction.turn
+    if turn is not None and not turn.taken:
+        await_only(turn.take())
+        transaction.lock_wait = turn.lock_wait
     queue = transaction.database.writer_queue()
     if queue is not None and (queue.everyone or not transaction.read_only):
         await_only(queue.take(transaction, transaction.enclosing))

@@ -96,7 +96,7 @@ class Owner:
         busy = self.busy()
         if task is None or (busy is not None and busy is not task):
             return False
-        return last is None or last is task or last.done() or descends(task, here(task), last)
+        return last is None or last.done() or descends(task, here(task), last)
 
     def forget_task(self) -> None:
         """Keep no task alive: the unit has ended."""

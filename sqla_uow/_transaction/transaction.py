@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqla_uow._databases.failures import Failure
     from sqla_uow._databases.self_wait import Watch
     from sqla_uow._replicas.router import LastWrite, Replica, ReplicaRouter
-    from sqla_uow._retry.gate import Slot
+    from sqla_uow._retry.turn import Turn
     from sqla_uow._settings.preamble import Preamble
     from sqla_uow._transaction.tainted import Tainted
     from sqla_uow._transaction.times import Idle, Times
@@ -143,11 +143,11 @@ class Transaction:
         "scope_read",
         "self_wait",
         "session",
-        "slot",
         "stale",
         "stream",
         "tainted",
         "times",
+        "turn",
         "unwatch",
         "versions",
         "was_open",
@@ -191,7 +191,7 @@ class Transaction:
         self.attached: WeakSet[InstanceState[Any]] | None = None
         self.on_rollback: Callable[[Transaction, Session], None] | None = None
         self.joined: int = 0
-        self.slot: Slot | None = None
+        self.turn: Turn | None = None  # where something has conflicted lately
         self.lock_wait: float | None = None  # seconds that a lock may be waited for; None is for ever
         self.lifts_lock_wait: bool = False  # with the next statement
         self.lifted_lock_wait: bool = False
@@ -335,6 +335,8 @@ class Transaction:
 
     def wait_for_locks(self) -> None:
         """Wait for locks as the last attempt does, from the next statement on."""
+        if self.turn is not None:
+            self.turn.is_last = True
         if self.lock_wait is None:
             return
         self.lock_wait = None

@@ -187,7 +187,7 @@ def _failure_at_commit(transaction: Transaction, error: BaseException) -> Failur
         failure = classify(error) if isinstance(error, Exception) else None
         unknown = failure is None
     if not transaction.read_only and (unknown or (failure is not None and failure.kind is Kind.AMBIGUOUS)):
-        return Failure(Kind.AMBIGUOUS, None if failure is None else failure.code, error)
+        return Failure(Kind.AMBIGUOUS, None, error)
     if failure is not None and failure.kind is Kind.AMBIGUOUS:
         return Failure(Kind.LOST, failure.code, error)
     return failure

@@ -149,8 +149,8 @@ def close_unused(transaction: Transaction) -> None:
 
 def release(transaction: Transaction, *, committed: bool = False) -> None:
     """Let others run, and keep nothing alive by a unit that has ended."""
-    if transaction.slot is not None:  # before the hooks: one may call the same function
-        transaction.slot.free(committed=committed)
+    if transaction.turn is not None:  # before the hooks: one may call the same function
+        transaction.turn.free(committed=committed)
     transaction.give_back_turn()
     transaction.phase = Phase.ENDED
     if transaction.unwatch:

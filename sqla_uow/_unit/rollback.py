@@ -66,8 +66,7 @@ async def roll_back(transaction: Transaction, error: BaseException | None, failu
         fatal.__context__ = fatal.__context__ or error
         return Ended(fatal)
     if cancelled is not None and cancelled is not error:
-        if error is not None:
-            cancelled.__context__ = error
+        cancelled.__context__ = error
         error, failure = cancelled, None
     if cancelled is not None and not transaction.scope_read:  # a read session has no outcome
         noted(cancelled, transaction.name, Status.ROLLED_BACK)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Generic
-from weakref import WeakKeyDictionary
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from typing_extensions import TypeVar
 
 from sqla_uow._retry.budget import budget_of
-from sqla_uow._retry.gate import Gate
+from sqla_uow._retry.groups import Groups
 from sqla_uow._tasks.per_loop import PerLoop
-from sqla_uow._unit.statistics import Counts, name_of
+from sqla_uow._unit.statistics import Counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqla_uow._databases.database import Database
     from sqla_uow._replicas.router import LastWrite, ReplicaRouter
     from sqla_uow._retry.budget import Budget
@@ -51,11 +48,11 @@ class Setup(Generic[S]):
         budget: how many retries an outage may cause; managers over one pool share it.
         counts: of its calls.
         database: where its units run.
-        gates: where calls that get in each other's way wait for their turn.
+        groups: which functions get in each other's way, and where their calls wait for their turn.
     """
 
     __slots__ = (
-        "budget", "counts", "database", "gates", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
+        "budget", "counts", "database", "groups", "isolation", "maker", "name", "observers", "replicas", "retries", "retry",
         "sources", "timeout", "verifier",
     )  # fmt: skip
 
@@ -86,7 +83,7 @@ class Setup(Generic[S]):
         self.observers: tuple[Observer, ...] = observers
         self.sources: Sources | None = sources
         self.counts: Counts = Counts()
-        self.gates: PerLoop[WeakKeyDictionary[object, Gate]] = PerLoop(WeakKeyDictionary)
+        self.groups: PerLoop[Groups] = PerLoop(Groups)
 
     def read_transaction(self, kind: type[Transaction], name: str, last_write: LastWrite | None) -> Transaction:
         """Make the transaction of a scope's read session.
@@ -105,16 +102,3 @@ class Setup(Generic[S]):
         # A dead connection tells the pool of the others, so that the next one is new; of a replica, only those to it.
         transaction.beginnings = 1 if replicas is None else 1 + len(replicas)
         return transaction
-
-    def gate(self, key: object, clock: Callable[[], float]) -> Gate:
-        """Return where the calls of one function wait for their turn, those of this event loop.
-
-        Args:
-            key: known by identity: the options of a function, or the code around a loop.
-            clock: monotonic seconds.
-        """
-        gates = self.gates.here()
-        gate = gates.get(key)
-        if gate is None:
-            gate = gates[key] = Gate(name_of(key), clock)
-        return gate

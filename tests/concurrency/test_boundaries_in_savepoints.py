@@ -39,3 +39,25 @@ async def test_a_sibling_inside_a_savepoint_that_is_undone(db):
                 await part()
     assert unit.status is Status.ROLLED_BACK
     assert await db.rows("SELECT text FROM note") == []
+
+
+async def test_a_thread_inside_a_savepoint_that_is_undone(db):
+    """Likewise."""
+    manager = UnitOfWorkManager(db.engine(pool_size=1, max_overflow=0))
+
+    async def use(session):
+        await session.execute(text("SELECT 1"))
+
+    @transactional(using=manager, propagation="nested")
+    async def part():
+        with pytest.raises(errors.TaskBoundaryError, match="from a thread"):
+            await asyncio.to_thread(asyncio.run, use(current_session()))
+        raise KeyError
+
+    with manager.activate(), pytest.raises(errors.RollbackOnlyError):
+        async with manager.begin() as unit:
+            await unit.session.execute(insert(Note).values(text="around"))
+            with contextlib.suppress(KeyError):
+                await part()
+    assert unit.status is Status.ROLLED_BACK
+    assert await db.rows("SELECT text FROM note") == []

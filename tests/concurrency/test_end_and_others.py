@@ -32,6 +32,9 @@ async def test_a_task_that_was_waiting_for_the_end_of_the_body(db):
         await asyncio.sleep(0)
     (refused,) = await asyncio.gather(late, return_exceptions=True)
     assert type(refused) is errors.NoUnitError
+    assert str(refused) == (
+        "begin() is ending and takes no more SQL; open a new unit for more SQL, or call current_session() again"
+    )
     assert (unit.status, hooks) == (Status.COMMITTED, ["committed"])
     assert await db.rows("SELECT text FROM note") == [("in time",)]
     assert manager.engine.pool.checkedout() == 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from sqlalchemy import text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors
+from sqla_uow._tasks.frames import Frame
 from tests.kit.models import Note
 
 
@@ -157,3 +159,52 @@ async def test_two_children_that_the_unit_was_taken_back_from(manager):
                 await unit.session.execute(text("SELECT 1"))  # takes it back
             go_on.set()
             await asyncio.gather(*children)
+
+
+async def opens_units(manager, _scope):
+    """Open one unit after the other."""
+    while True:
+        async with manager.begin():
+            pass
+        yield
+
+
+async def rests_beside_its_parent(_manager, scope):
+    """Let a child rest the reading of its parent, again and again."""
+    turns = asyncio.Queue()
+
+    async def child():
+        while (done := await turns.get()) is not None:
+            await scope.rest()
+            done.set()
+
+    current_session()
+    task = asyncio.create_task(child())
+    try:
+        while True:
+            await current_session().execute(text("SELECT 1"))
+            await turns.put(done := asyncio.Event())
+            await done.wait()
+            yield
+    finally:
+        await turns.put(None)
+        await task
+
+
+@pytest.mark.parametrize("work", [opens_units, rests_beside_its_parent])
+async def test_a_task_that_goes_on_for_long_does_not_grow(manager, work):
+    """What it did is no part of where it stands."""
+
+    def frames():
+        gc.collect()
+        return sum(isinstance(thing, Frame) for thing in gc.get_objects())
+
+    async with manager.scope() as scope:
+        rounds = work(manager, scope)
+        for _ in range(3):
+            await anext(rounds)
+        before = frames()
+        for _ in range(30):
+            await anext(rounds)
+        assert frames() < before + 10
+        await rounds.aclose()

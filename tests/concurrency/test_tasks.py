@@ -255,6 +255,7 @@ async def test_the_wait_for_a_sibling_is_bounded(db, monkeypatch, caplog):
             raise ValueError("mine")
     if db.family != "sqlite":  # its driver closes a connection behind the statement
         assert time.monotonic() - began < 0.5
+    assert [record.getMessage() for record in caplog.records if record.name == "sqla_uow"] == []  # no ROLLBACK is tried
     await asyncio.wait([sibling])
     assert await db.rows("SELECT id FROM account") == []
     await assert_pool_is_whole(manager)

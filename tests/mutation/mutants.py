@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,7 @@ _OPERATORS: list[tuple[type, Callable[[Any], Iterable[cst.CSTNode]]]] = [
 ]
 _TWO_WAYS = m.Is() | m.IsNot() | m.In() | m.NotIn() | m.Equal() | m.NotEqual()
 
-# What only type checkers, readers and the logger see, and limits that somebody chose.  A wrong `__slots__` does not import.
+# What only type checkers and readers see, and limits that somebody chose.  A wrong `__slots__` does not import.
 _SKIPPED = (
     m.Annotation()
     | m.Decorator()
@@ -141,8 +142,7 @@ _SKIPPED = (
     | m.ImportFrom()
     | m.Assert()
     | m.If(test=m.Name("TYPE_CHECKING"))
-    | m.Call(func=m.Name("record") | m.Name("cast"))
-    | m.Expr(m.Call(func=m.Name("record")))
+    | m.Call(func=m.Name("cast"))
     | m.Assign(targets=[m.AssignTarget(target=m.Name("__all__") | m.Name("__slots__"))])
     | m.Assign(
         targets=[m.AssignTarget(target=m.Name(value=m.MatchRegex("[A-Z][A-Z_]*")))], value=m.Integer() | m.Float()
@@ -159,7 +159,9 @@ def _is_text(node: cst.CSTNode) -> bool:
     """Say whether it is a message for people, whose words are no behaviour."""
     if isinstance(node, cst.ConcatenatedString | cst.FormattedString):
         return True
-    return isinstance(node, cst.SimpleString) and " " in node.raw_value and node.raw_value[0].islower()
+    if not isinstance(node, cst.SimpleString) or " " not in node.raw_value:
+        return False
+    return node.raw_value[0].islower() or re.search("[a-z]+ [a-z]+ [a-z]+", node.raw_value) is not None
 
 
 class _Visitor(cst.CSTVisitor):

@@ -18,7 +18,7 @@ from tests.mutation.mutants import mutants
 from tests.mutation.reach import watch_lines
 
 SOURCE = '''
-from x import record
+from x import log
 
 class Point:
     colour: str = "red"
@@ -28,17 +28,18 @@ class Point:
         if self.colour and by > 2:
             raise ValueError(f"{by} is far")
         self.check(by)
-        record("moved", by)
+        log(DEBUG, "ROLLBACK of %s took too long", by)
         assert by is not None
         return self.x + by
 '''
 
 
 def test_what_is_changed():
-    """Conditions, calls, values and defaults; no message, log, assertion, annotation or field of a class."""
+    """Conditions, calls, values and defaults; the facts of the log; no message, assertion, annotation or field of a class."""
     changes = [(mutant.within, mutant.was, mutant.becomes) for mutant in mutants("m", SOURCE)]
     move = "Point.move"
     head, condition = "def move(self, by: int = 1) -> int:", "if self.colour and by > 2:"
+    told = 'log(DEBUG, "ROLLBACK of %s took too long", by)'
     assert changes == [
         (move, head, head.replace("1", "2")),
         (move, condition, "if (self.colour and by > 2) and False:"),
@@ -49,6 +50,9 @@ def test_what_is_changed():
         (move, 'raise ValueError(f"{by} is far")', "pass"),
         (move, "self.check(by)", "pass"),
         (move, "self.check(by)", "self.check(None)"),
+        (move, told, "pass"),
+        (move, told, told.replace("DEBUG", "None")),
+        (move, told, told.replace("by)", "None)")),
         (move, "return self.x + by", "return None"),
         (move, "return self.x + by", "return self.x - by"),
     ]
@@ -119,6 +123,7 @@ def test_the_lines_that_are_passed():
     assert trial.in_a_fork(watch, seconds=10, log=Path(os.devnull)) == "1 True doom"
 
 
+@pytest.mark.timeout(300)  # it makes all of them
 def test_what_is_listed_is_there():
     """Each change that nobody could tell is one that is made of a line that there is."""
     entries = tomllib.loads((HERE / "equivalent.toml").read_text())["mutant"]

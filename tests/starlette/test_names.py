@@ -163,7 +163,7 @@ async def test_a_function_keeps_its_name(trouble):
 
 
 async def test_the_turns_of_requests_are_named(trouble):
-    """Statistics and the log call them what they are."""
+    """They take turns by route, once one of them has met a conflict."""
     runs = []
 
     async def endpoint(_request):
@@ -177,4 +177,4 @@ async def test_the_turns_of_requests_are_named(trouble):
     app = Starlette(routes=[Route("/", endpoint)], middleware=[middleware])
     async with client_of(app) as client:
         assert (await client.get("/")).text == "done"
-    assert [name for name, _ in middleware.kwargs["manager"].statistics().contention] == ["atomic_requests()"]
+    assert [name for name, _ in middleware.kwargs["manager"].statistics().contention] == ["GET /"]

@@ -12,6 +12,7 @@ from sqlalchemy.exc import NoResultFound
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow.mixins import expect_version, get_versioned, touch
+from tests.kit.logged import logged
 from tests.kit.statements import statements
 from tests.versioning import tables
 from tests.versioning.others import overtake, version_of
@@ -371,7 +372,8 @@ async def test_versions_that_cannot_be_read_afresh(db, one, caplog):
         "the client decide"
     )
     assert (caught.value.model, caught.value.key, caught.value.expected, caught.value.found) == (Plain, (1,), 1, None)
-    assert "the versions of begin() could not be read (TimeoutError)" in caplog.messages
+    fields = {"function": "begin()", "manager": "default", "error": "TimeoutError"}
+    assert ("WARNING", "the versions of begin() could not be read (TimeoutError)", fields) in logged(caplog)
 
 
 async def test_another_failure_is_that_failure(one):

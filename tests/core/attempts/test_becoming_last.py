@@ -10,6 +10,8 @@ from sqlalchemy import event, text
 from starlette.responses import PlainTextResponse
 
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, transactional
+from sqla_uow._retry.gate import ANY
+from tests.kit.queueing import has_conflicted
 from tests.kit.waiting import until
 from tests.starlette.client import app_of, client_of
 
@@ -92,6 +94,7 @@ async def race(manager, held, become_last):
         await become_last()
         await current_session().execute(text("UPDATE account SET balance = balance + 1 WHERE id = 1"))
 
+    has_conflicted(manager, work)
     async with held():
         await beside(work, work)
     return len(runs)
@@ -168,12 +171,6 @@ async def test_nothing_is_sent_where_nothing_changes(db, manager):
 async def test_a_request_whose_body_is_too_long_to_be_replayed(db, held):
     """It is the last attempt by the middleware's own decision: no 503 for a row that is busy."""
     manager = UnitOfWorkManager(db.engine(), retry=RetryPolicy(base=0, cap=0))
-    began, over = asyncio.Event(), asyncio.Event()
-
-    async def waits(request):
-        began.set()
-        await over.wait()
-        return PlainTextResponse("waited")
 
     async def write(request):
         session = current_session(manager)
@@ -182,14 +179,11 @@ async def test_a_request_whose_body_is_too_long_to_be_replayed(db, held):
         await session.execute(text("UPDATE account SET balance = balance + 1 WHERE id = 1"))
         return PlainTextResponse("written")
 
-    app = app_of(manager, waits, write, atomic=True, retries=3, max_replay_body=10)
-    async with client_of(app) as client:
-        first = asyncio.create_task(client.get("/waits"))
-        await began.wait()
-        async with held():
-            response = await client.post("/write", content=b"x" * 1000)
-        over.set()
-        await first
+    gate = has_conflicted(manager, "POST /write")
+    assert all(gate.try_enter(ANY) for _ in range(2))  # others run
+    assert gate.lock_wait(1)  # seconds; there is a limit that has to be lifted
+    async with client_of(app_of(manager, write, atomic=True, retries=3, max_replay_body=10)) as client, held():
+        response = await client.post("/write", content=b"x" * 1000)
     assert (response.status_code, response.text) == (200, "written")
     assert await db.scalar("SELECT balance FROM account") == 1
 
@@ -229,5 +223,6 @@ async def test_commit_waits_as_well(db, manager):
             await until(waited)
         await task
 
+    has_conflicted(manager, work)
     await beside(call, work)
     assert await db.scalar("SELECT count(*) FROM child") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from sqlalchemy import text
@@ -100,3 +101,20 @@ async def test_an_attempt_that_is_made_the_last_beside_another(db, manager):
         let_go.set()
         await first
     assert await db.scalar("SELECT count(*) FROM note") == 4
+
+
+async def test_a_swallowed_conflict_and_an_error_of_the_body(trouble):
+    """D2: the conflict forces all to run again, whatever the body made of it."""
+    manager, runs = UnitOfWorkManager(trouble.engine()), []
+
+    @transactional(using=manager, retries=1, isolation=trouble.isolation, retry=AT_ONCE)
+    async def work():
+        runs.append(1)
+        if len(runs) == 1:
+            await trouble.settle()
+            with contextlib.suppress(Exception):
+                await trouble.strike(current_session(manager))
+            raise KeyError
+
+    await work()
+    assert len(runs) == 2

@@ -77,6 +77,8 @@ async def test_a_server_that_stays_away_is_a_conflict_error(db, engine, proxy):
     with UnitOfWorkManager(engine).activate(), pytest.raises(errors.ConflictError) as caught:
         await writer([], retries=2, retry=doing(lambda: None))()
     assert (caught.value.attempts, caught.value.reason, caught.value.code) == (3, "not started", CODES[db.driver])
+    spelled = " ".join(filter(None, ("not started", CODES[db.driver])))
+    assert f", last by {spelled}; call it again later" in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError | DBAPIError)
 
 
@@ -252,3 +254,20 @@ async def test_a_swallowed_refusal_is_no_success(engine, proxy):
     with UnitOfWorkManager(engine).activate(), pytest.raises(errors.ConflictError):
         await work()
     assert units[0].status is Status.ROLLED_BACK
+
+
+async def test_an_error_of_the_body_behind_a_swallowed_refusal(engine, proxy):
+    """R4: it has nothing to do with it, and is not retried for it."""
+    proxy.refuse()
+    runs = []
+
+    @transactional(retries=2, retry=RetryPolicy(base=0))
+    async def work():
+        runs.append(1)
+        with contextlib.suppress(OSError, DBAPIError):
+            await current_session().execute(text("UPDATE account SET balance = 1"))
+        raise KeyError
+
+    with UnitOfWorkManager(engine).activate(), pytest.raises(KeyError):
+        await work()
+    assert runs == [1]

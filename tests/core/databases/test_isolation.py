@@ -289,6 +289,20 @@ async def test_the_default_is_compared_before_the_first_connection_too(db):
 
 
 @pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
+@pytest.mark.parametrize("levels", [("SERIALIZABLE", "READ COMMITTED"), ("READ COMMITTED", "SERIALIZABLE")])
+async def test_the_strongest_of_several_is_compared(db, levels):
+    """P2: calls that send nothing before the first connection, in whichever order."""
+    manager = UnitOfWorkManager(db.engine())
+    with pytest.raises(errors.IsolationConflictError, match="needs SERIALIZABLE but joins"):
+        async with manager.begin() as unit:
+            for level in levels:
+                async with manager.begin(isolation=level):
+                    pass
+            await unit.session.execute(ADD, {"id": 1})
+    assert await db.rows("SELECT id FROM account") == []
+
+
+@pytest.mark.drivers("asyncpg", "psycopg", "asyncmy", "aiomysql")
 async def test_the_engines_own_level_is_the_default(db):
     """P2: create_engine(isolation_level=...) and execution_options() are what a unit without a level has."""
     configured = db.engine(isolation_level="SERIALIZABLE")

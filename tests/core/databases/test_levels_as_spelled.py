@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import text
 
 from sqla_uow import UnitOfWorkManager, current_session, errors, transactional
+from sqla_uow._databases.levels import LEVELS, is_weaker_or_same
 
-pytestmark = pytest.mark.drivers("asyncpg", "asyncmy")
 
-
+@pytest.mark.drivers("asyncpg", "asyncmy")
 @pytest.mark.parametrize("spelled", ["REPEATABLE READ", "REPEATABLE_READ", "repeatable read"])
 async def test_the_level_of_an_engine(db, spelled):
     """A call that asks for this one joins, one that asks for more is refused."""
@@ -29,3 +29,9 @@ async def test_the_level_of_an_engine(db, spelled):
         with pytest.raises(errors.IsolationConflictError, match="SERIALIZABLE"):
             await more()
         unit.doom()
+
+
+def test_a_level_that_the_standard_does_not_have():
+    """A database's own, SNAPSHOT say, is not passed off as any of them."""
+    assert not any(is_weaker_or_same(asked, "SNAPSHOT") for asked in LEVELS)
+    assert not any(is_weaker_or_same("SNAPSHOT", given) for given in LEVELS)

@@ -40,7 +40,7 @@ from sqla_uow._otel import spans as _otel_spans
 from sqla_uow.opentelemetry import OpenTelemetryObserver
 from sqla_uow.testing import FaultPlan
 from tests.kit.models import Note
-from tests.kit.queueing import a_turn_that_does_not_come
+from tests.kit.queueing import a_turn_that_does_not_come, narrow
 
 SYSTEMS = {"postgresql": "postgresql", "mysql": "mariadb", "sqlite": "sqlite"}
 
@@ -364,6 +364,7 @@ async def test_a_manager_that_is_measured_has_gauges(db, telemetry):
         inside.set()
         await leave.wait()
 
+    narrow(manager, hold, width=2)
     running = asyncio.create_task(hold())
     await inside.wait()
     own, turns = {"sqla_uow.manager": "bank"}, {"sqla_uow.manager": "bank", "sqla_uow.function": "hold()"}

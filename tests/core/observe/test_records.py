@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow._log import log
 from sqla_uow._retry.controller import Controller
+from tests.kit.logged import fields_of
 
 KNOWN = {
     "function", "manager", "attempt", "attempts", "reason", "code", "wait", "elapsed", "status", "error", "hook", "width",
@@ -20,7 +21,7 @@ KNOWN = {
 
 def fields(found):
     """Return our fields of a record; each of them can be written as JSON, and is in the table of the docs."""
-    ours = {name.removeprefix("uow_"): value for name, value in vars(found).items() if name.startswith("uow_")}
+    ours = fields_of(found)
     assert set(ours) <= KNOWN
     json.dumps(ours)
     return ours
@@ -104,7 +105,8 @@ def test_turns_carry_the_width(caplog):
     """Taking turns, and the end of it: the function, the width, and the share of time that went into conflicts."""
     caplog.set_level(logging.INFO, logger="sqla_uow")
     now = [0.0]
-    controller = Controller(lambda: now[0], "sell()")
+    controller = Controller(lambda: now[0])
+    controller.who = "sell()"
     for _ in range(100):
         now[0] += 0.02
         controller.conflicted(now[0] - 0.01, 0.01, 1, 1)

@@ -1,4 +1,4 @@
-"""R10: how many calls of one function run at once."""
+"""R10, R14: how many calls of a group run at once, and which functions are one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqla_uow import RetryPolicy, UnitOfWorkManager, current_session, current_unit, errors, transactional
 from sqla_uow._retry import controller as _contention
 from sqla_uow._retry.controller import Controller, _Rate
-from sqla_uow._retry.gate import _too_late
+from sqla_uow._retry.gate import ANY, Entry, _too_late
+from sqla_uow._unit.statistics import name_of
 from sqla_uow.typing import Contention
 from tests.kit.models import Account
+from tests.kit.queueing import narrow
 from tests.kit.waiting import until
 
 OFF = RetryPolicy(contention="off")
@@ -66,11 +68,12 @@ class Simulation:
 
 
 def test_without_conflicts_nothing_is_held_back():
-    """R10: it opens up with each commit, and soon asks for nothing more than a comparison."""
+    """R10, R14: from the first call on; and after a while the group is not needed any more."""
     simulation = Simulation(workers=32, conflicts=0.0)
-    simulation.run(0.1)
-    assert simulation.controller.width == float("inf")
     assert simulation.run(1.0) == pytest.approx(32 / 0.002, rel=0.01)
+    assert (simulation.controller.width, simulation.controller.calm) == (float("inf"), False)
+    simulation.run(2.0)
+    assert simulation.controller.calm
 
 
 @pytest.mark.parametrize("stall", [0.0, 0.05, 1.0])
@@ -155,23 +158,12 @@ def test_conflicts_that_turns_do_not_prevent_narrow_nothing():
     assert simulation.run(10.0) >= 0.4 * wide.run(10.0)
 
 
-def test_a_conflict_halves_the_width_at_the_start():
-    """R10: before anything is known, each commit lets another in, and they are not all let into the same trap."""
-    controller = Controller(lambda: 0.0)
-    for _ in range(14):
-        controller.committed(0.0, 0.002, 1, 0)
-    assert controller.width == 16
-    controller.conflicted(0.0, 0.002, 1, 0)
-    controller.conflicted(0.0, 0.002, 1, 0)
-    assert controller.width == 4
-
-
 def test_who_is_alone_is_not_helped_by_turns():
     """R10: the conflicts of a single worker come from somewhere else."""
     simulation = Simulation(workers=1, conflicts=0.0)
     for _ in range(50):
         simulation.controller.conflicted(0.0, 0.002, 0, 0)
-    assert simulation.controller.width == _contention.FIRST_WIDTH
+    assert simulation.controller.width == float("inf")
 
 
 def test_idle_time_does_not_count():
@@ -264,9 +256,9 @@ def test_a_turn_that_comes_with_the_deadline(driver):
     """R10: who has it keeps it."""
     loop = asyncio.new_event_loop()
     turn = loop.create_future()
-    turn.set_result(True)
+    turn.set_result(Entry.IN)
     _too_late(turn)
-    assert turn.result()
+    assert turn.result() is Entry.IN
     loop.close()
 
 
@@ -281,14 +273,6 @@ def test_a_narrower_width_that_brings_more_leads_on(driver):
 
 
 # -- the gate, in front of real units
-
-
-def narrow(manager, function):
-    """Let one call of `function` run at a time, from now on."""
-    gate = manager._setup.gate(function.__transactional__, manager.retry.clock)
-    gate._controller.opening = False
-    gate._controller._go(0)
-    return gate
 
 
 class Busy:
@@ -320,7 +304,7 @@ def manager(db):
 @pytest.fixture
 def no_stall(monkeypatch):
     """Let nobody in for the time alone that others take."""
-    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (60.0, 60.0))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", 60.0)
 
 
 one_driver = pytest.mark.drivers("sqlite")  # what is about no database
@@ -330,7 +314,7 @@ one_driver = pytest.mark.drivers("sqlite")  # what is about no database
 async def test_first_come_first_served(manager):
     """R10: in the order in which they were called; and `contention` tells how many run and wait."""
     busy = Busy(manager)
-    assert manager.contention(busy.call) == Contention(width=2, running=0, waiting=0, wasted=0.0)
+    assert manager.contention(busy.call) == Contention(width=None, running=0, waiting=0, wasted=0.0)
     narrow(manager, busy.call)
     calls = [asyncio.create_task(busy.call(number)) for number in range(5)]
     await waiting(manager, busy.call, 4)
@@ -348,13 +332,14 @@ async def test_a_cancelled_call_leaves_its_place_to_the_next(manager, let_in):
     busy = Busy(manager)
     busy.let_go.set()
     gate = narrow(manager, busy.call)
-    slot = gate.try_enter()
+    assert gate.try_enter(ANY)
     calls = [asyncio.create_task(busy.call(number)) for number in range(2)]
     await waiting(manager, busy.call, 2)
     if let_in:
-        slot.free(committed=False)
+        gate.left(0.0, 0.0, ANY, committed=False)
     calls[0].cancel()
-    slot.free(committed=False)  # once more is nothing
+    if not let_in:
+        gate.left(0.0, 0.0, ANY, committed=False)
     assert [type(one) for one in await asyncio.gather(*calls, return_exceptions=True)] == [
         asyncio.CancelledError,
         type(None),
@@ -368,12 +353,12 @@ async def test_the_deadline_counts_while_a_call_waits(manager):
     """R10, R6: it holds no connection meanwhile."""
     busy = Busy(manager, timeout=0.1)
     gate = narrow(manager, busy.call)
-    slot = gate.try_enter()
+    assert gate.try_enter(ANY)
     with pytest.raises(errors.TransactionTimeoutError) as caught:
         await busy.call(1)
     assert "its turn to run did not come in attempt 1" in str(caught.value)
     assert (busy.order, manager.engine.pool.checkedout(), gate.state()[1:3]) == ([], 0, (1, 0))
-    slot.free(committed=True)
+    gate.left(0.0, 0.0, ANY, committed=True)
     busy.let_go.set()
     await busy.call(2)
     assert busy.order == [2]
@@ -415,24 +400,40 @@ def test_attempts_may_be_made_where_no_loop_runs():
     """R10: as `UnitOfWorkMiddleware` does to have its options checked."""
     manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
     manager.attempts(retries=5)
-    assert manager._setup.gates.everywhere() == []
+    assert manager._setup.groups.everywhere() == []
+
+
+@one_driver
+async def test_a_call_that_cannot_begin_leaves_its_turn_to_others(manager):
+    """R10: outside any task there is nobody who could use a unit."""
+    busy = Busy(manager)
+    caught = []
+
+    def call():
+        with pytest.raises(errors.TaskBoundaryError, match="outside any task"):
+            busy.call(1).send(None)
+        caught.append(manager.contention(busy.call).running)
+
+    asyncio.get_running_loop().call_soon(call)
+    await until(lambda: caught, seconds=5, pause=0)
+    assert caught == [0]
 
 
 @one_driver
 async def test_off_means_off(manager):
-    """R10: no gate is made."""
+    """R10: no group is looked for."""
     busy = Busy(manager, retry=OFF)
     calls = [asyncio.create_task(busy.call(number)) for number in range(5)]
     await until(lambda: len(busy.order) == 5, seconds=5, pause=0)
     busy.let_go.set()
     await asyncio.gather(*calls)
-    assert manager._setup.gates.everywhere() == []
+    assert manager._setup.groups.everywhere() == []
 
 
 @one_driver
 async def test_a_gate_where_nobody_waits_comes_to_rest(manager, monkeypatch):
     """R10: who lets the next one in for the time alone looks once more, finds nobody, and wakes the loop no longer."""
-    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("sqla_uow._retry.gate.STALL_SECONDS", 0.01)
     gate = narrow(manager, Busy(manager).call)
     gate._watch()
     assert gate._timer is not None
@@ -458,6 +459,8 @@ async def test_how_long_a_lock_is_waited_for_is_left_to_chance(db):
             await let_go.wait()
         return limit
 
+    groups = manager._setup.groups.here()
+    groups.conflict(groups.member(call.__transactional__, name_of), None, manager.retry.clock)
     first = asyncio.create_task(call(waits=True))
     async with asyncio.timeout(5):
         await runs.wait()
@@ -479,7 +482,7 @@ async def test_what_is_known_of_a_function_goes_with_it(manager):
     del busy
     gc.collect()
     assert gone() is None
-    assert len(manager._setup.gates.here()) == 0
+    assert manager._setup.groups.here()._of_functions.data == {}
 
 
 @one_driver
@@ -499,7 +502,7 @@ async def test_with_other_processes_in_the_way_the_whole_process_backs_off(manag
             if began == [1]:
                 raise ValueError(number)
 
-        narrow(manager, call)._controller.crowded = crowded
+        narrow(manager, call).controller.crowded = crowded
         calls = [asyncio.create_task(call(number)) for number in (1, 2)]
         async with asyncio.timeout(5):
             await backing_off.wait()
@@ -533,7 +536,7 @@ async def test_who_is_cancelled_while_the_process_backs_off_lets_the_next_one_in
         if number == 1:
             raise ValueError(number)
 
-    narrow(manager, call)._controller.crowded = True
+    narrow(manager, call).controller.crowded = True
     first, second = (asyncio.create_task(call(number)) for number in (1, 2))
     async with asyncio.timeout(5):
         await backing_off.wait()
@@ -547,20 +550,10 @@ async def test_who_is_cancelled_while_the_process_backs_off_lets_the_next_one_in
 SERVERS = pytest.mark.drivers("asyncpg", "asyncmy")
 
 
-@pytest.fixture
-async def quick_deadlocks(db):
-    """Have PostgreSQL look for deadlocks after 50 ms instead of a second: a control without turns has many."""
-    if db.family != "postgresql":
-        yield
-        return
-    await db.run(f"ALTER DATABASE {db.name} SET deadlock_timeout = '50ms'")  # of sessions that begin now
-    yield
-    await db.run(f"ALTER DATABASE {db.name} RESET deadlock_timeout")
-
-
 @SERVERS
 @pytest.mark.parametrize("contention", ["off", "auto"])
-async def test_transfers_between_three_rows(db, quick_deadlocks, contention):
+@pytest.mark.usefixtures("quick_deadlocks")
+async def test_transfers_between_three_rows(db, contention):
     """R10: the control spends most of its attempts on conflicts; in turns hardly any, and no one gives up."""
     for key in range(3):
         await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
@@ -600,7 +593,8 @@ async def test_transfers_between_three_rows(db, quick_deadlocks, contention):
 
 
 @pytest.mark.drivers("asyncpg")
-async def test_transfers_in_four_processes(db, quick_deadlocks):
+@pytest.mark.usefixtures("quick_deadlocks")
+async def test_transfers_in_four_processes(db):
     """R10: four managers know as little of each other as processes do; each finds out, and waits as a whole."""
     for key in range(3):
         await db.run("INSERT INTO account (id, balance) VALUES (:key, 0)", key=key)
@@ -610,7 +604,7 @@ async def test_transfers_in_four_processes(db, quick_deadlocks):
         attempts, attempts_so_far, crowded = [], [], set()
         policy = RetryPolicy(cap=0.05, contention=contention)
 
-        @transactional(retries=100, isolation="SERIALIZABLE", retry=policy)
+        @transactional(retries=1000, isolation="SERIALIZABLE", retry=policy)
         async def transfer(payer, payee):
             attempts.append(payer)
             for key, amount in ((payer, -1), (payee, 1)):
@@ -624,9 +618,8 @@ async def test_transfers_in_four_processes(db, quick_deadlocks):
                 for turn in range(turns):
                     await transfer((number + turn) % 3, (number + turn + 1 + turn % 2) % 3)
                     attempts_so_far.append(len(attempts))
-                    if (
-                        contention == "auto"
-                        and manager._setup.gates.here()[transfer.__transactional__]._controller.crowded
+                    if contention == "auto" and any(
+                        group.gate.controller.crowded for group in manager._setup.groups.here().hot
                     ):
                         crowded.add(number % 4)
 
@@ -658,6 +651,7 @@ async def test_what_is_rolled_back_is_no_progress(db, monkeypatch):
         if fails:
             raise KeyError
 
+    narrow(manager, work)
     await work(fails=False)
     with pytest.raises(KeyError):
         await work(fails=True)

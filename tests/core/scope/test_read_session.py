@@ -95,3 +95,27 @@ async def test_a_turn_that_does_not_come_in_a_scope(db, manager):
                 assert scope.reading.transaction is None
             await current_session().execute(select(Note))
     assert manager.engine.pool.checkedout() == 0
+
+
+async def test_a_siblings_reading_beside_a_unit_inside_another(manager):
+    """S7: only the outermost unit has it give way; one inside that ends nobody's reading."""
+    begun, read, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def sibling():
+        await begun.wait()
+        session = current_session()
+        await session.execute(select(Note))
+        read.set()
+        await go_on.wait()
+        await session.execute(select(Note))
+
+    with manager.activate():
+        async with manager.scope():
+            task = asyncio.create_task(sibling())
+            async with manager.begin():
+                begun.set()
+                await read.wait()
+                async with manager.begin(propagation="requires_new") as unit:
+                    assert await unit.session.scalar(text("SELECT 1")) == 1
+                go_on.set()
+                await task

@@ -88,3 +88,29 @@ async def test_under_a_statement_of_a_child(manager):
         assert await child == 10
         await scope.rest()
         assert manager.engine.pool.checkedout() == 0
+
+
+async def test_by_a_child_under_a_statement_of_its_parent(manager):
+    """The parent gets its rows, though the child could use the session at any other time."""
+    sent, rested = asyncio.Event(), asyncio.Event()
+
+    def wait(*_):
+        sent.set()
+        await_only(rested.wait())
+
+    async def rest(scope):
+        await sent.wait()
+        try:
+            await scope.rest()
+        finally:
+            rested.set()
+
+    async with manager.scope() as scope:
+        session = current_session()
+        connection = await session.connection()
+        event.listen(connection.sync_connection, "before_cursor_execute", wait, once=True)
+        child = asyncio.create_task(rest(scope))
+        assert await session.scalar(text("SELECT balance FROM account")) == 10
+        await child
+        await scope.rest()
+        assert manager.engine.pool.checkedout() == 0

@@ -20,13 +20,18 @@ async def _on_the_drivers_connection(session):
     await send(await raw_of(session), "SELECT nonsense")
 
 
+async def _beside_the_drivers_connection(session):
+    await send(await raw_of(session), "SELECT 1")
+    await session.execute(text("SELECT nonsense"))
+
+
 async def _under_a_stream(session):
     rows = await session.stream(select(Note).execution_options(yield_per=1))
     async for _ in rows:
         await session.execute(text("SELECT 1"))
 
 
-@pytest.mark.parametrize("fail", [_on_the_drivers_connection, _under_a_stream])
+@pytest.mark.parametrize("fail", [_on_the_drivers_connection, _beside_the_drivers_connection, _under_a_stream])
 async def test_the_cause_of_a_unit_whose_failure_is_swallowed(db, manager, fail):
     """It is the error that was raised, itself; and the message names its type."""
     if fail is _on_the_drivers_connection and db.family == "postgresql":

@@ -24,6 +24,7 @@ from sqla_uow import (
     errors,
     transactional,
 )
+from tests.kit.logged import logged
 from tests.kit.models import Note
 
 # One of each database: the driver has no part in it.
@@ -419,7 +420,8 @@ async def test_hooks_that_hang_are_stopped_after_a_cancellation(manager, monkeyp
         with pytest.raises(asyncio.CancelledError):
             await task
         await stopped.wait()
-    assert caplog.messages == ["hooks of work() took more than 0.1 s after a cancellation; stopped"]
+    message = "hooks of work() took more than 0.1 s after a cancellation; stopped"
+    assert logged(caplog) == [("ERROR", message, {"function": "work()"})]
 
 
 # -- H4

@@ -288,6 +288,22 @@ async def test_hooks_behind_the_end_that_never_end(db, manager, caplog):
     assert str(record.exc_info[1]).startswith(message.format(rolled_back.__qualname__))
 
 
+async def test_hooks_in_any_number(manager):
+    """What is bounded is how often they register more, not how many there are."""
+    ran = []
+    async with manager.begin() as unit:
+        for number in range(150):
+            unit.after_commit(ran.append, number)
+            unit.before_commit(ran.append, -1)
+    assert ran == [-1] * 150 + list(range(150))
+    ran.clear()
+    async with manager.begin() as unit:
+        for number in range(150):
+            unit.after_rollback(ran.append, number)
+        unit.doom()
+    assert ran == list(range(150))
+
+
 # -- what is no Exception
 
 FATAL = [pytest.fail.Exception, KeyboardInterrupt, SystemExit, GeneratorExit]
@@ -349,6 +365,22 @@ async def test_of_an_after_rollback_hook(db, manager, unheard, fatal):
     with pytest.raises(fatal) as caught:
         await work()
     assert calls == ["ran"]
+    assert isinstance(caught.value.__context__, KeyError)
+    assert await db.scalar("SELECT count(*) FROM note") == 0
+    assert await is_sound(db, manager)
+
+
+async def test_of_an_after_rollback_hook_behind_a_body_that_returned(db, manager, unheard):
+    """Likewise: what kept the unit from its COMMIT is not lost."""
+
+    def fail(error):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        async with manager.begin() as unit:
+            unit.session.add(Note(text="undone"))
+            unit.before_commit(fail, KeyError("mine"))
+            unit.after_rollback(fail, SystemExit())
     assert isinstance(caught.value.__context__, KeyError)
     assert await db.scalar("SELECT count(*) FROM note") == 0
     assert await is_sound(db, manager)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
+import weakref
 
 import pytest
 from sqlalchemy import event, text
@@ -148,3 +150,14 @@ async def test_a_commit_under_a_raw_call_of_another_task(db, manager):
     async with manager.begin() as unit:
         unit.session.add(Account(id=2))
     assert (2,) in await db.rows("SELECT id FROM account")
+
+
+async def test_its_connection_keeps_no_unit(db, manager):
+    """What told of the raw calls is gone with the unit, though the connection stays in the pool."""
+    async with manager.begin() as unit:
+        await send(await raw_of(unit.session), "SELECT 1")
+        transaction = weakref.ref(unit._transaction)
+    del unit
+    gc.collect()
+    assert transaction() is None
+    assert manager.engine.pool.checkedin() == 1

@@ -307,10 +307,11 @@ async def test_a_connection_that_is_lost_under_it_is_retried(db, swallowed):
     assert await db.rows("SELECT id FROM account ORDER BY id") == [(1,), (2,)]
 
 
+@pytest.mark.parametrize("savepoint", [False, True])
 @pytest.mark.parametrize("swallowed", [False, True])
 @pytest.mark.drivers("asyncpg", "psycopg")
-async def test_a_conflict_under_it_is_retried(db, manager, swallowed):
-    """Also one that a savepoint there has brought back."""
+async def test_a_conflict_under_it_is_retried(db, manager, swallowed, savepoint):
+    """Also one that a savepoint there has brought back, and one of which the driver tells when the body has ended."""
     await db.run(FIRST)
     runs = []
 
@@ -322,7 +323,7 @@ async def test_a_conflict_under_it_is_retried(db, manager, swallowed):
         if len(runs) == 1:
             await db.run("UPDATE account SET balance = 20")
         try:
-            async with raw.transaction():
+            async with raw.transaction() if savepoint else contextlib.nullcontext():
                 await raw.execute("UPDATE account SET balance = balance + 1")
         except Exception:
             if not swallowed:
@@ -331,3 +332,16 @@ async def test_a_conflict_under_it_is_retried(db, manager, swallowed):
     await work()
     assert runs == [10, 20]
     assert await db.scalar("SELECT balance FROM account") == 21
+
+
+@pytest.mark.drivers("psycopg")
+async def test_ended_past_the_drivers_calls(db, manager):
+    """By libpq, which the driver's connection shows: seen before COMMIT, which has nothing to commit."""
+    with pytest.raises(errors.RollbackOnlyError, match="its transaction was ended on the driver's own connection"):
+        async with manager.begin() as unit:
+            raw = await raw_of(unit.session)
+            unit.session.add(Account(id=1))
+            await unit.session.flush()
+            raw.pgconn.exec_(b"ROLLBACK")
+    assert unit.status is Status.ROLLED_BACK
+    assert await db.rows("SELECT id FROM account") == []

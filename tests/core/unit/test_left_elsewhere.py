@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from sqla_uow import Status, UnitOfWorkManager, current_session, current_unit, errors, transactional
+from tests.kit.logged import logged
 from tests.kit.models import Note
 from tests.servers import Proxy
 
@@ -65,7 +66,8 @@ async def test_a_generator_that_is_left_in_the_middle(db, caplog):
             break
         await generator.aclose()
     assert await db.scalar("SELECT count(*) FROM note") == 0
-    [message] = caplog.messages
+    [(level, message, fields)] = logged(caplog)
+    assert (level, fields) == ("WARNING", {"function": "begin()"})
     assert message == (
         "begin() was left because the async generator around it was closed; what was written in it is rolled back, "
         "also what the code that took its items wrote; let that code begin the unit, or pass a list"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from unittest.mock import ANY
 
 import pytest
 from sqlalchemy import select, text
@@ -11,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_uow import RetryPolicy, Status, UnitOfWorkManager, current_session, current_unit, transactional
 from sqla_uow.errors import AmbiguousCommitError
+from tests.kit.logged import logged
 from tests.kit.models import Account, Note
 from tests.kit.waiting import until
 
@@ -108,7 +110,9 @@ async def test_a_lost_rollback_replaces_nothing(wire, caplog):
     assert lost.fired
     assert caught.value.__cause__ is None
     assert unit.status is Status.ROLLED_BACK
-    assert [record.levelname for record in caplog.records if record.name == "sqla_uow"] == ["WARNING"]
+    (found,) = logged(caplog)
+    message = f"ROLLBACK of begin() failed ({found[2].get('error')}); its connection is discarded"
+    assert found == ("WARNING", message, {"function": "begin()", "error": ANY})
     assert wire.engine.pool.checkedout() == 0
     await wire.add_one()
     assert (wire.connected, await wire.balance()) == (2, 1)
@@ -129,7 +133,8 @@ async def test_a_rollback_that_is_not_answered_is_given_up(wire, monkeypatch, ca
             raise ValueError("mine")
     assert held.fired
     assert unit.status is Status.ROLLED_BACK
-    assert "took more than 0.2 s; its connection is discarded" in caplog.text
+    message = "ROLLBACK of begin() took more than 0.2 s; its connection is discarded"
+    assert logged(caplog) == [("WARNING", message, {"function": "begin()"})]
     wire.proxy.cut()  # else psycopg takes its time: 5 s
     await until(lambda: not wire.engine.pool.checkedout(), seconds=2)
     await wire.add_one()

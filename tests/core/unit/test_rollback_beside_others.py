@@ -49,6 +49,29 @@ async def test_a_statement_of_a_child_that_comes_to_its_end(db, manager, connect
 
 
 @pytest.mark.drivers(*SERVERS)
+async def test_a_cancellation_while_a_statement_of_a_child_is_waited_for(db, manager):
+    """It is not lost for the error that rolls the unit back."""
+
+    async def work():
+        async with manager.begin() as unit:
+            unit.session.add(Account(id=1))
+            await unit.session.flush()
+            children.append(asyncio.create_task(unit.session.execute(text(SLEEP[db.family].format(0.3)))))
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_later(0.1, task.cancel)
+            raise KeyError
+
+    children = []
+    task = asyncio.create_task(work())
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert isinstance(caught.value.__context__, KeyError)
+    await asyncio.wait(children)
+    assert manager.engine.pool.checkedout() == 0
+    assert await db.rows("SELECT id FROM account") == []
+
+
+@pytest.mark.drivers(*SERVERS)
 async def test_a_flush_of_a_child_that_comes_to_its_end(db, manager, connected):
     """Likewise; the end goes on as soon as it can."""
     slow = text(SLEEP[db.family].format(0.3)).columns().subquery()

@@ -45,6 +45,24 @@ async def test_cancelled_while_it_asks(wire, applied, caplog):
 
 
 @pytest.mark.drivers("asyncpg", "psycopg")
+async def test_cancelled_while_it_waits_for_the_answer(wire, monkeypatch):
+    """C3: the wait for it is bounded then, and the outcome is unknown."""
+    monkeypatch.setattr("sqla_uow._unit.commit.COMMIT_SECONDS", 0.2)
+    await wire.add_one(ambiguous_commit="verify")
+    wire.on_commit("cut", applied=True)
+    asked = wire.proxy.on_client_bytes(b"pg_xact_status", "hold", after_server=False)
+    task = asyncio.create_task(wire.add_one(ambiguous_commit="verify"))
+    assert await asyncio.to_thread(asked.wait)
+    task.cancel()
+    async with asyncio.timeout(8):
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+    assert caught.value.__notes__ == ["sqla_uow: cancelled; the outcome of Wire._body() is: unknown"]
+    assert wire.units[-1].status is Status.AMBIGUOUS
+    asked.release()
+
+
+@pytest.mark.drivers("asyncpg", "psycopg")
 async def test_a_question_that_is_not_answered(wire):
     """R6: it is given up at the deadline, and the outcome is unknown."""
     await wire.add_one(ambiguous_commit="verify")

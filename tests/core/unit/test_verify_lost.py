@@ -11,6 +11,7 @@ from sqlalchemy import event, text
 from sqla_uow import Status, UnitOfWorkManager, current_session, errors, transactional
 from sqla_uow.errors import AmbiguousCommitError
 from sqla_uow.testing import FaultPlan
+from tests.kit.logged import logged
 from tests.kit.models import Note
 from tests.kit.waiting import until
 
@@ -105,9 +106,11 @@ async def test_a_pool_that_others_hold_is_waited_for(wire, caplog):
     await asyncio.sleep(0)
     wire.proxy.cut()
     connection = await other
-    await until(lambda: "asking for the outcome of a COMMIT failed (TimeoutError)" in caplog.text, seconds=5)
+    message = "asking for the outcome of a COMMIT failed (TimeoutError); asking again"
+    await until(lambda: message in caplog.messages, seconds=5)
     await connection.close()
     await task
+    assert ("DEBUG", message, {"function": "Wire._body()", "error": "TimeoutError"}) in logged(caplog)
     assert await has_added_once(wire, applied=True)
 
 
@@ -196,7 +199,8 @@ async def test_an_outcome_that_cannot_be_looked_up(db, caplog):
 
         async with manager.begin() as unit:
             unit.session.add(Note(text="second"))
-    assert "the outcome of a COMMIT could not be verified (ProgrammingError)" in caplog.messages
+    told = {"function": "begin()", "error": "ProgrammingError"}
+    assert ("WARNING", "the outcome of a COMMIT could not be verified (ProgrammingError)", told) in logged(caplog)
     assert await notes(db) == ["first", "second"]
 
 
@@ -211,8 +215,9 @@ async def test_a_transaction_that_the_server_has_not_got_to_yet(db):
 
 
 @pytest.mark.drivers("asyncmy", "aiomysql")
-async def test_a_marker_that_is_still_being_written(db):
+async def test_a_marker_that_is_still_being_written(db, caplog):
     """C2: its transaction is under way: asked again."""
+    caplog.set_level(logging.DEBUG, "sqla_uow")
     manager = UnitOfWorkManager(
         db.engine(connect_args={"init_command": "SET innodb_lock_wait_timeout = 1"}), ambiguous_commit="verify"
     )
@@ -222,3 +227,5 @@ async def test_a_marker_that_is_still_being_written(db):
     async with db.outside() as other, manager.engine.connect() as connection:
         await other.execute(text("INSERT INTO sqla_uow_commits (token) VALUES ('1')"))
         assert await verification._ask_marker(connection) == "again"
+    message = "probing a commit marker failed (OperationalError); probing again"
+    assert logged(caplog) == [("DEBUG", message, {"error": "OperationalError"})]
