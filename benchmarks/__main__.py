@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 
-from benchmarks import contention, instructions, memory, middleware, overhead, processes, transaction_peers, web_peers
+from benchmarks import (
+    contention,
+    instructions,
+    keys,
+    memory,
+    middleware,
+    overhead,
+    processes,
+    transaction_peers,
+    web_peers,
+)
 from benchmarks.contention_sides import Cell
 from benchmarks.simulation import study, validation
 from benchmarks.simulation.costs import Costs
@@ -29,7 +39,7 @@ if TYPE_CHECKING:
 
 DEPENDENCIES = ("sqlalchemy", "asyncpg", "asyncmy", "aiosqlite", "starlette", "uvicorn")
 CELLS = {"contention": contention.CELLS, "processes": processes.CELLS, "simulation": validation.CELLS}
-NAMES = ["overhead", "instructions", "middleware", "memory", "contention", "processes", "simulation"]
+NAMES = ["overhead", "instructions", "middleware", "keys", "memory", "contention", "processes", "simulation"]
 SERVERS = {"postgresql": (PostgreSQL, "asyncpg"), "mariadb": (MariaDB, "asyncmy")}
 
 
@@ -71,7 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--database", choices=["sqlite", *SERVERS], default="sqlite")
-    parser.add_argument("--rounds", type=int, default=40, help="overhead, middleware: interleaved rounds; default: 40")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="overhead, middleware, keys: interleaved rounds; default: 40"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -130,6 +142,7 @@ def run(arguments: argparse.Namespace, url: str, cells: str) -> object:
         "overhead": partial(overhead.report, url, arguments.rounds),
         "instructions": partial(instructions.report, url),
         "middleware": partial(middleware.report, url, arguments.rounds),
+        "keys": partial(keys.report, url, arguments.rounds),
         "memory": partial(memory.report, url, arguments.units),
         "contention": partial(
             contention.report,

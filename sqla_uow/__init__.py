@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sqla_uow import errors
     from sqla_uow._api.current import after_commit, after_rollback, before_commit, current_session, current_unit
     from sqla_uow._api.manager import UnitOfWorkManager
+    from sqla_uow._api.proxy import session_proxy
+    from sqla_uow._api.scoping import scope
     from sqla_uow._api.transactional import transactional
     from sqla_uow._databases.failures import is_retryable
     from sqla_uow._retry.policy import RetryPolicy
@@ -58,6 +60,8 @@ __all__ = [
     "current_unit",
     "errors",
     "is_retryable",
+    "scope",
+    "session_proxy",
     "transactional",
 ]
 
@@ -76,6 +80,8 @@ _MODULES = {
     "current_session": "_api.current",
     "current_unit": "_api.current",
     "is_retryable": "_databases.failures",
+    "scope": "_api.scoping",
+    "session_proxy": "_api.proxy",
     "transactional": "_api.transactional",
 }
 

@@ -47,6 +47,7 @@ class Atomic(NamedTuple):
     read_only_methods: frozenset[str]
     should_commit: Callable[[Scope, int], bool] | None
     max_replay_body: int
+    retry_on: Callable[[BaseException], bool] | None = None
 
 
 def is_async(function: object) -> bool:
@@ -154,7 +155,12 @@ async def atomic_requests(
     Its name is what statistics call the requests whose turns it tells of.
     """
     async for attempt in manager.attempts(
-        retries=options.retries, isolation=options.isolation, timeout=options.timeout, read_only=read_only, name=name
+        retries=options.retries,
+        isolation=options.isolation,
+        timeout=options.timeout,
+        read_only=read_only,
+        retry_on=options.retry_on,
+        name=name,
     ):
         yield None  # so that the next unit begins in the task of the request, not where the last one was ended
         async with attempt as unit:

@@ -43,6 +43,8 @@ class UnitOfWorkMiddleware:
         atomic: make each request a unit.
         isolation: the level of these units; None is the manager's.
         retries: how often a request is run again after a conflict, before any byte of a response has left; 0 is one run.
+        retry_on: a function that is called with an exception that has left the endpoint and is not known to be retryable,
+            and returns True to run the request again; see `sqla_uow.transactional`.
         timeout: seconds that all attempts and waits of one request may take together; None is the manager's.
         read_only_methods: the methods, say ``("GET", "HEAD")``, whose units are read-only.
         should_commit: a function of the ASGI scope and the response's status, which decides instead of the rule above.
@@ -73,6 +75,7 @@ class UnitOfWorkMiddleware:
         atomic: bool = False,
         isolation: IsolationLevel | None = None,
         retries: int = 0,
+        retry_on: Callable[[BaseException], bool] | None = None,
         timeout: float | None = None,
         read_only_methods: Iterable[str] = (),
         should_commit: Callable[[Scope, int], bool] | None = None,
@@ -95,7 +98,7 @@ class UnitOfWorkMiddleware:
         methods = frozenset(method.upper() for method in read_only_methods)
         if not atomic:
             _refuse_unused(
-                isolation=isolation, retries=retries or None, timeout=timeout,
+                isolation=isolation, retries=retries or None, retry_on=retry_on, timeout=timeout,
                 read_only_methods=tuple(sorted(methods)) or None, should_commit=should_commit, idempotency=idempotency,
             )  # fmt: skip
         elif idempotency is not None and (both := sorted(methods & idempotency.methods)):
@@ -104,7 +107,7 @@ class UnitOfWorkMiddleware:
                 "leave it out of one of them"
             )
         manager.attempts(
-            retries=retries, isolation=isolation, timeout=timeout, name="UnitOfWorkMiddleware"
+            retries=retries, isolation=isolation, timeout=timeout, retry_on=retry_on, name="UnitOfWorkMiddleware"
         )  # checks them
         self.app = app
         self.manager = manager
@@ -117,7 +120,9 @@ class UnitOfWorkMiddleware:
             )
         self._carrier = Carrier(manager, position_in) if position_in is not None and manager.replicas else None
         self._tells = Telling.of(manager, settings, role)
-        self._atomic = Atomic(isolation, retries, timeout, methods, should_commit, max_replay_body) if atomic else None
+        self._atomic = (
+            Atomic(isolation, retries, timeout, methods, should_commit, max_replay_body, retry_on) if atomic else None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; what is neither a request nor a WebSocket passes through."""

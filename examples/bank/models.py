@@ -8,9 +8,10 @@ from typing import Any
 from sqlalchemy import BigInteger, DateTime, FetchedValue, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from sqla_uow.idempotency import IdempotencyKeys
 from sqla_uow.mixins import Versioned
 
-__all__ = ["LONGEST", "VERSION_TABLE", "Account", "Base", "Clerk", "Entry", "now"]
+__all__ = ["KEYS", "LONGEST", "VERSION_TABLE", "Account", "Base", "Clerk", "Entry", "now"]
 
 LONGEST = 80
 """Characters of an owner's name, and of a reference."""
@@ -80,3 +81,7 @@ class Clerk(OfBranch, Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     on_duty: Mapped[bool] = mapped_column(default=True)
     found_nobody: Mapped[int] = mapped_column(default=0)
+
+
+KEYS = IdempotencyKeys(Base.metadata, name="sqla_uow_bank_key")
+"""The keys of the transfers that were made, each with what was answered."""

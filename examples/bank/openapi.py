@@ -123,8 +123,9 @@ _DEPOSITS = {
 _TRANSFERS = {
     "post": {
         "operationId": "transfer",
+        "parameters": [_header("Idempotency-Key", "sent again with the same key, a transfer is not made again")],
         "requestBody": _body(source=NUMBER, target=NUMBER, amount=AMOUNT, reference=REFERENCE),
-        "responses": {"201": _answer(_ENTRY), **_problems(*_READ_BODY, 404, 409)},
+        "responses": {"201": _answer(_ENTRY), **_problems(*_READ_BODY, 404, 409, 500)},
     }
 }
 _CLERKS = {

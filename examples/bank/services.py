@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
 __all__ = [
+    "RETRIES",
     "News",
     "NoAccountError",
     "NoClerkError",

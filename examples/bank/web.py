@@ -18,10 +18,12 @@ from examples.bank import mail, services
 from examples.bank.branches import AtBranch, branch
 from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, ON_DUTY, REFERENCE, body, number, query
 from examples.bank.live import feed
+from examples.bank.models import KEYS
 from examples.bank.openapi import DOCUMENT
 from examples.bank.problems import HANDLERS, ProblemError
 from examples.bank.shapes import account_json, clerk_json, entry_json, statement_line
 from sqla_uow_starlette import (
+    Idempotency,
     UnitOfWorkMiddleware,
     check_preconditions,
     dispose_on_shutdown,
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import BaseRoute
+    from starlette.types import Scope
 
     from examples.bank.models import Account
     from sqla_uow import UnitOfWorkManager
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "routes"]
 
 _PAGE = Path(__file__).parent / "page"
 _AT_ONCE = 200  # entries of a statement that are read in one unit
@@ -128,7 +132,7 @@ async def transfer(request: Request) -> Response:
     booked = await services.transfer(**wish)
     if booked is None:
         raise ProblemError(409, f"account {wish['source']} has too little for that")
-    # Committed by now.  The task is handed a number, not the row: it is run when this request's units are closed.
+    # The task runs after COMMIT, and not for a repetition.  It gets a number, not the row: the unit is closed by then.
     return JSONResponse(entry_json(booked), 201, background=BackgroundTask(mail.notify, booked.id))
 
 
@@ -151,26 +155,52 @@ async def letters(_request: Request) -> Response:
     return JSONResponse([letter for written_at, letter in mail.SENT if written_at == branch.get()])
 
 
-ROUTES = [
-    Route("/", page),
-    Mount("/page", StaticFiles(directory=_PAGE)),
-    Route("/openapi.json", openapi),
-    Route("/accounts", Accounts),
-    Route("/accounts/{number}", OneAccount),
-    Route("/accounts/{number}/statement", statement),
-    Route("/accounts/{number}/deposits", deposit, methods=["POST"]),
-    Route("/transfers", transfer, methods=["POST"]),
-    Route("/clerks", get_clerks),
-    Route("/clerks/{number}", put_clerk, methods=["PUT"]),
-    Route("/letters", letters),
-    WebSocketRoute("/feed", feed),
-]
+def _sender(_scope: Scope) -> str:
+    """Say who sends a key.  Nobody logs in here, so a whole branch; return the id of a user where somebody does."""
+    return branch.get()
+
+
+def _is_an_answer(_scope: Scope, status: int) -> bool:
+    """Say what is committed: a refusal too, for it is true only if the transaction commits, and it is remembered."""
+    return status in (201, 409)
+
+
+def _transfers(manager: UnitOfWorkManager) -> Route:
+    """Make each request for a transfer a transaction, so that the record of its key is in it."""
+    once = Middleware(
+        UnitOfWorkMiddleware,
+        manager=manager,
+        atomic=True,
+        isolation="SERIALIZABLE",
+        retries=services.RETRIES,
+        should_commit=_is_an_answer,
+        idempotency=Idempotency(KEYS, caller=_sender),
+    )
+    return Route("/transfers", transfer, methods=["POST"], middleware=[once])
+
+
+def routes(manager: UnitOfWorkManager) -> list[BaseRoute]:
+    """Return the endpoints."""
+    return [
+        Route("/", page),
+        Mount("/page", StaticFiles(directory=_PAGE)),
+        Route("/openapi.json", openapi),
+        Route("/accounts", Accounts),
+        Route("/accounts/{number}", OneAccount),
+        Route("/accounts/{number}/statement", statement),
+        Route("/accounts/{number}/deposits", deposit, methods=["POST"]),
+        _transfers(manager),
+        Route("/clerks", get_clerks),
+        Route("/clerks/{number}", put_clerk, methods=["PUT"]),
+        Route("/letters", letters),
+        WebSocketRoute("/feed", feed),
+    ]
 
 
 def create_app(manager: UnitOfWorkManager) -> Starlette:
     """Make the service over a database that has the tables."""
     return Starlette(
-        routes=ROUTES,
+        routes=routes(manager),
         middleware=[Middleware(AtBranch), Middleware(UnitOfWorkMiddleware, manager=manager)],
         exception_handlers={**exception_handlers, **HANDLERS},
         lifespan=dispose_on_shutdown(manager),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, cast, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from typing_extensions import TypeVar
 
 from sqla_uow._api.manager import UnitOfWorkManager, setup_of
 from sqla_uow._scope.lookup import innermost, locate
@@ -12,8 +15,6 @@ from sqla_uow.errors import NoUnitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from sqlalchemy.ext.asyncio import AsyncSession
 
     from sqla_uow._scope.places import ManagerPlace
     from sqla_uow._unit.unit import UnitOfWork
@@ -27,6 +28,15 @@ __all__ = [
 ]
 
 P = ParamSpec("P")
+S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
+
+
+@overload
+def current_unit(using: UnitOfWorkManager[S], /) -> UnitOfWork[S]: ...
+
+
+@overload
+def current_unit(using: str = "default", /) -> UnitOfWork[Any]: ...
 
 
 def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWork[Any]:
@@ -49,11 +59,19 @@ def current_unit(using: str | UnitOfWorkManager[Any] = "default", /) -> UnitOfWo
     return place.unit()
 
 
+@overload
+def current_session(using: UnitOfWorkManager[S], /) -> S: ...
+
+
+@overload
+def current_session(using: str = "default", /) -> AsyncSession: ...
+
+
 def current_session(using: str | UnitOfWorkManager[Any] = "default", /) -> AsyncSession:
     """Return the session of this context's unit of work; see `current_unit`.
 
     Args:
-        using: the name of a manager, or the manager itself.
+        using: the name of a manager, or the manager itself; then the session has the class that the manager was given.
 
     Raises:
         NoUnitError: no unit is open, or the one that was open here has ended.

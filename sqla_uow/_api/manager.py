@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sqla_uow.events import Observer
     from sqla_uow.typing import Contention, IsolationLevel, Propagation, Settings, SettingSource, Statistics
 
-__all__ = ["UnitOfWorkManager", "setup_of"]
+__all__ = ["ActivePlace", "UnitOfWorkManager", "setup_of"]
 
 S = TypeVar("S", bound=AsyncSession, default=AsyncSession)
 
@@ -247,6 +247,7 @@ class UnitOfWorkManager(Generic[S]):
         isolation: IsolationLevel | None = None,
         read_only: bool = False,
         timeout: float | None = None,
+        retry_on: Callable[[BaseException], bool] | None = None,
         name: str | Callable[[], str] | None = None,
         settings: Settings | Callable[[], Settings] | None = None,
         role: SettingSource | None = None,
@@ -269,6 +270,7 @@ class UnitOfWorkManager(Generic[S]):
             isolation: the level; None is the manager's.
             read_only: refuse writes, in the database as well.
             timeout: seconds over all attempts and waits; None is the manager's.
+            retry_on: see `transactional`.
             name: the name that errors, the log, observers and statistics use instead of ``attempts()``.  A function is
                 called whenever the name is needed, so that it can use what is known by then.
             settings: those of these units, over the manager's, name by name; a function that returns them is called for
@@ -276,7 +278,9 @@ class UnitOfWorkManager(Generic[S]):
             role: likewise.
         """
         who = name if isinstance(name, str) else "attempts()"
-        options = block_options(who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout)
+        options = block_options(
+            who=who, isolation=isolation, read_only=read_only, retries=retries, timeout=timeout, retry_on=retry_on
+        )
         self._setup.database.system.check_level(isolation, who=options.who)
         if name is not None and not isinstance(name, str):
             options = options.named(name)
@@ -392,6 +396,16 @@ def _router_of(primary: Database, engines: tuple[AsyncEngine, ...], wait: float,
     return ReplicaRouter(primary, databases, wait)
 
 
+class ActivePlace(ManagerPlace):
+    """A manager is activated here."""
+
+    __slots__ = ("manager",)
+
+    def __init__(self, manager: UnitOfWorkManager[Any]) -> None:
+        super().__init__(setup_of(manager))
+        self.manager: UnitOfWorkManager[Any] = manager
+
+
 class _Activation:
     """``with manager.activate()``; every entry is a place of its own, so that it can be nested and reused."""
 
@@ -402,7 +416,7 @@ class _Activation:
         self._places: list[ManagerPlace] = []
 
     def __enter__(self) -> Any:
-        place = ManagerPlace(setup_of(self._manager))
+        place = ActivePlace(self._manager)
         self._places.append(place)
         push(place)
         return self._manager

@@ -118,6 +118,9 @@ _ORACLE = {8177: Kind.CONFLICT, 60: Kind.CONFLICT}
 _MSSQL = {1205: Kind.CONFLICT, 3960: Kind.CONFLICT}
 _ADAPTER = "sqlalchemy.dialects.postgresql.asyncpg"
 """Whose errors have no code where asyncpg's own, behind them, has one: InvalidCachedStatementError."""
+_CONFUSED, _ENDED = "InternalClientError", "another operation (2) is in progress"
+"""asyncpg: the server, or a pooler that has lost it, has sent an error unasked, behind which it closes the connection."""
+_OF_DRIVER = frozenset({"OperationalError", "InterfaceError", _CONFUSED})
 # Of drivers, without a code: what was asked of them cannot be, today or tomorrow.
 _MISTAKES = frozenset({"ProgrammingError", "NotSupportedError", "DataError", "ClientConfigurationError"})
 
@@ -173,7 +176,7 @@ def classify(error: BaseException, *, connecting: bool = False) -> Failure | Non
 
 def _kind(error: BaseException, code: str | int | None) -> Kind | None:
     if code is None:
-        return Kind.STALE_PLAN if type(error).__name__ == _OUTDATED else None
+        return _kind_without_code(error)
     if hasattr(error, "sqlite_errorcode") and isinstance(code, int):
         return _SQLITE.get(code & 0xFF, Kind.PERMANENT)
     if isinstance(code, int):
@@ -184,6 +187,13 @@ def _kind(error: BaseException, code: str | int | None) -> Kind | None:
     if code in _STALE_IF_RAISED_BY and _raised_by(error) in _STALE_IF_RAISED_BY[code]:
         return Kind.STALE_PLAN
     return _SQLSTATES.get(code, Kind.LOST if code.startswith("08") else Kind.PERMANENT)
+
+
+def _kind_without_code(error: BaseException) -> Kind | None:
+    name = type(error).__name__
+    if name == _CONFUSED and _ENDED in str(error):
+        return Kind.LOST
+    return Kind.STALE_PLAN if name == _OUTDATED else None
 
 
 def _raised_by(error: BaseException) -> str | None:
@@ -202,7 +212,7 @@ def _raised_by(error: BaseException) -> str | None:
 def _classify_connect(error: BaseException, code: str | int | None) -> Failure | None:
     if code is None:
         # psycopg gives no SQLSTATE at connect and asyncpg raises plain OSError; programming errors stay what they are.
-        of_driver = hasattr(error, "sqlstate") or _is_a(error, frozenset({"OperationalError", "InterfaceError"}))
+        of_driver = hasattr(error, "sqlstate") or _is_a(error, _OF_DRIVER)
         refused = isinstance(error, OSError) or (of_driver and not _is_a(error, _MISTAKES))
         return Failure(Kind.NOT_STARTED, None, error) if refused else None
     kind = _kind(error, code)

@@ -75,6 +75,7 @@ async def claim(
     try:
         row = (await connection.execute(statements.claim, values)).one_or_none()
     except DBAPIError as error:
+        # Also where the lock is on a gap, or on the table: to wait, and to claim again, is right for each of them.
         if _code(error) == _NOWAIT:
             return Claim.TAKEN
         _tell_of_missing_table(error, table)

@@ -79,7 +79,7 @@ async def service(db):
         await db.run(
             f"DO $$ BEGIN CREATE ROLE {CLERK} LOGIN PASSWORD 'secret'; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
             f"GRANT USAGE ON SCHEMA public TO {CLERK}",
-            f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {CLERK}",
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {CLERK}",
             f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {CLERK}",
         )
         engine = db.engine(url=make_url(db.url).set(username=CLERK, password="secret"))  # noqa: S106  # of this test's server

@@ -73,7 +73,7 @@ async def test_the_bank_leaves_nothing(db):
     """The example's tables, triggers and notes of revisions are gone when it is closed; another's tables stay."""
     manager = UnitOfWorkManager(db.engine())
     async with schema.opened(manager, 2, keep=False):
-        assert len(await tables(db)) == 4
+        assert len(await tables(db)) == 5
         assert await triggers(db) == [TRIGGER]
     assert await tables(db) == []
     assert await triggers(db) == []
@@ -111,7 +111,7 @@ async def test_of_two_that_start_at_once_one_is_refused(db):
         assert await process.stdout.readline() == b"ready\n"
     answers = [output.decode() for output, _ in await asyncio.gather(*(p.communicate(b"go\n") for p in processes))]
     assert sorted(answer.splitlines()[-1] for answer in answers) == ["made", "refused"]  # asyncmy has a word on names
-    assert len(await tables(db)) == 4
+    assert len(await tables(db)) == 5
 
 
 async def python(*arguments, **streams):

@@ -94,6 +94,20 @@ async def test_a_person_transfers_money(bank, db, tmp_path):
     ]  # fmt: skip
 
 
+async def test_a_person_whose_answer_is_lost(bank, db, tmp_path):
+    """The page sends the transfer again with the same key, and the money moves once."""
+
+    def visitor(page):
+        page.write("#transfer [name=amount]", "12.34")
+        page.find("#transfer [name=lose]").click()
+        page.find("#transfer button").click()
+        page.until("#said", "Done: 12.34 to Alan. The answer was lost, so this is it again.")
+        page.until("#account-1 .balance", "187.66")
+
+    await visit(bank, tmp_path, visitor)
+    assert await db.rows("SELECT source, amount FROM sqla_uow_bank_entry WHERE source IS NOT NULL") == [(1, 12_34)]
+
+
 async def test_what_others_do_is_shown_live(bank, tmp_path):
     """W5: a commit of somebody else appears without a reload; so does an account that is opened."""
     loop = asyncio.get_running_loop()

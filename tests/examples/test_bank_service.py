@@ -8,6 +8,7 @@ import json
 
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from starlette.routing import Route
 from websockets.asyncio.client import connect
 
@@ -18,7 +19,8 @@ from examples.bank.openapi import DOCUMENT
 from examples.bank.plain import create_plain_app
 from examples.bank.runner import load
 from examples.bank.runner.serving import served
-from examples.bank.web import ROUTES
+from examples.bank.web import routes
+from sqla_uow import UnitOfWorkManager
 from tests.kit.waiting import until
 
 BALANCES = "SELECT balance FROM sqla_uow_bank_account ORDER BY id"
@@ -73,6 +75,24 @@ async def test_a_refusal_changes_nothing(bank, db):
     answer = await bank.client.post("/transfers", json={"source": 1, "target": 2, "amount": 200_01})
     assert problem(answer) == (409, "account 1 has too little for that")
     assert (await db.rows(BALANCES), await db.rows(LEDGER)) == ([(200_00,)] * 4, [])
+
+
+async def test_a_transfer_that_is_sent_again(bank, db):
+    """With the same key it gets the same answer, and the money moves once; so does a refusal, and no letter is sent again."""
+    order = {"source": 1, "target": 2, "amount": 5, "reference": "once"}
+    answers = [await bank.client.post("/transfers", json=order, headers={"Idempotency-Key": "tea"}) for _ in range(3)]
+    assert {(answer.status_code, answer.content) for answer in answers} == {(201, answers[0].content)}
+    assert await db.rows(LEDGER) == [(1, 2, 5, "once")]
+    letters = [letter["text"] for letter in (await bank.client.get("/letters")).json()]
+    assert letters.count("Ada has sent you 0.05: once") == 1
+    too_much = {"source": 1, "target": 2, "amount": 300_00}
+    refused = await bank.client.post("/transfers", json=too_much, headers={"Idempotency-Key": "car"})
+    await bank.client.post("/accounts/1/deposits", json={"amount": 300_00})
+    again = await bank.client.post("/transfers", json=too_much, headers={"Idempotency-Key": "car"})
+    assert (refused.status_code, refused.content) == (again.status_code, again.content) == (409, refused.content)
+    assert again.headers["idempotent-replayed"] == "true"
+    other = await bank.client.post("/transfers", json=too_much, headers={"Idempotency-Key": "tea"})
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency-key-reused")
 
 
 async def test_transfers_at_once_lose_nothing(bank, db):
@@ -341,7 +361,8 @@ def methods(route):
 @pytest.mark.drivers("sqlite")
 def test_the_document_names_every_endpoint(driver):
     """The OpenAPI document has each path and method that the service has, and no other."""
-    routes = [route for route in ROUTES if isinstance(route, Route) and route.path not in ("/", "/openapi.json")]
-    served = {(route.path, method) for route in routes for method in methods(route)}
+    manager = UnitOfWorkManager(create_async_engine("sqlite+aiosqlite://"))
+    ours = [one for one in routes(manager) if isinstance(one, Route) and one.path not in ("/", "/openapi.json")]
+    served = {(route.path, method) for route in ours for method in methods(route)}
     told = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item if method != "parameters"}
     assert told == served

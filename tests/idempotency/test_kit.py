@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from sqla_uow import transactional
-from sqla_uow.testing import rolled_back, run_twice
+from sqla_uow.testing import FaultPlan, rolled_back, run_twice
 from tests.idempotency.test_claim import handler
 
 
@@ -32,4 +36,14 @@ async def test_a_body_that_runs_in_vain_first(manager, keys, balance):
     handle = handler(keys, retries=1)
     assert await run_twice(handle)("a")
     assert not await run_twice(handle)("a")
+    assert await balance() == 1
+
+
+async def test_a_consumer_that_is_killed_before_it_acknowledges(manager, keys, balance):
+    """A cancellation behind COMMIT is that: nobody is told, and the message comes again."""
+    handle = handler(keys)
+    with FaultPlan(manager, "cancel", at="after commit"), pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(handle("a"))
+    assert await balance() == 1
+    assert not await handle("a")
     assert await balance() == 1

@@ -8,7 +8,7 @@ import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from sqla_uow import UnitOfWorkManager, current_session
-from sqla_uow.testing import assert_no_leaks, cancel_at
+from sqla_uow.testing import FaultPlan, assert_no_leaks, cancel_at
 from sqla_uow_starlette import Idempotency, UnitOfWorkMiddleware
 from tests.kit.databases import ONE_OF_EACH
 from tests.kit.losses import COMMIT
@@ -150,6 +150,23 @@ async def test_without_a_key_an_unknown_commit_invites_no_repetition(db, keys, s
     assert (answer.status_code, answer.json()["code"]) == (500, "ambiguous-commit")
     assert "retry" not in answer.json()
     assert "retry-after" not in answer.headers
+
+
+async def test_a_fault_between_commit_and_the_first_byte(db, manager, serve):
+    """What the kit calls a cancellation behind COMMIT: not a byte is sent, and the same key gets the response."""
+    runs = []
+
+    async def endpoint(request):
+        runs.append(1)
+        await add(100)
+        return PlainTextResponse("done")
+
+    async with serve(endpoint) as client:
+        with FaultPlan(manager, "cancel", at="after commit"), pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(client.post("/endpoint", headers=key("k")))
+        again = await client.post("/endpoint", headers=key("k"))
+    assert (again.status_code, again.text, again.headers["idempotent-replayed"]) == (200, "done", "true")
+    assert (len(runs), await db.scalar("SELECT count(*) FROM account WHERE id = 100")) == (1, 1)
 
 
 @pytest.mark.drivers(*ONE_OF_EACH)

@@ -38,6 +38,7 @@ from sqla_uow import (
     current_unit,
     errors,
     is_retryable,
+    session_proxy,
     transactional,
 )
 from sqla_uow.alembic import (
@@ -304,7 +305,19 @@ def current(manager: UnitOfWorkManager[AsyncSession]) -> None:
     assert_type(current_session("reports"), AsyncSession)
     assert_type(current_session(manager), AsyncSession)
     assert_type(current_unit("reports").session, Any)
+    assert_type(current_unit(manager).session, AsyncSession)
+    assert_type(session_proxy(), AsyncSession)
     assert_type(current_unit().attempt, int)
+
+
+class OwnSession(AsyncSession):
+    """A class of one's own, as SQLModel has one."""
+
+
+def of_own_class(manager: UnitOfWorkManager[OwnSession]) -> None:
+    assert_type(current_session(manager), OwnSession)
+    assert_type(current_unit(manager), UnitOfWork[OwnSession])
+    assert_type(session_proxy(manager), OwnSession)
 
 
 def notify(address: str, *, subject: str = "") -> int:

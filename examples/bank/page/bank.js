@@ -1,6 +1,7 @@
 // The page of the bank: shows what the feed tells, sends what a person asks for.  Plain JavaScript, served as it stands.
 
 const LEDGER_LINES = 10;
+const ATTEMPTS = 5;
 const accounts = new Map(); // number -> {row, account, timer}
 const $ = (id) => document.getElementById(id);
 const money = (cents) =>
@@ -96,9 +97,11 @@ async function ask(method, path, content, headers = {}) {
     const body = content && JSON.stringify(content);
     const answer = await fetch(path, { method, body, headers: { "content-type": "application/json", ...headers } });
     const said = await answer.json().catch(() => ({ detail: `the server answered ${answer.status}` }));
-    return { ok: answer.ok, status: answer.status, etag: answer.headers.get("etag"), said };
+    const again = answer.headers.has("retry-after");
+    const replayed = answer.headers.has("idempotent-replayed");
+    return { ok: answer.ok, status: answer.status, etag: answer.headers.get("etag"), again, replayed, said };
   } catch {
-    return { ok: false, status: 0, said: { detail: "the server does not answer; it is not known what it has done" } };
+    return { ok: false, status: 0, again: true, said: { detail: "the server does not answer; it is not known what it has done" } };
   }
 }
 
@@ -109,18 +112,31 @@ function say(where, words, good) {
 
 $("transfer").onsubmit = async (event) => {
   event.preventDefault();
-  const { source, target, amount, reference } = event.target.elements;
+  const { source, target, amount, reference, lose } = event.target.elements;
   const button = event.target.querySelector("button");
   button.disabled = true;
-  const { ok, said } = await ask("POST", "/transfers", {
+  const order = {
     source: Number(source.value),
     target: Number(target.value),
     amount: cents(amount.value),
     reference: reference.value,
-  });
+  };
+  const { ok, replayed, said } = await once("/transfers", order, lose.checked);
   button.disabled = false;
-  say($("said"), ok ? `Done: ${money(said.amount)} to ${ownerOf(said.target)}.` : said.detail, ok);
+  const done = () => `Done: ${money(said.amount)} to ${ownerOf(said.target)}.`;
+  say($("said"), (ok ? done() : said.detail) + (replayed ? " The answer was lost, so this is it again." : ""), ok);
 };
+
+// Sends a wish until there is an answer, each time with the same key: so it is carried out once.
+async function once(path, content, lose) {
+  const headers = { "idempotency-key": crypto.randomUUID() };
+  if (lose) await ask("POST", path, content, headers); // and look away, as a network that breaks does
+  for (let attempt = 1; ; attempt++) {
+    const answer = await ask("POST", path, content, headers);
+    if (!answer.again || attempt === ATTEMPTS) return answer;
+    await new Promise((done) => setTimeout(done, 1000));
+  }
+}
 
 // ---- the editor: it keeps the etag of what it shows, and sends it back with If-Match
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httpx
@@ -20,6 +21,7 @@ __all__ = ["Call", "calls", "client_of", "run"]
 _SHARES = (45, 15, 20, 20)
 _COMING = 0.5  # of the calls about clerks: one comes; in the others one leaves
 _MOST = 50_00  # cents; an account begins with 200.00
+_PAUSE = 0.05  # s, before a call without an answer is made again
 _TIMEOUT = 60  # s; a call of many that fight for one row waits its turn
 
 
@@ -100,7 +102,19 @@ async def _make(client: httpx.AsyncClient, call: Call, tally: Tally) -> None:
 
 
 async def _transfer(client: httpx.AsyncClient, _row: Row, **order: Any) -> httpx.Response:
-    return await client.post("/transfers", json=order)
+    """Send an order until there is an answer, each time with the same key, so that it is done once."""
+    headers = {"Idempotency-Key": str(uuid.uuid4())}
+    until = time.monotonic() + _TIMEOUT
+    while True:
+        try:
+            answer = await client.post("/transfers", json=order, headers=headers)
+        except httpx.TransportError:
+            if time.monotonic() > until:
+                raise
+        else:
+            if "retry-after" not in answer.headers or time.monotonic() > until:
+                return answer
+        await asyncio.sleep(_PAUSE)
 
 
 async def _deposit(client: httpx.AsyncClient, _row: Row, number: int, **order: Any) -> httpx.Response:

@@ -14,6 +14,7 @@ __all__ = ["FUNCTIONS", "Row", "Tally"]
 
 FUNCTIONS = ("transfer", "deposit", "edit", "set_duty")
 _BOOKING = ("transfer", "deposit")
+_REQUESTS = {"POST /transfers": "transfer"}  # where the request is the transaction
 _DONE, _REFUSED, _UNAVAILABLE = (200, 201), 409, 503
 
 
@@ -96,7 +97,7 @@ class Tally(logging.Handler):
         if record.levelno != logging.INFO or not isinstance(record.args, tuple) or len(record.args) != 5:  # noqa: PLR2004  # as above
             return
         who, _attempt, _attempts, reason, _wait = record.args
-        row = self.rows.get(str(who).removesuffix("()"))
+        row = self.rows.get(_REQUESTS.get(str(who), str(who).removesuffix("()")))
         if row is not None:
             row.retries += 1
             row.conflicts[str(reason)] += 1

@@ -5,7 +5,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0004"
-down_revision = "0002"
+down_revision = "0003"
 
 TABLES = ("sqla_uow_bank_account", "sqla_uow_bank_entry", "sqla_uow_bank_clerk")
 LONGEST = 20
