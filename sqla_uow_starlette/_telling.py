@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
     from starlette.types import Scope
 
+    from sqla_uow import Scope as UnitScope
     from sqla_uow import UnitOfWorkManager
     from sqla_uow.typing import Settings
 
@@ -41,7 +43,9 @@ class Telling(NamedTuple):
         telling.opening(manager, {})()  # checks what can be known before a request
         return telling
 
-    def opening(self, manager: UnitOfWorkManager[Any], scope: Scope) -> partial[Any]:
+    def opening(
+        self, manager: UnitOfWorkManager[Any], scope: Scope
+    ) -> Callable[..., AbstractAsyncContextManager[UnitScope]]:
         """Return `UnitOfWorkManager.scope` for a request: whenever a unit is opened in it, its ASGI scope is asked."""
         settings, role = self.settings, self.role
         return partial(

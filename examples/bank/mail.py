@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TypedDict
 
+from examples.bank.branches import branch
 from examples.bank.models import Account, Entry
 from sqla_uow import current_session, transactional
 
@@ -19,8 +20,8 @@ class Letter(TypedDict):
     text: str
 
 
-SENT: deque[Letter] = deque(maxlen=50)
-"""The latest letters; a real bank would hand them to a mail server."""
+SENT: deque[tuple[str, Letter]] = deque(maxlen=50)
+"""The latest letters, and the branch that has written each; a real bank would hand them to a mail server."""
 
 
 async def notify(entry: int) -> None:
@@ -28,7 +29,7 @@ async def notify(entry: int) -> None:
 
     It runs as a background task.  If it fails, the money has been moved all the same.
     """
-    SENT.append(await _letter(entry))
+    SENT.append((branch.get(), await _letter(entry)))
 
 
 @transactional(read_only=True, retries=5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, ForeignKey, String
+from sqlalchemy import BigInteger, DateTime, FetchedValue, ForeignKey, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from sqla_uow.idempotency import IdempotencyKeys
@@ -29,9 +29,17 @@ class Base(DeclarativeBase):
 
     # A MariaDB whose default is latin1 or utf8mb3 could not store every name.
     __table_args__: Any = ({"mysql_charset": "utf8mb4", "mariadb_charset": "utf8mb4"},)
+    # Nobody reads what the database fills in.
+    __mapper_args__: Any = {"eager_defaults": False}  # noqa: RUF012  # SQLAlchemy's name for it
 
 
-class Account(Versioned, Base):
+class OfBranch:
+    """A row that one branch sees; which, the database notes."""
+
+    branch: Mapped[str] = mapped_column(String(20), server_default=FetchedValue(), deferred=True)
+
+
+class Account(Versioned, OfBranch, Base):
     """An account; its amounts are in cents.
 
     Attributes:
@@ -48,7 +56,7 @@ class Account(Versioned, Base):
     balance: Mapped[int] = mapped_column(BigInteger, default=0)
 
 
-class Entry(Base):
+class Entry(OfBranch, Base):
     """A line of the ledger: money that was moved, or paid in where it has no source.  Never changed."""
 
     __tablename__ = "sqla_uow_bank_entry"
@@ -60,7 +68,7 @@ class Entry(Base):
     at: Mapped[datetime] = mapped_column(DateTime(timezone=True), default=now)
 
 
-class Clerk(Base):
+class Clerk(OfBranch, Base):
     """Somebody who serves at the counter, where one of them has to be at any time.
 
     Attributes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import DateTime, func, select
+from sqlalchemy import DateTime, event, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -17,11 +17,22 @@ from examples.bank.problems import HANDLERS, ProblemError
 from examples.bank.shapes import account_json, clerk_json, entry_json
 
 if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
     from starlette.requests import Request
     from starlette.responses import Response
 
 __all__ = ["create_plain_app"]
+
+
+class HeadOffice(Session):
+    """The session: this bank has one branch."""
+
+
+@event.listens_for(HeadOffice, "after_begin")
+def _tell_branch(_session: object, _transaction: object, connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SELECT set_config('bank.branch', 'main', true)")
 
 
 class Base(DeclarativeBase):
@@ -119,5 +130,5 @@ def create_plain_app(engine: AsyncEngine) -> Starlette:
         Route("/clerks/{number}", put_clerk, methods=["PUT"]),
     ]
     app = Starlette(routes=routes, exception_handlers=HANDLERS)
-    app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)
+    app.state.sessions = async_sessionmaker(engine, expire_on_commit=False, sync_session_class=HeadOffice)
     return app

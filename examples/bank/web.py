@@ -15,6 +15,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
 from examples.bank import mail, services
+from examples.bank.branches import AtBranch, branch
 from examples.bank.fields import AFTER, AMOUNT, CREDIT, LIMIT, NAME, NUMBER, ON_DUTY, REFERENCE, body, number, query
 from examples.bank.live import feed
 from examples.bank.models import KEYS
@@ -151,12 +152,12 @@ async def put_clerk(request: Request) -> Response:
 
 async def letters(_request: Request) -> Response:
     """Return the latest letters to payees."""
-    return JSONResponse(list(mail.SENT))
+    return JSONResponse([letter for written_at, letter in mail.SENT if written_at == branch.get()])
 
 
-def _everybody(_scope: Scope) -> str:
-    """Say who sends a key.  Nobody logs in here; return the id of a user where somebody does."""
-    return "everybody"
+def _sender(_scope: Scope) -> str:
+    """Say who sends a key.  Nobody logs in here, so a whole branch; return the id of a user where somebody does."""
+    return branch.get()
 
 
 def _is_an_answer(_scope: Scope, status: int) -> bool:
@@ -173,7 +174,7 @@ def _transfers(manager: UnitOfWorkManager) -> Route:
         isolation="SERIALIZABLE",
         retries=services.RETRIES,
         should_commit=_is_an_answer,
-        idempotency=Idempotency(KEYS, caller=_everybody),
+        idempotency=Idempotency(KEYS, caller=_sender),
     )
     return Route("/transfers", transfer, methods=["POST"], middleware=[once])
 
@@ -200,7 +201,7 @@ def create_app(manager: UnitOfWorkManager) -> Starlette:
     """Make the service over a database that has the tables."""
     return Starlette(
         routes=routes(manager),
-        middleware=[Middleware(UnitOfWorkMiddleware, manager=manager)],
+        middleware=[Middleware(AtBranch), Middleware(UnitOfWorkMiddleware, manager=manager)],
         exception_handlers={**exception_handlers, **HANDLERS},
         lifespan=dispose_on_shutdown(manager),
     )

@@ -224,7 +224,11 @@ def register_policies() -> None:
     """Make Alembic know the operations."""
     for op in POLICY_OPS:
         Operations.register_operation(op.name)(op)
-        Operations.implementation_for(op)(lambda operations, operation: operation.run(operations))
+        Operations.implementation_for(op)(_run)
+
+
+def _run(operations: Operations, operation: TenantPolicyOp) -> None:
+    operation.run(operations)
 
 
 def render_policy(context: AutogenContext, op: TenantPolicyOp) -> str:

@@ -8,5 +8,6 @@
 * `postgresql`: what PostgreSQL is asked
 * `mariadb`: what MariaDB is asked
 * `sqlite`: what SQLite is asked
+* `policies`: row level security, tried
 * `idempotency`: what each of them is asked about keys
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sqla_uow._doctor.idempotency import idempotency_keys
+from sqla_uow._doctor.policies import row_level_security
 from sqla_uow._doctor.report import Finding, judged
 from sqla_uow._doctor.subject import as_replica, clock, connections
 
@@ -121,4 +122,5 @@ CHECKS: Sequence[Check] = (
     _clock,
     _verification,
     _idempotency_keys,
+    row_level_security,
 )

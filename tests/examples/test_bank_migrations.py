@@ -140,7 +140,7 @@ async def test_ctrl_c_while_it_migrates(db, monkeypatch, another):
         creating.cancel()
         if another:
             await db.run(f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) PRIMARY KEY)")
-            await db.run(f"INSERT INTO {VERSION_TABLE} VALUES ('0003')")
+            await db.run(f"INSERT INTO {VERSION_TABLE} VALUES ('0004')")
         return creating
 
     creating = await locked(db, lambda _: await_only(cancel()))  # so that the migrations wait
@@ -159,7 +159,7 @@ async def test_the_command_by_hand(db):
         return (await process.communicate())[0].decode(), process.returncode
 
     assert await typed("-x", f"url={db.url}", "upgrade", "head") == ("", 0)
-    assert await db.rows(f"SELECT version_num FROM {VERSION_TABLE}") == [("0003",)]
+    assert await db.rows(f"SELECT version_num FROM {VERSION_TABLE}") == [("0004",)]
     output, status = await typed("current")
     assert status != 0
     assert "the bank's database is not known; pass -x url=postgresql+asyncpg://user@host/database" in output

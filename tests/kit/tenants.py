@@ -18,7 +18,7 @@ PARCELS = text("SELECT tenant, body FROM parcel ORDER BY id")
 SEND = text("INSERT INTO parcel (tenant, body) VALUES (:tenant, :body)")
 
 _MINE = "tenant = nullif(current_setting('app.tenant', true), '')"
-_SETUP = (
+SETUP = (
     f"DO $$ BEGIN CREATE ROLE {ROLE} LOGIN PASSWORD 'secret'; EXCEPTION WHEN duplicate_object THEN NULL; END $$",
     "CREATE TABLE parcel (id serial PRIMARY KEY, tenant text NOT NULL, body text NOT NULL)",
     "ALTER TABLE parcel ENABLE ROW LEVEL SECURITY",
@@ -46,7 +46,7 @@ class Parcel(Tenants):
 
 async def make_parcels(db: Any) -> None:
     """Make the table with one row of each tenant, and the role."""
-    await db.run(*_SETUP)
+    await db.run(*SETUP)
 
 
 def url_of(db: Any, driver: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from alembic.util import CommandError
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
 
+from examples.bank.branches import settings_for
 from examples.bank.plain import create_plain_app
 from examples.bank.runner import audit, load, report, schema
 from examples.bank.runner.options import USAGE, parse
@@ -61,7 +62,8 @@ class _Run:
         self.where = where
         self.console = console
         self.tally = Tally()
-        self.manager = UnitOfWorkManager(engine_of(where, options.workers))
+        engine = engine_of(where, options.workers)
+        self.manager = UnitOfWorkManager(engine, **settings_for(engine))
         self.loading: asyncio.Task[None] | None = None
         self.interrupted = False
         self.stopping = False
