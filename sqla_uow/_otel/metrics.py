@@ -50,9 +50,9 @@ class Metrics:
         self._waits = self._histogram("db.client.connection.wait_time", "Until an attempt had its connection")
         self._managers: WeakSet[UnitOfWorkManager[Any]] = WeakSet()
         gauge, sum_ = meter.create_observable_gauge, meter.create_observable_up_down_counter
-        self._observe(gauge, "sqla_uow.contention.width", "{call}", "Calls of a function that may run at once", _widths)
-        self._observe(gauge, "sqla_uow.contention.running", "{call}", "Calls of a function that run", _running)
-        self._observe(gauge, "sqla_uow.contention.waiting", "{call}", "Calls of a function that await a turn", _waiting)
+        self._observe(gauge, "sqla_uow.contention.width", "{call}", "Calls of a group that may run at once", _widths)
+        self._observe(gauge, "sqla_uow.contention.running", "{call}", "Calls of a group that run", _running)
+        self._observe(gauge, "sqla_uow.contention.waiting", "{call}", "Calls of a group that await a turn", _waiting)
         self._observe(gauge, "sqla_uow.open", "{attempt}", "Attempts that run, or wait", _open)
         self._observe(sum_, "db.client.connection.count", "{connection}", "Connections, lent or not", _connections)
         self._observe(sum_, "db.client.connection.max", "{connection}", "Connections that can be lent at once", _limit)

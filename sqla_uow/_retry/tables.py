@@ -45,9 +45,17 @@ class Tables(NamedTuple):
     read: frozenset[str]
 
 
-@functools.lru_cache(maxsize=512)
+_LOOKED_AT = 4096
+"""Characters of a statement; an INSERT of many rows may have millions."""
+
+
 def tables_of(statement: str) -> Tables:
     """Return the tables that a statement names."""
+    return _tables_of(statement[:_LOOKED_AT])
+
+
+@functools.lru_cache(maxsize=512)
+def _tables_of(statement: str) -> Tables:
     text = _LITERAL.sub("''", statement)
     changed: set[str] = {_bare(name) for name in _CHANGED.findall(text)}
     inserted: set[str] = {_bare(name) for name in _INSERTED.findall(text)}
