@@ -87,7 +87,7 @@ from sqla_uow.testing import (
     rolled_back,
     run_twice,
 )
-from sqla_uow.typing import Contention, LazyLoads, PoolState, Statistics
+from sqla_uow.typing import Contention, ContentionGroup, LazyLoads, PoolState, Statistics
 from sqla_uow_starlette import (
     AnyVersioned,
     Idempotency,
@@ -561,6 +561,8 @@ def observed(engine: AsyncEngine) -> None:
     for name, state in seen.contention:
         assert_type(name, str)
         assert_type(state, Contention)
+    assert_type(manager.contention(), tuple[ContentionGroup, ...])
+    assert_type(manager.contention("POST /transfers"), Contention)
 
 
 def told_to_opentelemetry(

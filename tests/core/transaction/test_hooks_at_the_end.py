@@ -22,6 +22,7 @@ from sqla_uow import (
     transactional,
 )
 from tests.kit.models import Account, Note
+from tests.kit.queueing import narrow
 
 # One of each database: the driver has no part in it.
 pytestmark = pytest.mark.drivers("sqlite", "psycopg", "asyncmy")
@@ -423,10 +424,12 @@ async def test_of_a_hook_in_a_call_that_has_its_turn(db, manager, unheard):
         if undo:
             raise KeyError
 
+    narrow(manager, work)
     for undo in (False, True) * 5:
         with pytest.raises(pytest.fail.Exception):
             await work(undo)
     state = manager.contention(work)
+    assert state.width == 1
     assert (state.running, state.waiting) == (0, 0)
     assert await db.scalar("SELECT count(*) FROM note") == 5
     assert await is_sound(db, manager)
