@@ -48,6 +48,9 @@ async def test_a_limit_of_the_servers_in_each_unit(db, own, kept):
     async with engine.begin() as connection:
         await connection.execute(text(f"ALTER DATABASE {db.name} SET statement_timeout = '{own}'"))
     await engine.dispose()
-    async with UnitOfWorkManager(engine).begin(timeout=75) as unit:
-        shown = await unit.session.scalar(text("SHOW statement_timeout"))
+    try:
+        async with UnitOfWorkManager(engine).begin(timeout=75) as unit:
+            shown = await unit.session.scalar(text("SHOW statement_timeout"))
+    finally:  # the database is the next test's
+        await db.run(f"ALTER DATABASE {db.name} RESET statement_timeout")
     assert (shown == own) is kept

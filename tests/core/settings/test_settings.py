@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import pytest
 from sqlalchemy import select, text
@@ -424,7 +423,7 @@ async def test_verified_commits(engine, of_a, db):
 async def test_no_value_is_shown(engine, db, of_a, caplog):
     """In no log, with echo too, no error, no representation."""
     caplog.set_level("DEBUG")
-    logging.getLogger("sqlalchemy.engine").setLevel("DEBUG")
+    caplog.set_level("DEBUG", logger="sqlalchemy.engine")
     loud = db.engine(url=engine.url, echo="debug")
     manager = UnitOfWorkManager(loud, settings={"app.tenant": "s3cret", "app.user": lambda: "s3cret"})
     loud.sync_engine.echo = True
