@@ -118,8 +118,9 @@ _ORACLE = {8177: Kind.CONFLICT, 60: Kind.CONFLICT}
 _MSSQL = {1205: Kind.CONFLICT, 3960: Kind.CONFLICT}
 _ADAPTER = "sqlalchemy.dialects.postgresql.asyncpg"
 """Whose errors have no code where asyncpg's own, behind them, has one: InvalidCachedStatementError."""
-_CONFUSED, _ENDED = "InternalClientError", "another operation (2) is in progress"
-"""asyncpg: the server, or a pooler that has lost it, has sent an error unasked, behind which it closes the connection."""
+_CONFUSED = "InternalClientError"
+"""asyncpg: an answer came that nobody had asked for, so the connection is of no use.  A server, or a pooler that has lost its
+own, sends an error so before it closes the connection."""
 _OF_DRIVER = frozenset({"OperationalError", "InterfaceError", _CONFUSED})
 # Of drivers, without a code: what was asked of them cannot be, today or tomorrow.
 _MISTAKES = frozenset({"ProgrammingError", "NotSupportedError", "DataError", "ClientConfigurationError"})
@@ -191,7 +192,7 @@ def _kind(error: BaseException, code: str | int | None) -> Kind | None:
 
 def _kind_without_code(error: BaseException) -> Kind | None:
     name = type(error).__name__
-    if name == _CONFUSED and _ENDED in str(error):
+    if name == _CONFUSED:
         return Kind.LOST
     return Kind.STALE_PLAN if name == _OUTDATED else None
 

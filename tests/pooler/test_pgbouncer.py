@@ -197,7 +197,9 @@ async def test_wrong_settings_are_survived_with_retries(db, through):
         async with asyncio.timeout(60):
             await asyncio.gather(*(work() for _ in range(6)))
         retries = manager.statistics().retries
-    assert {code for _, code in retries} <= {"26000", "42P05"}
+    # 08P01: the statement of that name is somebody else's, and has not as many parameters.
+    assert {code for _, code in retries} <= {"26000", "42P05", "08P01"}
+    assert {code for _, code in retries} & {"26000", "42P05"}
     assert sum(retries.values()) > 0
 
 
