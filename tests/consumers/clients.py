@@ -27,7 +27,7 @@ CONFIG = ConsumerConfig(ack_wait=2)
 """A consumer that has died is found out after `ack_wait` seconds: RabbitMQ sees its connection end, NATS does not."""
 
 
-async def nats_plain(url, queue, work):
+async def nats_plain(url, queue, work, at_once=AT_ONCE):
     """NATS by nats-py."""
     client = await nats.connect(url)
     jetstream = client.jetstream()
@@ -47,7 +47,7 @@ async def nats_plain(url, queue, work):
         subscription = await jetstream.pull_subscribe(queue, durable="bank", config=CONFIG)
         while True:
             try:
-                messages = await subscription.fetch(AT_ONCE)
+                messages = await subscription.fetch(at_once)
             except nats.errors.TimeoutError:  # there are none
                 continue
             await asyncio.gather(*map(on_message, messages))
@@ -55,7 +55,7 @@ async def nats_plain(url, queue, work):
         await client.close()
 
 
-async def nats_faststream(url, queue, work):
+async def nats_faststream(url, queue, work, at_once=AT_ONCE):
     """NATS by FastStream."""
     broker = NatsBroker(url, logger=None)
 
@@ -64,7 +64,7 @@ async def nats_faststream(url, queue, work):
         stream=JStream(queue, declare=False),
         durable="bank",
         config=CONFIG,
-        pull_sub=PullSub(batch_size=AT_ONCE),
+        pull_sub=PullSub(batch_size=at_once),
         ack_policy=AckPolicy.NACK_ON_ERROR,
     )
     async def on_message(message: NatsMessage):
@@ -80,7 +80,7 @@ async def nats_faststream(url, queue, work):
     await _run(broker)
 
 
-async def rabbitmq_plain(url, queue, work):
+async def rabbitmq_plain(url, queue, work, at_once=AT_ONCE):
     """RabbitMQ by aio-pika, which runs a task for each message."""
     running = set()
 
@@ -99,7 +99,7 @@ async def rabbitmq_plain(url, queue, work):
 
     async with await aio_pika.connect(url) as connection:
         channel = await connection.channel()
-        await channel.set_qos(prefetch_count=AT_ONCE)
+        await channel.set_qos(prefetch_count=at_once)
         declared = await channel.declare_queue(queue, durable=True, passive=True)
         tag = await declared.consume(on_message)
         try:
@@ -109,9 +109,9 @@ async def rabbitmq_plain(url, queue, work):
             await asyncio.gather(*running)
 
 
-async def rabbitmq_faststream(url, queue, work):
+async def rabbitmq_faststream(url, queue, work, at_once=AT_ONCE):
     """RabbitMQ by FastStream."""
-    broker = RabbitBroker(url, logger=None, default_channel=Channel(prefetch_count=AT_ONCE))
+    broker = RabbitBroker(url, logger=None, default_channel=Channel(prefetch_count=at_once))
 
     @broker.subscriber(RabbitQueue(queue, durable=True, declare=False), ack_policy=AckPolicy.NACK_ON_ERROR)
     async def on_message(message: RabbitMessage):

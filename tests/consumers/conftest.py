@@ -164,9 +164,9 @@ def consuming(client, broker, queue, post, manager):
     from tests.consumers.clients import CLIENTS  # noqa: PLC0415  # whose packages may be missing
 
     @contextlib.asynccontextmanager
-    async def consuming(work, number=1):
+    async def consuming(work, number=1, **options):
         consumer = Consumer(work)
-        tasks = [asyncio.create_task(CLIENTS[client](broker.url(), queue, consumer)) for _ in range(number)]
+        tasks = [asyncio.create_task(CLIENTS[client](broker.url(), queue, consumer, **options)) for _ in range(number)]
         try:
             yield consumer
             await post.until_acknowledged()
@@ -175,6 +175,7 @@ def consuming(client, broker, queue, post, manager):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-        assert not [task.exception() for task in ended]
+            for task in ended:  # else nothing would say why nobody has consumed
+                await task
 
     return consuming
