@@ -39,7 +39,7 @@ def stop_statement(connection: Connection, cursor: Any) -> None:
     raw: Any = raw_connection(connection)
     stop = shielded(lambda: driver.stop(raw, connection, cursor, STOP_SECONDS), limit=STOP_SECONDS)
     outcome = await_only(stop)
-    if outcome.stop():
+    if outcome.stop() or isinstance(outcome.trouble, TimeoutError):
         log(
             logging.WARNING,
             "a cancelled statement could not be stopped on the server within %s s; its locks last until it ends",

@@ -6,6 +6,7 @@ because a cancellation there would leave an outcome that nobody knows.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from functools import partial
@@ -34,7 +35,6 @@ from sqla_uow.errors import AfterCommitError, AmbiguousCommitError, RollbackOnly
 from sqla_uow.typing import Status
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -71,6 +71,10 @@ async def prepare(transaction: Transaction, guard: Callable[[], None] | None) ->
             await hooks.pop(0).run()
         if hooks:
             continue
+        if transaction.raw_taken:
+            await asyncio.sleep(
+                0
+            )  # in the next turn of the loop asyncpg tells of what has failed on its own connection
         if transaction.doom.marked is not None:
             transaction.check_sound()
         if guard is not None:
