@@ -83,7 +83,7 @@ async def test_a_body_that_swallows_its_deadline(db, manager):
     """R6: it comes to its end, too late: rolled back, and the caller is told."""
 
     async def late(*, cancelled_too):
-        async with manager.begin(timeout=0.05) as unit:
+        async with manager.begin(timeout=0.5) as unit:
             units.append(unit)
             unit.session.add(Note(text="late"))
             await unit.session.flush()
