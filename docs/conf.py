@@ -61,6 +61,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:.*", r"sqla_uow(_starlette)?\._.*"),  # type variables and base classes: shown, but not for use
     (r"py:class", "P"),  # of ParamSpec
+    (r"py:class", "S"),  # the class of a manager's sessions, in overloads
     (r"py:.*", r"starlette\..*"),  # its pages have no anchors for names
 ]
 

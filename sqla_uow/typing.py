@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
     "Contention",
@@ -32,10 +30,10 @@ LazyLoads = Literal["allow", "warn", "raise"]
 """What happens to loads that nobody asked for; see `sqla_uow.UnitOfWorkManager`."""
 
 
-SettingSource: TypeAlias = "str | Callable[[], str | None]"
+SettingSource: TypeAlias = str | Callable[[], str | None]
 """The value of a setting, or a function without arguments that gives it, such as ``current_tenant.get``."""
 
-Settings: TypeAlias = "Mapping[str, SettingSource | None]"
+Settings: TypeAlias = Mapping[str, SettingSource | None]
 """Settings of transactions by their names, such as ``{"app.tenant": current_tenant.get}``; None is no value, written out."""
 
 

@@ -93,13 +93,13 @@ class Controller:
         self.width: float = math.inf
         self.calm: bool = False
         self.wasted_share: float = 0.0
-        self.opening = True
+        self.opening: bool = True
         self._rung = self._best = FREE
         self._downwards = False
         self._measured = [_Rate()] * (FREE + 1)
         self._contended = False
         self._lost = [0.0] * (FREE + 1)  # recent share of the time wasted at each rung
-        self.crowded = False
+        self.crowded: bool = False
         self._typical = 0.0  # seconds of an attempt that waits for nobody
         self._idle_since: float | None = None
         self._next_try = 0.0
