@@ -192,9 +192,9 @@ async def calls(service: Service) -> None:
 
 
 def current(engine: AsyncEngine) -> None:
-    current_session(using="reports")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    current_session(engine)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-    current_unit(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    current_session(using="reports")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    current_session(engine)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    current_unit(1)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def notify(address: str, *, subject: str = "") -> int:
