@@ -134,7 +134,9 @@ async def test_a_rollback_that_is_not_answered_is_given_up(wire, monkeypatch, ca
     assert held.fired
     assert unit.status is Status.ROLLED_BACK
     message = "ROLLBACK of begin() took more than 0.2 s; its connection is discarded"
-    assert logged(caplog) == [("WARNING", message, {"function": "begin()"})]
+    stopping = "a cancelled statement could not be stopped on the server within 0.2 s; its locks last until it ends"
+    told = [("WARNING", stopping, {})] if wire.engine.dialect.driver == "asyncpg" else []  # it waits for an answer
+    assert logged(caplog) == [*told, ("WARNING", message, {"function": "begin()"})]
     wire.proxy.cut()  # else psycopg takes its time: 5 s
     await until(lambda: not wire.engine.pool.checkedout(), seconds=2)
     await wire.add_one()
