@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+from sqla_uow._tasks.callables import called
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,14 +23,10 @@ def check_sync(function: Any, what: str) -> None:
     Raises:
         TypeError: it is one.
     """
-    inner: Any = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    kind = cast("type[object]", type(inner))
-    call = getattr(kind, "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
-    if any(_answers_late(one) for one in (inner, call)):
+    several = called(function)
+    if any(map(_answers_late, several)):
         raise TypeError(
-            f"{what} is given {_name(inner)}, which is async or a generator: its answer would always count as true; "
+            f"{what} is given {_name(several[0])}, which is async or a generator: its answer would always count as true; "
             "pass a plain function, and look up beforehand what it has to know"
         )
 

@@ -5,12 +5,12 @@ No message names a value: it may be a secret, or tell of somebody's customers.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from sqla_uow._tasks.callables import called
 from sqla_uow.errors import SettingMissingError
 
 if TYPE_CHECKING:
@@ -309,9 +309,4 @@ def check_hook(hook: Any, who: str) -> None:
 
 
 def _is_async(function: Any) -> bool:
-    inner: Any = function
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    kind = cast("type[object]", type(inner))
-    call = getattr(kind, "__call__", None)  # noqa: B004  # what an object does when it is called, not whether it can be
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(call)
+    return any(map(inspect.iscoroutinefunction, called(function)))

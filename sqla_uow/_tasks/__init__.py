@@ -4,4 +4,5 @@
 * `owner`: which task may use a unit
 * `per_loop`: what each event loop has for itself
 * `shield`: finish although cancelled
+* `callables`: what runs when something is called
 """
