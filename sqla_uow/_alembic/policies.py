@@ -13,7 +13,6 @@ from sqlalchemy.types import TypeEngine
 from sqla_uow._alembic.patience import patiently
 from sqla_uow._alembic.schema import Patience, literally, qualified
 from sqla_uow._alembic.target import Target
-from sqla_uow._databases.database import family_of
 from sqla_uow._settings.sources import check_name
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class TenantPolicyOp(MigrateOperation):
         self.table_name = table_name
         self.column_name = column_name
         self.type_: TypeEngine[Any] = Text() if type_ is None else type_
-        self.policy_name: str = policy_name or f"{table_name}_{column_name}"[:_LONGEST]
+        self.policy_name: str = policy_name or _usual_name(table_name, column_name)
         self.schema = schema
         self.patience: Patience = Patience(lock_timeout, retries)
 
@@ -86,7 +85,7 @@ class TenantPolicyOp(MigrateOperation):
     def run(self, operations: Operations) -> None:
         """Run the operation on a database, or write it into a script."""
         impl: Any = operations.migration_context.impl
-        if family_of(impl.dialect) != "postgresql" or impl.dialect.name != "postgresql":
+        if impl.dialect.name != "postgresql":
             raise CommandError(
                 f"op.{self.name}() is for PostgreSQL, and {impl.dialect.name} has no row level security; leave it out there"
             )
@@ -138,13 +137,12 @@ class CreateTenantPolicyOp(TenantPolicyOp):
         Raises:
             CommandError: this is not PostgreSQL, there is no such table or column, or the table was in use for all tries.
         """
-        told: dict[str, Any] = {
-            "policy_name": policy_name,
-            "schema": schema,
-            "lock_timeout": lock_timeout,
-            "retries": retries,
-        }
-        operations.invoke(cls(table_name, column_name, setting=setting, type_=type_, **told))
+        operations.invoke(
+            cls(
+                table_name, column_name, setting=setting, type_=type_, policy_name=policy_name, schema=schema,
+                lock_timeout=lock_timeout, retries=retries,
+            )
+        )  # fmt: skip
 
     def reverse(self) -> TenantPolicyOp:
         """Return the operation that undoes this one."""
@@ -190,13 +188,12 @@ class DropTenantPolicyOp(TenantPolicyOp):
         Raises:
             CommandError: this is not PostgreSQL, there is no such table or column, or the table was in use for all tries.
         """
-        told: dict[str, Any] = {
-            "policy_name": policy_name,
-            "schema": schema,
-            "lock_timeout": lock_timeout,
-            "retries": retries,
-        }
-        operations.invoke(cls(table_name, column_name, setting=setting, type_=type_, **told))
+        operations.invoke(
+            cls(
+                table_name, column_name, setting=setting, type_=type_, policy_name=policy_name, schema=schema,
+                lock_timeout=lock_timeout, retries=retries,
+            )
+        )  # fmt: skip
 
     def reverse(self) -> TenantPolicyOp:
         """Return the operation that undoes this one."""
@@ -227,6 +224,10 @@ def register_policies() -> None:
         Operations.implementation_for(op)(_run)
 
 
+def _usual_name(table_name: str, column_name: str) -> str:
+    return f"{table_name}_{column_name}"[:_LONGEST]
+
+
 def _run(operations: Operations, operation: TenantPolicyOp) -> None:
     operation.run(operations)
 
@@ -237,7 +238,7 @@ def render_policy(context: AutogenContext, op: TenantPolicyOp) -> str:
     arguments = [repr(str(op.table_name)), repr(str(op.column_name)), f"setting={op.setting!r}"]
     if type(op.type_) is not Text:
         arguments.append(f"type_={context.opts['sqlalchemy_module_prefix']}{op.type_!r}")
-    if op.policy_name != f"{op.table_name}_{op.column_name}"[:_LONGEST]:
+    if op.policy_name != _usual_name(op.table_name, op.column_name):
         arguments.append(f"policy_name={str(op.policy_name)!r}")
     if op.schema:
         arguments.append(f"schema={str(op.schema)!r}")
