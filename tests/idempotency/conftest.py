@@ -7,17 +7,13 @@ from sqlalchemy import MetaData
 
 from sqla_uow import UnitOfWorkManager
 from sqla_uow.idempotency import IdempotencyKeys
+from tests.kit.keys import keys_in
 
 
 @pytest.fixture
 async def keys(db):
     """Keys whose table is there."""
-    metadata = MetaData()
-    keys = IdempotencyKeys(metadata)
-    async with db.outside() as connection:
-        await connection.run_sync(metadata.create_all)
-        await connection.commit()
-    return keys
+    return await keys_in(db)
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import MetaData
 
 from sqla_uow import UnitOfWorkManager
-from sqla_uow.idempotency import IdempotencyKeys
 from sqla_uow_starlette import Idempotency, exception_handlers
+from tests.kit.keys import keys_in
 from tests.starlette.client import app_of, client_of
 from tests.starlette.keyed import caller
 
@@ -24,12 +23,7 @@ async def manager(db):
 @pytest.fixture
 async def keys(db):
     """Idempotency keys whose table is there."""
-    metadata = MetaData()
-    keys = IdempotencyKeys(metadata)
-    async with db.outside() as connection:
-        await connection.run_sync(metadata.create_all)
-        await connection.commit()
-    return keys
+    return await keys_in(db)
 
 
 @pytest.fixture
